@@ -1,0 +1,1 @@
+"""Tests of policies in simulators: rollouts on paired seeds, intervals, and comparisons."""

@@ -1,0 +1,122 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offbook.errors import ConfigError
+from offbook.evaluate import stats
+
+counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
+
+
+@given(counts, st.sampled_from([0.8, 0.95, 0.99]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+@pytest.mark.parametrize(
+    ("ours", "method"), [(stats.wilson, "wilson"), (stats.clopper_pearson, "exact")], ids=["wilson", "exact"]
+)
+def test_success_intervals_agree_with_scipy(ours, method, count, level):
+    successes, n = count
+    interval = ours(successes, n, level=level)
+    theirs = scipy.stats.binomtest(successes, n).proportion_ci(level, method=method)
+    assert (interval.low, interval.high) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+    assert 0 <= interval.low <= interval.value <= interval.high <= 1
+    assert interval.n == n
+
+
+def test_exact_interval_of_many_trials():
+    theirs = scipy.stats.binomtest(4_321, 10_000).proportion_ci(0.95, method="exact")
+    ours = stats.clopper_pearson(4_321, 10_000)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-8)
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_mcnemar_agrees_with_the_binomial_test(b, c):
+    expected = scipy.stats.binomtest(b, b + c, 0.5).pvalue if b + c else 1.0
+    assert stats.mcnemar_exact(b, c) == pytest.approx(expected, rel=1e-9)
+    assert stats.mcnemar_exact(b, c) == stats.mcnemar_exact(c, b)
+
+
+def test_bootstrap_mean_agrees_with_scipy():
+    values = np.random.default_rng(3).gamma(2.0, size=80)
+    ours = stats.bootstrap_mean(values, seed=1, resamples=20_000)
+    theirs = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(2)
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert ours.value == pytest.approx(values.mean())
+    assert ours.low == pytest.approx(theirs.low, abs=0.03 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.03 * width)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=60))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_iqm_is_the_trimmed_mean(values):
+    assert stats.iqm(values, resamples=10).value == pytest.approx(scipy.stats.trim_mean(values, 0.25), abs=1e-9)
+
+
+def test_iqm_resamples_within_tasks():
+    # Two tasks on scales that never mix: if rows were drawn across tasks, the interval would span both.
+    scores = np.stack([np.zeros(8), np.full(8, 100.0)], axis=1)
+    interval = stats.iqm(scores)
+    assert (interval.value, interval.low, interval.high) == (50.0, 50.0, 50.0)
+
+
+def test_same_seed_same_interval_other_seed_other():
+    values = np.random.default_rng(0).normal(size=30)
+    assert stats.bootstrap_mean(values, seed=5) == stats.bootstrap_mean(values, seed=5)
+    assert stats.bootstrap_mean(values, seed=5) != stats.bootstrap_mean(values, seed=6)
+
+
+def test_blocks_do_not_change_the_draws(monkeypatch):
+    values = np.random.default_rng(0).normal(size=50)
+    whole = stats.bootstrap_mean(values, seed=5, resamples=500)
+    monkeypatch.setattr(stats, "_BLOCK", 100)
+    assert stats.bootstrap_mean(values, seed=5, resamples=500) == whole
+
+
+def test_pairing_removes_what_both_share():
+    rng = np.random.default_rng(1)
+    scene = rng.normal(scale=10, size=40)
+    better, worse = scene + 1 + rng.normal(scale=0.1, size=40), scene + rng.normal(scale=0.1, size=40)
+    interval = stats.paired_bootstrap(better, worse)
+    assert 0.9 < interval.low < interval.high < 1.1
+    assert interval.n == 40
+
+
+def test_bootstrap_covers_near_its_level():
+    rng = np.random.default_rng(7)
+    hits = 0
+    for trial in range(300):
+        interval = stats.bootstrap_mean(rng.normal(size=50), seed=trial, resamples=500)
+        hits += interval.low <= 0 <= interval.high
+    assert 0.89 <= hits / 300 <= 0.98
+
+
+def test_one_episode_has_no_interval():
+    interval = stats.bootstrap_mean([3.0])
+    assert interval.value == 3.0
+    assert interval.to_json()["low"] is None
+    assert "unknown" in str(interval)
+    assert math.isinf(interval.high)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: stats.wilson(3, 2),
+        lambda: stats.clopper_pearson(0, 0),
+        lambda: stats.wilson(1, 2, level=1.5),
+        lambda: stats.mcnemar_exact(-1, 2),
+        lambda: stats.bootstrap_mean([]),
+        lambda: stats.bootstrap_mean([1.0, float("nan")]),
+        lambda: stats.paired_bootstrap([1.0], [1.0, 2.0]),
+        lambda: stats.iqm(np.zeros((2, 2, 2))),
+    ],
+)
+def test_bad_input_is_refused(call):
+    with pytest.raises(ConfigError):
+        call()
