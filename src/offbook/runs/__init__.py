@@ -1,0 +1,1 @@
+"""One run: configuration, folder, checkpoints, seeds, progress, parallel work and its line in the ledger."""

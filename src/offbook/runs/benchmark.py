@@ -1,0 +1,86 @@
+"""Small pieces for `benchmarks/`: repeated timing, and medians and ratios with intervals.
+
+On a shared machine only ratios of two things timed by turns in one process travel; give both sides to `timed`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from offbook.errors import DataError
+from offbook.runs.ledger import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `offbook bench` hands to a benchmark's `run`.
+
+    Attributes:
+        seed: seed of everything random in it.
+        repeats: how often each side is timed.
+    """
+
+    seed: int = 0
+    repeats: int = 11
+
+
+def timed(sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Times several functions by turns, so that a busy spell of the machine meets all of them.
+
+    Args:
+        sides: the functions by name.
+        repeats: rounds that count.
+        warm_up: rounds before them that do not.
+
+    Returns:
+        Wall seconds of every round by name.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-warm_up, repeats):
+        for name, function in sides.items():
+            start = time.perf_counter()
+            function()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """The median, and the interval between the order statistics that holds the true median in 95 % of cases or more.
+
+    The number of samples below the true median is binomial with n and 1/2; the ranks are the widest pair whose two
+    tails each hold at most 2.5 %. Below six samples no pair does, and the interval is the whole range.
+
+    Raises:
+        DataError: there is no sample.
+
+    Example:
+        >>> median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 6.0])
+        (3.5, 1.0, 6.0)
+    """
+    if not samples:
+        raise DataError("median", expected="samples", got="none", fix="measure at least once")
+    ordered, n = sorted(samples), len(samples)
+    rank, tail = 0, 1.0
+    while rank + 1 <= n // 2 and tail + math.comb(n, rank + 1) <= 0.025 * 2**n:
+        rank += 1
+        tail += math.comb(n, rank)
+    return statistics.median(ordered), ordered[rank], ordered[n - 1 - rank]
+
+
+def median_metric(name: str, samples: Sequence[float], *, unit: str = "", higher_is_better: bool = False) -> Metric:
+    """The median of repeated measurements as a metric of the ledger."""
+    value, low, high = median_interval(samples)
+    return Metric(
+        name=name,
+        value=value,
+        n=len(samples),
+        interval=(low, high) if len(samples) > 1 else None,
+        method="median, order statistics" if len(samples) >= 6 else "median, range",
+        unit=unit,
+        higher_is_better=higher_is_better,
+    )
