@@ -1,0 +1,257 @@
+"""Episodes on disk: step-major, memory-mapped, one file per field, safe against crashes of the writer.
+
+- `store.json`: the schema, with the version of the layout.
+- `episodes.parquet`: one row for each episode; `episodes.journal`: those appended since that was written.
+- `fields/NAME.npy`: a field's values at all steps of all episodes, shape [N, ...].
+- `final/NAME.npy`: an observation after the last step of each episode, shape [E, ...].
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int64, Shaped
+
+from offbook.data.index import Index, Outcome
+from offbook.data.layout import (
+    DAMAGED,
+    check_file,
+    data_files,
+    disk_dtype,
+    episode_sha256,
+    field_file,
+    final_file,
+    header,
+    read_schema,
+)
+from offbook.data.schema import FieldSpec, Role, Schema
+from offbook.data.writer import Writer, explained, sync_path
+from offbook.errors import ConfigError, DataError
+from offbook.runs.directory import write_atomic
+from offbook.runs.seeding import generator
+
+__all__ = ["Episode", "EpisodeStore", "FieldSpec", "Role", "Schema", "Writer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode(Outcome):
+    """One reset to its end, as `EpisodeStore.episode` gives it.
+
+    Attributes:
+        fields: values by name; T + 1 rows for an observation, T for others. Fields that this episode lacks are absent.
+        length: number of steps T.
+        return_: sum of the rewards; NaN without rewards.
+    """
+
+    fields: Mapping[str, np.ndarray]
+    length: int
+    return_: float
+
+
+class EpisodeStore:
+    """Recorded episodes, read through memory maps; opening reads the index alone.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> place = FieldSpec("place", "float32", (2,), "observation")
+        >>> reward = FieldSpec("reward", "float32", (), "reward")
+        >>> with TemporaryDirectory() as folder:
+        ...     with EpisodeStore.create(Path(folder) / "walks", Schema((place, reward))) as writer:
+        ...         values = {"place": np.zeros((4, 2), np.float32), "reward": np.ones(3, np.float32)}
+        ...         number = writer.append(values, terminated=True, truncated=False, seed=7)
+        ...     store = EpisodeStore.open(Path(folder) / "walks")
+        ...     len(store), store.steps, store.episode(0).return_
+        (1, 3, 3.0)
+    """
+
+    def __init__(self, path: Path, schema: Schema, index: Index) -> None:
+        self.path, self.schema, self._index = path, schema, index
+        self._maps: dict[str, np.ndarray] = {}
+
+    @staticmethod
+    def create(path: str | Path, schema: Schema) -> "Writer":
+        """Makes an empty store and opens it for appending.
+
+        Args:
+            path: a folder that is new or empty.
+            schema: what its episodes will hold.
+
+        Raises:
+            DataError: the folder holds something, or cannot be written.
+        """
+        path = Path(path)
+        with explained(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if any(not child.name.startswith(".") for child in path.iterdir()):
+                raise DataError(
+                    str(path),
+                    expected="a new or empty folder",
+                    got="one that holds something",
+                    fix="choose another folder, or remove this one",
+                )
+            write_atomic(path / "store.json", json.dumps(schema.to_json(), indent=1) + "\n")
+            sync_path(path.parent)
+        return Writer(path)
+
+    @staticmethod
+    def append_to(path: str | Path) -> "Writer":
+        """Opens an existing store for appending, after a crash too: what the crash left unfinished is cut.
+
+        Raises:
+            DataError: the folder is no store, another process is writing to it, or its files are damaged.
+        """
+        return Writer(Path(path))
+
+    @staticmethod
+    def open(path: str | Path) -> "EpisodeStore":
+        """Opens a store for reading. A writer may go on appending; episodes appended later are not seen.
+
+        Raises:
+            DataError: the folder is no store, is of a newer version, or its files are damaged.
+        """
+        path = Path(path)
+        schema = read_schema(path)
+        index = Index.read(path)
+        for name, file, rows in data_files(path, schema, index):
+            check_file(file, schema[name], rows)
+        return EpisodeStore(path, schema, index)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A worker process opens the maps itself instead of being sent the data.
+        return EpisodeStore.open, (self.path,)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps N of all episodes together."""
+        return self._index.steps
+
+    @cached_property
+    def episodes(self) -> Mapping[str, np.ndarray]:
+        """What is known of each episode as a whole, in columns of length E.
+
+        `start` and `length` (int64) say which rows of a field are an episode's; `terminated`, `truncated` (bool);
+        `return` (float64, NaN without rewards); `task`, `source` (str); `seed` (int or None);
+        `success` (1.0, 0.0, or NaN when unknown) and `score` (float64, NaN when unknown).
+        """
+        return self._index.columns()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the schema and all episodes in order; how and when they were written makes no difference."""
+        whole = hashlib.sha256(self.schema.essentials())
+        for value in self._index.table["sha256"].to_pylist():
+            whole.update(bytes.fromhex(value))
+        return whole.hexdigest()
+
+    def present(self, name: str) -> Bool[np.ndarray, " episodes"]:
+        """Which episodes hold a field; the others have zeros in its place."""
+        spec = self.schema[name]
+        missing = self._index.table["missing"].to_pylist()
+        return np.array([spec.name not in names for names in missing], dtype=bool)
+
+    def field(self, name: str) -> Shaped[np.ndarray, "steps ..."]:
+        """All steps of a field, shape [N, ...], mapped read-only: pages are read from disk as they are touched."""
+        return self._map(field_file(self.path, name), name, self.steps)
+
+    def final(self, name: str) -> Shaped[np.ndarray, "episodes ..."]:
+        """An observation after the last step of each episode, shape [E, ...], mapped read-only."""
+        if self.schema[name].role != "observation":
+            raise DataError(
+                f"field {name!r}",
+                expected="an observation",
+                got=f"a field of role {self.schema[name].role!r}",
+                fix=f"choose one of: {', '.join(self.schema.observations) or 'none'}",
+            )
+        return self._map(final_file(self.path, name), name, len(self))
+
+    def _map(self, file: Path, name: str, rows: int) -> np.ndarray:
+        spec = self.schema[name]
+        key = str(file)
+        if key not in self._maps:
+            dtype = disk_dtype(spec)
+            self._maps[key] = (
+                np.memmap(file, dtype, "r", len(header(spec, 0)), (rows, *spec.shape)).view(np.ndarray)
+                if rows
+                else np.zeros((0, *spec.shape), dtype)
+            )
+        return self._maps[key]
+
+    def episode(self, number: int) -> Episode:
+        """One episode; its values are views of the maps where that is possible.
+
+        Args:
+            number: 0 to E - 1.
+
+        Raises:
+            DataError: there is no such episode.
+        """
+        if not 0 <= number < len(self):
+            raise DataError(
+                f"episode {number}",
+                expected=f"0 to {len(self) - 1}" if len(self) else "no episode, the store is empty",
+                got=str(number),
+                fix="choose another",
+            )
+        row = self._index.row(number)
+        start, length, missing = row.pop("start"), row.pop("length"), row.pop("missing")
+        del row["sha256"]
+        fields = {}
+        for spec in self.schema.fields:
+            if spec.name in missing:
+                continue
+            values = self.field(spec.name)[start : start + length]
+            if spec.role == "observation":
+                values = np.concatenate([values, self.final(spec.name)[number : number + 1]])
+            fields[spec.name] = values
+        return Episode(fields=fields, length=length, return_=row.pop("return"), **row)
+
+    def split(self, fraction: float, seed: int) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
+        """Splits the episodes at random for training and for tests on data that was held out.
+
+        Args:
+            fraction: share to hold out, between 0 and 1; at least one episode, and never all.
+            seed: the same seed gives the same split.
+
+        Returns:
+            Numbers of the episodes to train on and of those held out, each in ascending order.
+
+        Raises:
+            ConfigError: the share is not between 0 and 1.
+            DataError: there are fewer than two episodes.
+        """
+        if not 0 < fraction < 1:
+            raise ConfigError(
+                "share held out", expected="between 0 and 1", got=str(fraction), fix="choose a share such as 0.1"
+            )
+        if len(self) < 2:
+            raise DataError(
+                str(self.path), expected="two episodes or more to split", got=str(len(self)), fix="record more"
+            )
+        held_out = min(max(round(fraction * len(self)), 1), len(self) - 1)
+        order = generator(seed, "split").permutation(len(self)).astype(np.int64)
+        return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+    def verify(self) -> None:
+        """Reads everything and compares it with the checksums that were taken when it was written.
+
+        Raises:
+            DataError: an episode differs; its number and its rows are named.
+        """
+        for number, expected in enumerate(self._index.table["sha256"].to_pylist()):
+            row = self._index.row(number)
+            arrays: dict[str, np.ndarray | None] = dict.fromkeys(row["missing"])
+            arrays.update(self.episode(number).fields)
+            if episode_sha256(self.schema, arrays, row) != expected:
+                raise DataError(
+                    f"{self.path}, episode {number}, steps {row['start']} to {row['start'] + row['length'] - 1}",
+                    expected="the values that were written",
+                    got="different ones",
+                    fix=DAMAGED,
+                )

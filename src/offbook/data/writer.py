@@ -1,0 +1,310 @@
+"""Appending episodes to a store so that a crash at any moment loses none that was appended."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Self
+
+import numpy as np
+
+from offbook.data.index import JOURNAL, Index, Outcome, journal_line
+from offbook.data.layout import (
+    DAMAGED,
+    as_bytes,
+    check_file,
+    data_files,
+    disk_dtype,
+    episode_sha256,
+    field_file,
+    final_file,
+    header,
+    offset,
+    read_schema,
+)
+from offbook.data.schema import FieldSpec, Schema
+from offbook.errors import DataError
+from offbook.runs.directory import write_atomic
+
+
+class Writer:
+    """Appends episodes to a store. One at a time for a store; made by `EpisodeStore.create` or `append_to`.
+
+    Closing (or the end of a `with` block) compacts the index; without it nothing that was appended is lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.schema = read_schema(path)
+        self._handles: dict[Path, IO[bytes]] = {}
+        with explained(path):
+            self._lock = _lock(path)
+            try:
+                self._open_files()
+            except BaseException:
+                self._release()
+                raise
+
+    def _open_files(self) -> None:
+        index = Index.read(self.path)
+        self._episodes, self._steps, self._compacted = len(index), index.steps, index.compacted
+        self._pending: list[bytes] = []
+        self._journal = self.path / JOURNAL
+        for name, file, rows in data_files(self.path, self.schema, index):
+            spec = self.schema[name]
+            if not file.exists() and not rows:
+                write_atomic(file, header(spec, 0))
+            known = check_file(file, spec, rows)
+            if known > rows:
+                # Going on would cut them.
+                raise DataError(
+                    str(self.path),
+                    expected=f"an index of the {known} rows in {file.parent.name}/{file.name}",
+                    got=f"one of {rows}",
+                    fix=DAMAGED,
+                )
+            self._handles[file] = file.open("r+b")
+            self._handles[file].truncate(offset(spec, rows))
+        self._handles[self._journal] = os.fdopen(os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        self._handles[self._journal].truncate(index.journal_bytes)
+        self._journal_bytes = index.journal_bytes
+        sync_path(self.path)
+
+    def __len__(self) -> int:
+        return self._episodes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def append(
+        self,
+        fields: Mapping[str, np.ndarray | None],
+        *,
+        terminated: bool,
+        truncated: bool,
+        task: str = "",
+        source: str = "",
+        seed: int | None = None,
+        success: bool | None = None,
+        score: float | None = None,
+        sync: bool = True,
+    ) -> int:
+        """Adds one episode. When this returns, a crash of the process or the machine can no longer lose it.
+
+        Args:
+            fields: values by name, exactly those of the schema: T + 1 rows for an observation (the last after the
+                last step), T for others; None for a field that this episode does not have.
+            terminated: the task ended the episode.
+            truncated: something else did, such as a limit of time.
+            task: what was to be done, in words.
+            source: who acted.
+            seed: what the environment was reset with.
+            success: whether the task was done.
+            score: the task's own measure.
+            sync: False puts the durability off to the next `flush`, `close` or append with True; this is for imports,
+                which can be repeated.
+
+        Returns:
+            The episode's number.
+
+        Raises:
+            DataError: a field is missing, unknown, or has another length, dtype or shape than it should, or the disk
+                does not take it. The store is as it was before.
+        """
+        where = f"{self.path}, episode {self._episodes}"
+        arrays, length = _checked(self.schema, fields, where)
+        outcome = Outcome(
+            terminated=terminated,
+            truncated=truncated,
+            task=task,
+            source=source,
+            seed=seed,
+            success=success,
+            score=score,
+        )
+        reward = arrays.get(self.schema.reward or "")
+        row = {
+            **outcome.to_json(),
+            "start": self._steps,
+            "length": length,
+            "return": float("nan") if reward is None else float(np.sum(reward, dtype=np.float64)),
+            "missing": [name for name, values in arrays.items() if values is None],
+        }
+        row["sha256"] = episode_sha256(self.schema, arrays, row)
+        with explained(self.path):
+            self._write(arrays, length)
+            self._pending.append(journal_line(self._episodes, row))
+            if sync:
+                try:
+                    self.flush()
+                except OSError:
+                    self._pending.pop()
+                    raise
+        self._episodes, self._steps = self._episodes + 1, self._steps + length
+        return self._episodes - 1
+
+    def _write(self, arrays: Mapping[str, np.ndarray | None], length: int) -> None:
+        if not self._handles:
+            raise DataError(str(self.path), expected="an open writer", got="a closed one", fix="use append_to")
+        for spec in self.schema.fields:
+            values = arrays[spec.name]
+            if values is None:
+                values = np.zeros((length + (spec.role == "observation"), *spec.shape), disk_dtype(spec))
+            # To explicit places: what a failed attempt left there is overwritten.
+            self._write_rows(field_file(self.path, spec.name), spec, self._steps, values[:length])
+            if spec.role == "observation":
+                self._write_rows(final_file(self.path, spec.name), spec, self._episodes, values[length:])
+
+    def _write_rows(self, file: Path, spec: FieldSpec, row: int, values: np.ndarray) -> None:
+        handle = self._handles[file]
+        handle.seek(offset(spec, row))
+        handle.write(as_bytes(values, spec))
+        handle.flush()
+
+    def flush(self) -> None:
+        """Makes all episodes durable that were appended with `sync=False`."""
+        if not self._pending:
+            return
+        for file, handle in self._handles.items():
+            if file != self._journal:
+                os.fsync(handle.fileno())
+        # Only now, with the values on disk, are the episodes committed.
+        journal, lines = self._handles[self._journal], b"".join(self._pending)
+        journal.seek(self._journal_bytes)
+        journal.write(lines)
+        journal.flush()
+        os.fsync(journal.fileno())
+        self._journal_bytes += len(lines)
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Compacts the index, so that opening is fast, and lets others write. Closing twice does no harm."""
+        if not self._handles:
+            return
+        try:
+            with explained(self.path):
+                self.flush()
+                index = Index.read(self.path)
+                for name, file, rows in data_files(self.path, self.schema, index):
+                    spec, handle = self.schema[name], self._handles[file]
+                    handle.truncate(offset(spec, rows))
+                    handle.seek(0)
+                    handle.write(header(spec, rows))
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                if len(index) > self._compacted or self._journal_bytes:
+                    index.write_parquet(self.path)
+                    self._handles[self._journal].truncate(0)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for handle in self._handles.values():
+            handle.close()
+        self._handles = {}
+        os.close(self._lock)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            str(error.filename or path),
+            expected="to write the store",
+            got=error.strerror or str(error),
+            fix="see to the disk and its permissions, then append again: what was appended before is safe",
+        ) from error
+
+
+def _lock(path: Path) -> int:
+    """Takes the store's lock, which the operating system gives back when the process ends, however it ends."""
+    handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
+        os.close(handle)
+        raise DataError(
+            str(path),
+            expected="to be the only writer",
+            got=f"process {owner or 'unknown'} writing to it",
+            fix="wait for that one, or write to another store",
+        ) from None
+    os.ftruncate(handle, 0)
+    os.pwrite(handle, str(os.getpid()).encode(), 0)
+    return handle
+
+
+def sync_path(path: Path) -> None:
+    """Makes the entries of a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _checked(
+    schema: Schema, fields: Mapping[str, np.ndarray | None], where: str
+) -> tuple[dict[str, np.ndarray | None], int]:
+    """The values in the schema's order, and the number of steps, after every length, dtype and shape was compared."""
+    names = [spec.name for spec in schema.fields]
+    if set(fields) != set(names):
+        absent, unknown = sorted(set(names) - set(fields)), sorted(set(fields) - set(names))
+        raise DataError(
+            where,
+            expected=f"the fields {', '.join(names)}",
+            got=" and ".join(
+                [f"no {', '.join(absent)}"] * bool(absent) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+            ),
+            fix="give all fields of the schema, and None for one that this episode does not have",
+        )
+    arrays = {spec.name: fields[spec.name] for spec in schema.fields}
+    length = _length(schema, arrays, where)
+    for spec in schema.fields:
+        values = arrays[spec.name]
+        if values is None:
+            continue
+        values = np.asarray(values)
+        place = f"{where}, field {spec.name!r}"
+        rows = length + (spec.role == "observation")
+        if values.dtype != np.dtype(spec.dtype):
+            fix = f"convert it with .astype({spec.dtype!r}) if that loses nothing"
+            raise DataError(place, expected=spec.dtype, got=values.dtype.name, fix=fix)
+        if values.shape != (rows, *spec.shape):
+            reason = ", one for each step and one after the last" if spec.role == "observation" else ""
+            raise DataError(
+                place,
+                expected=f"shape {(rows, *spec.shape)} for {length} steps{reason}",
+                got=f"shape {values.shape}",
+                fix="give every field the same steps",
+            )
+        arrays[spec.name] = values
+    return arrays, length
+
+
+def _length(schema: Schema, arrays: Mapping[str, np.ndarray | None], where: str) -> int:
+    """The number of steps: what an action, a reward or the like says, else one less than the observations."""
+    given = {name: np.shape(values) for name, values in arrays.items() if values is not None}
+    if not given or not all(given.values()):
+        bad = next((name for name, shape in given.items() if not shape), "")
+        raise DataError(
+            f"{where}, field {bad!r}" if bad else where,
+            expected="rows of values, one for each step",
+            got="a single value" if bad else "no field at all",
+            fix="give the values of a whole episode",
+        )
+    steps = [shape[0] for name, shape in given.items() if schema[name].role != "observation"]
+    length = int(steps[0] if steps else next(iter(given.values()))[0] - 1)
+    if length < 1:
+        raise DataError(
+            where, expected="one step or more", got=f"{max(length, 0)} steps", fix="leave empty episodes out"
+        )
+    return length
