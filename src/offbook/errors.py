@@ -24,7 +24,7 @@ class OffbookError(Exception):
     exit_code = 1
 
     def __init__(self, where: str, *, expected: str, got: str, fix: str) -> None:
-        super().__init__(f"{where}: expected {expected}, got {got}; {fix}.")
+        super().__init__(f"{where}: expected {expected}, got {got}; {fix}{'' if fix.endswith('?') else '.'}")
         self.where, self.expected, self.got, self.fix = where, expected, got, fix
 
     def __reduce__(self) -> tuple[object, ...]:
