@@ -1,0 +1,168 @@
+"""Normalisation of fields to mean 0 and standard deviation 1, from the steps that are really there."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int64, Num
+
+from offbook.data.store import EpisodeStore
+from offbook.errors import CheckpointError, DataError
+
+_CHUNK = 1 << 16
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalizer:
+    """Mean and standard deviation of each entry of each field.
+
+    An entry that hardly varies is divided by a floor instead, 1e-3 times the root mean square of its field, so that
+    noise is not blown up; a constant one is decoded to exactly its value.
+
+    Attributes:
+        mean: by field, float64, shape of one step's value.
+        std: by field, float64, of the same shape; never 0.
+        floored: by field, how many entries were given the floor; for a message to the user.
+
+    Example:
+        >>> normalizer = Normalizer(mean={"x": np.array([1.0])}, std={"x": np.array([2.0])}, floored={"x": 0})
+        >>> normalizer.encode("x", np.array([[5.0]])).tolist()
+        [[2.0]]
+    """
+
+    mean: Mapping[str, Float64[np.ndarray, "..."]]
+    std: Mapping[str, Float64[np.ndarray, "..."]]
+    floored: Mapping[str, int]
+
+    @staticmethod
+    def fit(
+        store: EpisodeStore, fields: Sequence[str], episodes: Int64[np.ndarray, " chosen"] | None = None
+    ) -> "Normalizer":
+        """Computes the statistics over all real steps, in float64.
+
+        Args:
+            store: the recordings.
+            fields: which fields; the last observation of an episode, after its last step, is not counted.
+            episodes: numbers of the episodes to use, such as those to train on; None for all.
+
+        Raises:
+            DataError: a value is NaN or infinite, no episode has the field, or it is not one of numbers.
+        """
+        mean, std, floored = {}, {}, {}
+        for name in fields:
+            mean[name], std[name], floored[name] = _statistics(store, name, episodes)
+        return Normalizer(mean=mean, std=std, floored=floored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.mean
+
+    def encode(self, name: str, values: Num[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+        """Normalises values of a field; any axes may stand before the field's own."""
+        return np.asarray((values - self._of(name, self.mean)) / self._of(name, self.std), np.float32)
+
+    def decode(self, name: str, values: Num[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
+        """The inverse of `encode`, in the field's own unit and in float64."""
+        return np.asarray(values * self._of(name, self.std) + self._of(name, self.mean), np.float64)
+
+    def _of(self, name: str, statistic: Mapping[str, np.ndarray]) -> np.ndarray:
+        if name not in statistic:
+            raise DataError(
+                f"normalisation of {name!r}",
+                expected=f"one of {', '.join(statistic) or 'no field'}",
+                got="a field that was not fitted",
+                fix="fit the normaliser with this field",
+            )
+        return statistic[name]
+
+    def to_json(self) -> dict[str, Any]:
+        """The statistics as plain JSON types; they come back bit for bit."""
+        return {
+            name: {"mean": self.mean[name].tolist(), "std": self.std[name].tolist(), "floored": self.floored[name]}
+            for name in self.mean
+        }
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "Normalizer":
+        """Reads what `to_json` wrote.
+
+        Raises:
+            CheckpointError: the record is something else, or a deviation is not a positive number.
+        """
+        try:
+            mean = {name: np.asarray(of["mean"], np.float64) for name, of in record.items()}
+            std = {name: np.asarray(of["std"], np.float64) for name, of in record.items()}
+            floored = {name: int(of["floored"]) for name, of in record.items()}
+            for name in mean:
+                sound = mean[name].shape == std[name].shape and np.isfinite(mean[name]).all()
+                if not sound or not (np.isfinite(std[name]) & (std[name] > 0)).all():
+                    raise ValueError(f"unusable numbers for {name!r}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                "normalisation",
+                expected="a mean and a positive standard deviation for each field",
+                got=f"{type(error).__name__} {error}",
+                fix="use a checkpoint that is whole",
+            ) from error
+        return Normalizer(mean=mean, std=std, floored=floored)
+
+
+def _statistics(
+    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None
+) -> tuple[np.ndarray, np.ndarray, int]:
+    spec = store.schema[name]
+    shape = spec.shape
+    count, total = 0, np.zeros(shape)
+    low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
+    for first, values in _chunks(store, name, episodes):
+        if not np.isfinite(values).all():
+            _refuse(store, name, first + int(np.argwhere(~np.isfinite(values))[0][0]))
+        count += len(values)
+        total += values.sum(axis=0)
+        low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
+    if not count:
+        raise DataError(
+            f"{store.path}, field {name!r}",
+            expected="steps to take statistics of",
+            got="none",
+            fix="choose a field that the chosen episodes hold",
+        )
+    # Rounding must not move the mean of a constant.
+    mean = np.where(low == high, low, total / count)
+    squares = np.zeros(shape)
+    for _, values in _chunks(store, name, episodes):
+        squares += ((values - mean) ** 2).sum(axis=0)
+    std = np.sqrt(squares / count)
+    scale = float(np.sqrt(np.mean(std**2 + mean**2)))
+    floor = _FLOOR * (scale or 1.0)
+    return mean, np.maximum(std, floor), int((std < floor).sum())
+
+
+def _chunks(
+    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The field's real steps in float64, a bounded number at a time, each chunk with the row it begins at."""
+    values, present = store.field(name), store.present(name)
+    chosen = np.arange(len(store)) if episodes is None else np.unique(episodes)
+    chosen = chosen[present[chosen]]
+    rows = max(1, _CHUNK // store.schema[name].size)
+    starts = store.episodes["start"][chosen]
+    stops = starts + store.episodes["length"][chosen]
+    # Neighbouring episodes are read as one stretch.
+    first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1])) if len(chosen) else np.zeros(0, np.int64)
+    last = np.append(first[1:], len(chosen)) - 1
+    for begin, end in zip(starts[first].tolist(), stops[last].tolist() if len(chosen) else [], strict=True):
+        for row in range(begin, end, rows):
+            yield row, np.asarray(values[row : min(row + rows, end)], np.float64)
+
+
+def _refuse(store: EpisodeStore, name: str, row: int) -> None:
+    starts = store.episodes["start"]
+    episode = int(np.searchsorted(starts, row, "right")) - 1
+    raise DataError(
+        f"{store.path}, field {name!r}, episode {episode}, step {row - int(starts[episode])}",
+        expected="finite numbers",
+        got="NaN or infinity",
+        fix="leave that episode out, or record it again",
+    )

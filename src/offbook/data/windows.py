@@ -1,0 +1,288 @@
+"""Windows of T consecutive steps out of a store, drawn at random and near the speed of memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, Int64, Shaped
+
+from offbook.data.normalise import Normalizer
+from offbook.data.returns import ReturnSpec, returns_to_go
+from offbook.data.store import EpisodeStore
+from offbook.errors import ConfigError, DataError
+from offbook.runs.seeding import generator
+
+RETURN_TO_GO = "return_to_go"
+"""Name under which windows carry the return to go."""
+
+Pad = Literal["drop", "left", "right"]
+Weight = Literal["window", "episode", "return"]
+# Fields with more numbers a step than this, and pictures, are read from the store's files window by window.
+_PACKED = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """B windows of T steps each.
+
+    Attributes:
+        data: values by field, shape (B, T, ...); floats are float32, other types are as recorded. Zero where padded and
+            in episodes without the field.
+        valid: which steps are real, shape (B, T); the others are padding.
+        present: by field, which windows' episodes have it, shape (B,).
+        episode: number of each window's episode in the store, shape (B,).
+        start: step of its episode at which the window's first position stands, shape (B,); negative where the left is
+            padded.
+    """
+
+    data: Mapping[str, Shaped[np.ndarray, "batch time ..."]]
+    valid: Bool[np.ndarray, "batch time"]
+    present: Mapping[str, Bool[np.ndarray, " batch"]]
+    episode: Int64[np.ndarray, " batch"]
+    start: Int64[np.ndarray, " batch"]
+
+
+class WindowSampler:
+    """Draws windows from a store; each batch is a function of the seed and the step alone, so resuming needs no state.
+
+    Small float fields are packed side by side in memory once, normalised if asked, and a window is T rows of that.
+
+    Args:
+        store: the recordings.
+        fields: which fields; an observation's value after the last step is in no window.
+        length: steps T of a window.
+        stride: steps between the first positions of neighbouring windows of an episode.
+        pad: what to do at the ends of an episode. `"drop"`: windows lie inside, and episodes shorter than T are dropped
+            (`dropped` counts them). `"left"`: a window ends at each step, and what is before the episode is padding;
+            `"right"`: a window begins at each step, and what is after the episode is padding.
+        weight: what is drawn with equal chances: a `"window"`; or an `"episode"` and then one of its windows; or,
+            with `"return"`, a window with a chance that grows linearly with the return of its episode, those of the
+            best episode having about a hundred times the chance of those of the worst.
+        episodes: numbers of the episodes to draw from; None for all.
+        returns: adds the return to go as `"return_to_go"`, shape (B, T).
+        normalizer: normalises those of the fields that it was fitted to.
+        seed: of the random draws.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+        DataError: a field is missing, or no episode is long enough.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from offbook.data.store import FieldSpec, Schema
+        >>> schema = Schema((FieldSpec("action", "float32", (2,), "action"),))
+        >>> with TemporaryDirectory() as folder:
+        ...     with EpisodeStore.create(Path(folder) / "s", schema) as writer:
+        ...         n = writer.append({"action": np.ones((9, 2), np.float32)}, terminated=True, truncated=False)
+        ...     sampler = WindowSampler(EpisodeStore.open(Path(folder) / "s"), ["action"], length=4)
+        ...     len(sampler), sampler.sample(batch=3, step=0).data["action"].shape
+        (6, (3, 4, 2))
+    """
+
+    def __init__(
+        self,
+        store: EpisodeStore,
+        fields: Sequence[str],
+        *,
+        length: int,
+        stride: int = 1,
+        pad: Pad = "drop",
+        weight: Weight = "window",
+        episodes: Int64[np.ndarray, " chosen"] | None = None,
+        returns: ReturnSpec | None = None,
+        normalizer: Normalizer | None = None,
+        seed: int = 0,
+    ) -> None:
+        for name, value, choices in (("pad", pad, get_args(Pad)), ("weight", weight, get_args(Weight))):
+            if value not in choices:
+                raise ConfigError(name, expected=" or ".join(choices), got=repr(value), fix="choose one of them")
+        for name, number in (("window length", length), ("window stride", stride)):
+            if number < 1:
+                raise ConfigError(name, expected="1 or more", got=str(number), fix="choose a positive number")
+        self.store, self.length, self.stride, self.pad, self.seed = store, length, stride, pad, seed
+        self.fields = tuple(fields)
+        self._choose_episodes(episodes)
+        self._weigh(weight)
+        self._gather_fields(returns, normalizer)
+
+    def _choose_episodes(self, episodes: Int64[np.ndarray, " chosen"] | None) -> None:
+        """Keeps the episodes that give windows, and counts the windows of each."""
+        chosen = np.arange(len(self.store)) if episodes is None else np.unique(episodes)
+        lengths = self.store.episodes["length"][chosen]
+        span = lengths - self.length + 1 if self.pad == "drop" else lengths
+        counts = -(-span // self.stride)
+        keep = counts > 0
+        self.dropped = int((~keep).sum())
+        if not keep.any():
+            raise DataError(
+                f"{self.store.path}, windows of {self.length} steps",
+                expected=f"an episode of {self.length} steps or more",
+                got=f"{len(chosen)} episodes, the longest of {max(lengths, default=0)} steps",
+                fix="ask for shorter windows, or pad them",
+            )
+        self._episodes, self._lengths, self._counts = chosen[keep], lengths[keep], counts[keep]
+        self._starts = self.store.episodes["start"][self._episodes]
+
+    def __len__(self) -> int:
+        return int(self._counts.sum())
+
+    def _weigh(self, weight: Weight) -> None:
+        chances = self._counts.astype(np.float64)
+        if weight == "episode":
+            chances = np.ones_like(chances)
+        elif weight == "return":
+            returns = self.store.episodes["return"][self._episodes]
+            if not np.isfinite(returns).all():
+                bad = int(self._episodes[~np.isfinite(returns)][0])
+                raise DataError(
+                    f"{self.store.path}, episode {bad}",
+                    expected="a finite return, to weigh windows by",
+                    got=str(self.store.episodes["return"][bad]),
+                    fix="weigh by window or episode, or leave that episode out",
+                )
+            spread = returns.max() - returns.min()
+            chances *= 0.01 + (returns - returns.min()) / spread if spread > 0 else 1.0
+        self._cumulative = np.cumsum(chances)
+
+    def _gather_fields(self, returns: ReturnSpec | None, normalizer: Normalizer | None) -> None:
+        """Packs the small float fields; the rest stays in the store's files."""
+        store = self.store
+        self._slices: dict[str, slice] = {}
+        self._direct: dict[str, np.ndarray] = {}
+        self._present = {name: store.present(name)[self._episodes] for name in self.fields}
+        self._normalizer = normalizer
+        width = 0
+        for name in self.fields:
+            spec = store.schema[name]
+            if np.dtype(spec.dtype).kind == "f" and spec.size <= _PACKED:
+                self._slices[name] = slice(width, width + spec.size)
+                width += spec.size
+            else:
+                self._direct[name] = store.field(name)
+        if returns is not None:
+            if RETURN_TO_GO in self.fields:
+                raise ConfigError(
+                    "returns", expected=f"no field {RETURN_TO_GO!r} in the store", got="one", fix="leave returns out"
+                )
+            self._slices[RETURN_TO_GO] = slice(width, width + 1)
+            width += 1
+        # The packed rows of the chosen episodes lie end to end, without those of the others.
+        self._packed_starts = np.cumsum(self._lengths) - self._lengths
+        self._packed = np.empty((int(self._lengths.sum()), width), np.float32)
+        for name, columns in self._slices.items():
+            self._pack(name, columns, returns)
+
+    def _pack(self, name: str, columns: slice, returns: ReturnSpec | None) -> None:
+        store = self.store
+        if name == RETURN_TO_GO and returns is not None:
+            reward, present = self._rewards()
+            values = returns_to_go(reward, self._starts, self._lengths, returns)
+            self._present[name] = present
+        else:
+            values, present = store.field(name), self._present[name]
+        encode = self._normalizer is not None and name in self._normalizer
+        for row, to, length, here in zip(
+            self._starts.tolist(), self._packed_starts.tolist(), self._lengths.tolist(), present.tolist(), strict=True
+        ):
+            part = values[row : row + length]
+            if self._normalizer is not None and encode:
+                part = self._normalizer.encode(name, part)
+            self._packed[to : to + length, columns] = part.reshape(length, -1) if here else 0
+
+    def _rewards(self) -> tuple[Shaped[np.ndarray, " steps"], Bool[np.ndarray, " episodes"]]:
+        name = self.store.schema.reward
+        if name is None:
+            raise DataError(
+                str(self.store.path), expected="rewards, for returns to go", got="none", fix="leave returns out"
+            )
+        return self.store.field(name), self.store.present(name)[self._episodes]
+
+    def sample(self, batch: int, step: int) -> Windows:
+        """Draws a batch.
+
+        Args:
+            batch: number B of windows.
+            step: number of the batch; the same seed, batch and step give the same windows, in any process.
+
+        Returns:
+            The windows; the arrays are the caller's own.
+        """
+        random = generator(self.seed, "windows", step)
+        total = self._cumulative[-1]
+        which = np.searchsorted(self._cumulative, random.random(batch) * total, "right")
+        # Rounding may hit the very end.
+        which = np.minimum(which, len(self._episodes) - 1)
+        ordinal = (random.random(batch) * self._counts[which]).astype(np.int64)
+        start = np.minimum(ordinal, self._counts[which] - 1) * self.stride
+        if self.pad == "left":
+            start -= self.length - 1
+        return self._gather(which, start)
+
+    def at(self, numbers: Int64[np.ndarray, " batch"]) -> Windows:
+        """The windows of given numbers, 0 to `len(self) - 1`, in the order of their episodes: to go through them all.
+
+        Raises:
+            ConfigError: there is no such window.
+        """
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            bad = int(numbers[(numbers < 0) | (numbers >= len(self))][0])
+            raise ConfigError("window number", expected=f"0 to {len(self) - 1}", got=str(bad), fix="choose another")
+        ends = np.cumsum(self._counts)
+        which = np.searchsorted(ends, numbers, "right")
+        start = (numbers - (ends - self._counts)[which]) * self.stride
+        return self._gather(which, start - (self.length - 1 if self.pad == "left" else 0))
+
+    def _gather(self, which: Int64[np.ndarray, " batch"], start: Int64[np.ndarray, " batch"]) -> Windows:
+        batch, time = len(which), self.length
+        steps = start[:, None] + np.arange(time)
+        if self.pad == "drop":
+            valid = np.ones((batch, time), bool)
+        else:
+            last = self._lengths[which][:, None] - 1
+            valid = (steps >= 0) & (steps <= last)
+            steps = np.clip(steps, 0, last)
+        padding = None if valid.all() else ~valid
+        data = self._from_pack(which, steps, padding)
+        rows = self._starts[which][:, None] + steps if self._direct else steps
+        for name, source in self._direct.items():
+            values = source[rows]
+            if self._normalizer is not None and name in self._normalizer:
+                values = self._normalizer.encode(name, values)
+            elif values.dtype.kind == "f":
+                values = values.astype(np.float32, copy=False)
+            if padding is not None:
+                values[padding] = 0
+            if not self._present[name].all():
+                values[~self._present[name][which]] = 0
+            data[name] = values
+        present = {name: flags[which] for name, flags in self._present.items()}
+        order = [*self.fields, *([RETURN_TO_GO] if RETURN_TO_GO in self._slices else [])]
+        return Windows(
+            data={name: data[name] for name in order},
+            valid=valid,
+            present=present,
+            episode=self._episodes[which],
+            start=start,
+        )
+
+    def _from_pack(
+        self,
+        which: Int64[np.ndarray, " batch"],
+        steps: Int64[np.ndarray, "batch time"],
+        padding: Bool[np.ndarray, "batch time"] | None,
+    ) -> dict[str, np.ndarray]:
+        batch, time = steps.shape
+        width = self._packed.shape[1]
+        values = np.empty((batch, time, width), np.float32)
+        rows = self._packed_starts[which][:, None] + steps
+        # All rows are in range; "clip" spares the copy that np.take makes to be able to raise half-way.
+        np.take(self._packed, rows, axis=0, out=values, mode="clip")
+        if padding is not None:
+            values[padding] = 0
+        data = {}
+        for name, columns in self._slices.items():
+            shape = () if name == RETURN_TO_GO else self.store.schema[name].shape
+            data[name] = values[..., columns].reshape(batch, time, *shape)
+        return data
