@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import offbook
 from offbook.errors import CheckpointError, ConfigError
@@ -87,7 +87,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._log: IO[str] | None = None
+        self._whole_lines = False
         self._board: Any = None
         self._purge_step: int | None = None
 
@@ -185,12 +185,12 @@ class RunDirectory:
             metrics: numbers by name; NaN and infinities are kept as null and read back as NaN.
         """
         numbers = {name: float(value) for name, value in metrics.items()}
-        if self._log is None:
+        if not self._whole_lines:
             self._drop_torn_line()
-            self._log = (self.path / "metrics.jsonl").open("a")
+            self._whole_lines = True
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._log.write(json.dumps({"step": int(step), **line}) + "\n")
-        self._log.flush()
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": int(step), **line}) + "\n")
         board = self._tensorboard()
         if board is not None:
             for name, value in numbers.items():
@@ -207,10 +207,7 @@ class RunDirectory:
         return self._board
 
     def close(self) -> None:
-        """Closes the metrics file and TensorBoard's; a later `log` opens them again."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        """Closes TensorBoard's file; a later `log` opens another."""
         if self._board is not None:
             self._board.close()
             self._board = None
