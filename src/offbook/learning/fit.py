@@ -170,7 +170,7 @@ def fit(
     with ExitStack() as stack:
         stack.callback(run.close)
         stack.enter_context(_threads(config.threads))
-        # Dropout takes no generator; the default one, forked and seeded anew each step, makes it a function of the step.
+        # Dropout takes no generator; the default one is forked here and seeded anew in each step.
         stack.enter_context(torch.random.fork_rng())
         loop = _Loop(module, config, run)
         start = loop.restore() if resume else 0
