@@ -1,0 +1,367 @@
+"""Minari, the standard of the Gymnasium family: reading and writing through its own package.
+
+A name is either the id of a local dataset (`D4RL/door/human-v2`, looked up where `MINARI_DATASETS_PATH` says) or a path
+that begins with `/`, `.` or `~`. Nothing is downloaded: `minari download ID` does that.
+
+Observation spaces are flattened to leaves: a bare space is the field `observation`, entries of Dict and Tuple spaces
+have their keys joined by dots. Actions likewise, below `action`. Types are kept. A text that stays the same through an
+episode becomes its task; of the step-by-step infos only success is read.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offbook.data.formats import Recordings
+from offbook.data.formats.spaces import action_space_for, action_spec, is_text, leaves, nested, space_for, value_at
+from offbook.data.index import Outcome
+from offbook.data.store import Episode, EpisodeStore, FieldSpec, Role, Schema
+from offbook.errors import DataError, needs_extra
+
+_SUCCESS = ("success", "is_success", "goal_achieved")
+# What describes the file rather than the recordings; the rest is kept and comes back on export.
+_OF_THE_FILE = ("total_episodes", "total_steps", "dataset_size", "dataset_id", "minari_version", "combined_datasets")
+_OURS = "offbook"
+
+
+def read(source: str) -> Recordings:
+    """Opens a Minari dataset.
+
+    Args:
+        source: id of a local dataset, or a path.
+
+    Raises:
+        DataError: it is not there, is damaged, or holds something that a store cannot keep.
+        MissingExtraError: Minari is not installed.
+    """
+    with needs_extra("sim"):
+        import minari
+    folder = _find(source)
+    with _explained(source):
+        dataset = minari.MinariDataset(folder)
+        first = next(iter(dataset.iterate_episodes([0]))) if len(dataset) else None
+    if first is None:
+        raise DataError(f"minari:{source}", expected="one episode or more", got="none", fix="choose another dataset")
+    metadata = json.loads((folder / "metadata.json").read_bytes())
+    schema = _schema(dataset, first, metadata)
+    return Recordings(schema=schema, episodes=_episodes(source, dataset, schema), total=len(dataset))
+
+
+def write(store: EpisodeStore, target: str) -> str:
+    """Writes a store as a Minari dataset, which appears under its name only when it is whole.
+
+    Pictures are written without loss. Fields of the role "other" have no place in the format and are left out.
+
+    Args:
+        store: the recordings.
+        target: a new id, or a path.
+
+    Returns:
+        The folder of the dataset.
+
+    Raises:
+        DataError: the name is taken or not allowed, or some episode lacks a field.
+    """
+    with needs_extra("sim"):
+        from minari.dataset.minari_storage import MinariStorage
+    folder, dataset_id = _target(target)
+    kept = dict(store.schema.extra.get("minari", {}))
+    observation, action = _spaces(store.schema, kept)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = partial / "data"
+            data.mkdir(parents=True)
+            storage = MinariStorage.new(
+                data, observation, action, data_format=kept.get("data_format", "hdf5"), jpeg_encoding=False
+            )
+            storage.update_metadata(_metadata(store.schema, kept, dataset_id))
+            storage.update_episodes(_buffer(store, number, observation, action) for number in range(len(store)))
+            storage.update_episode_metadata(_said_of(store.episode(number)) for number in range(len(store)))
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return str(folder)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~"))
+
+
+def _find(source: str) -> Path:
+    """The folder with a dataset's `metadata.json`."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    folder = Path(source).expanduser() if _is_path(source) else get_dataset_path(source)
+    for candidate in (folder / "data", folder):
+        if (candidate / "metadata.json").is_file():
+            return candidate
+    fix = "give the folder that holds metadata.json"
+    if not _is_path(source):
+        local = _local_ids()
+        close = get_close_matches(source, local, n=1)
+        hint = f"did you mean {close[0]!r}? Otherwise " if close else f"{len(local)} other ids are here; "
+        fix = f"{hint}run: minari download {source}"
+    raise DataError(f"minari:{source}", expected="a dataset on this machine", got=f"nothing in {folder}", fix=fix)
+
+
+def _local_ids() -> list[str]:
+    import minari
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return list(minari.list_local_datasets())
+        except (ValueError, TypeError):
+            # Minari stumbles over folders whose names are no ids; the hint is not worth failing for.
+            return []
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Minari reports damage by whatever error its reader meets."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, NotImplementedError) as error:
+        raise DataError(
+            f"minari:{source}",
+            expected="a dataset that this version of Minari reads",
+            got=f"{type(error).__name__} {error}".splitlines()[0],
+            fix="download or record it again",
+        ) from error
+
+
+def _schema(dataset: Any, first: Any, metadata: dict[str, Any]) -> Schema:
+    fields = []
+    roles: tuple[tuple[Role, Any, Any], ...] = (
+        ("observation", dataset.observation_space, first.observations),
+        ("action", dataset.action_space, first.actions),
+    )
+    for role, space, values in roles:
+        for name, path, leaf in leaves(space, role):
+            if not is_text(leaf):
+                array = np.asarray(value_at(values, path))
+                fields.append(FieldSpec(name, array.dtype.name, array.shape[1:], role))
+    reward = np.asarray(first.rewards)
+    fields.append(FieldSpec("reward", reward.dtype.name, reward.shape[1:], "reward"))
+    texts = [path for _, path, leaf in leaves(dataset.observation_space, "observation") if is_text(leaf)]
+    if len(texts) > 1:
+        raise DataError(
+            f"minari:{dataset.id}", expected="at most one text in an observation", got=str(texts), fix="leave one out"
+        )
+    kept = {key: value for key, value in metadata.items() if key not in (*_OF_THE_FILE, _OURS)}
+    environment = json.loads(metadata.get("env_spec", "{}")).get("id")
+    schema = Schema(
+        tuple(fields),
+        environment=f"gym:{environment}" if environment else "",
+        source=f"minari:{dataset.id}",
+        action=action_spec(dataset.action_space),
+        extra={"minari": kept},
+    )
+    ours = metadata.get(_OURS)
+    if ours is None:
+        return schema
+    # One of our own exports: what Minari has no place for, unless someone has changed the fields since.
+    own = Schema.from_json({**ours, "extra": {}}, f"minari:{dataset.id}")
+    same = {replace(spec, units="") for spec in own.fields if spec.role != "other"} == set(schema.fields)
+    return replace(own, fields=_without_others(own), extra=schema.extra) if same else schema
+
+
+def _without_others(schema: Schema) -> tuple[FieldSpec, ...]:
+    return tuple(spec for spec in schema.fields if spec.role != "other")
+
+
+def _episodes(source: str, dataset: Any, schema: Schema) -> Iterator[tuple[dict[str, np.ndarray | None], Outcome]]:
+    observations = leaves(dataset.observation_space, "observation")
+    actions = leaves(dataset.action_space, "action")
+    algorithm = str(schema.extra["minari"].get("algorithm_name", ""))
+    metadatas = iter(dataset.storage.get_episode_metadata(dataset.episode_indices))
+    episodes = dataset.iterate_episodes()
+    for number in range(len(dataset)):
+        with _explained(f"{source}, episode {number}"):
+            episode, said = next(episodes), next(metadatas)
+        fields: dict[str, np.ndarray | None] = {"reward": np.asarray(episode.rewards)}
+        task = str(said.get("task", ""))
+        for wanted, values in ((observations, episode.observations), (actions, episode.actions)):
+            for name, path, leaf in wanted:
+                if is_text(leaf):
+                    task = _constant(value_at(values, path), f"minari:{source}, episode {number}, {name}")
+                else:
+                    fields[name] = np.asarray(value_at(values, path))
+        ends = {
+            name: _end(np.asarray(flags), f"minari:{source}, episode {number}, {name}")
+            for name, flags in (("terminations", episode.terminations), ("truncations", episode.truncations))
+        }
+        seed, score = said.get("seed"), said.get("score")
+        outcome = Outcome(
+            terminated=ends["terminations"],
+            truncated=ends["truncations"],
+            task=task,
+            source=str(said.get("source", algorithm)),
+            seed=None if seed is None else int(seed),
+            success=_success(said, episode.infos),
+            score=None if score is None else float(score),
+        )
+        yield fields, outcome
+
+
+def _constant(texts: Iterable[Any], where: str) -> str:
+    different = sorted({str(text) for text in texts})
+    if len(different) != 1:
+        raise DataError(
+            where,
+            expected="the same text through the episode",
+            got=f"{len(different)} texts",
+            fix="leave this text out of the observations",
+        )
+    return different[0]
+
+
+def _end(flags: np.ndarray, where: str) -> bool:
+    """Whether the last flag is set; the others must not be, for an episode ends once."""
+    early = np.flatnonzero(flags[:-1])
+    if len(early):
+        raise DataError(
+            where,
+            expected="the flag at the last step only",
+            got=f"one at step {early[0]} of {len(flags)}",
+            fix="cut the recording into episodes there",
+        )
+    return bool(flags[-1]) if len(flags) else False
+
+
+def _success(said: Mapping[str, Any], infos: Mapping[str, Any] | None) -> bool | None:
+    """What the episode says of itself, else whether any step's info reports success."""
+    if said.get("success") is not None:
+        return bool(said["success"])
+    for name in _SUCCESS:
+        if infos and name in infos:
+            values = np.asarray(infos[name], np.float64)
+            return bool((values > 0).any())
+    return None
+
+
+def _target(target: str) -> tuple[Path, str]:
+    """The folder to be made, whose parent exists then, and the dataset's id."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.namespace import create_namespace, list_local_namespaces
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    if _is_path(target):
+        folder = Path(target).expanduser().resolve()
+        name = re.sub(r"[^-\w]", "-", folder.name)
+        dataset_id = name if re.search(r"-v\d+$", name) else f"{name}-v0"
+    else:
+        folder, dataset_id = get_dataset_path(target), target
+    try:
+        namespace = parse_dataset_id(dataset_id)[0]
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"minari:{target}",
+            expected="an id such as pour/expert-v0 (letters, digits, - and _, with a version at the end)",
+            got=repr(target),
+            fix="choose another id, or a path that begins with / or ./",
+        ) from error
+    if folder.exists():
+        raise DataError(f"minari:{target}", expected="a new name", got=f"{folder}, which exists", fix="choose another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if namespace and namespace not in list_local_namespaces() and not _is_path(target):
+        create_namespace(namespace)
+    return folder, dataset_id
+
+
+def _metadata(schema: Schema, kept: Mapping[str, Any], dataset_id: str) -> dict[str, Any]:
+    import minari
+
+    fixed = ("observation_space", "action_space", "data_format", "jpeg_encoding")
+    metadata = {key: value for key, value in kept.items() if key not in fixed}
+    for key in ("author", "author_email"):
+        if key in metadata:
+            metadata[key] = set(metadata[key])
+    if "env_spec" not in metadata and (spec := _env_spec(schema.environment)):
+        metadata["env_spec"] = spec
+    ours = {key: value for key, value in schema.to_json().items() if key != "extra"}
+    return {**metadata, "dataset_id": dataset_id, "minari_version": minari.__version__, _OURS: ours}
+
+
+def _env_spec(environment: str) -> str | None:
+    """The registered specification of a Gymnasium environment, as JSON, where there is one."""
+    import gymnasium
+
+    library, _, name = environment.partition(":")
+    if library != "gym":
+        return None
+    try:
+        return str(gymnasium.spec(name).to_json())
+    except (gymnasium.error.Error, TypeError):
+        return None
+
+
+def _spaces(schema: Schema, kept: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The spaces that the recordings came with, else ones that fit the fields."""
+    from gymnasium import spaces
+    from minari.serialization import deserialize_space
+
+    if "observation_space" in kept and "action_space" in kept:
+        return deserialize_space(kept["observation_space"]), deserialize_space(kept["action_space"])
+
+    bad = [name for name in (*schema.observations, *schema.actions) if "/" in name]
+    if bad or schema.actions != ("action",) or schema.reward is None or not schema.observations:
+        raise DataError(
+            "export to Minari",
+            expected="observations, one field 'action', rewards, and no '/' in a name",
+            got=f"{', '.join(spec.name for spec in schema.fields)}",
+            fix="export a store with those fields",
+        )
+    seen = {name: space_for(schema[name]) for name in schema.observations}
+    bare = schema.observations == ("observation",)
+    return seen["observation"] if bare else spaces.Dict(seen), action_space_for(schema["action"], schema.action)
+
+
+def _buffer(store: EpisodeStore, number: int, observation_space: Any, action_space: Any) -> Any:
+    from minari.data_collector.episode_buffer import EpisodeBuffer
+
+    episode = store.episode(number)
+    wanted = [spec.name for spec in store.schema.fields if spec.role != "other"]
+    missing = [name for name in wanted if name not in episode.fields]
+    if missing:
+        raise DataError(
+            f"{store.path}, episode {number}",
+            expected="all fields, as Minari needs them",
+            got=f"no {', '.join(missing)}",
+            fix="export a store whose episodes are complete",
+        )
+
+    def here(name: str, rows: int) -> Any:
+        # A leaf without a field is the text that became the task.
+        return episode.fields[name] if name in episode.fields else [episode.task] * rows
+
+    ends = np.zeros((2, episode.length), bool)
+    ends[:, -1] = episode.terminated, episode.truncated
+    return EpisodeBuffer(
+        seed=episode.seed,
+        observations=nested(observation_space, "observation", lambda name: here(name, episode.length + 1)),
+        actions=nested(action_space, "action", lambda name: here(name, episode.length)),
+        rewards=episode.fields[store.schema.reward or ""],
+        terminations=ends[0],
+        truncations=ends[1],
+    )
+
+
+def _said_of(episode: Episode) -> dict[str, Any]:
+    """What Minari has no place for, as metadata of the episode."""
+    said = {"task": episode.task, "source": episode.source, "success": episode.success, "score": episode.score}
+    return {key: value for key, value in said.items() if value not in (None, "")}

@@ -1,0 +1,111 @@
+"""Gymnasium spaces as named leaves, and spaces for the fields of a store.
+
+A bare space is one leaf, named after what it is of (`observation`, `action`). An entry of Dict and Tuple spaces is a
+leaf under its keys joined by dots; those of a nested action begin with `action.`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from offbook.client.protocol import ActionSpec
+from offbook.data.schema import FieldSpec
+
+Keys = tuple[str | int, ...]
+
+
+def leaves(space: Any, root: str) -> list[tuple[str, Keys, Any]]:
+    """The leaves of a space in its own order: name, keys that lead there, space.
+
+    Args:
+        space: any Gymnasium space.
+        root: `"observation"` or `"action"`.
+
+    Example:
+        >>> from gymnasium import spaces
+        >>> space = spaces.Dict({"arm": spaces.Dict({"joints": spaces.Box(-1, 1, (7,))}), "door": spaces.Discrete(2)})
+        >>> [name for name, _, _ in leaves(space, "observation")]
+        ['arm.joints', 'door']
+    """
+    found = list(_walk(space, ()))
+    prefix = "action." if root == "action" else ""
+    return [(prefix + ".".join(map(str, keys)) if keys else root, keys, leaf) for keys, leaf in found]
+
+
+def _walk(space: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
+    inner = getattr(space, "spaces", None)
+    if inner is None:
+        yield keys, space
+        return
+    for key, child in inner.items() if isinstance(inner, Mapping) else enumerate(inner):
+        yield from _walk(child, (*keys, key))
+
+
+def value_at(values: Any, keys: Keys) -> Any:
+    """The part of a nested value to which keys lead."""
+    for key in keys:
+        values = values[key]
+    return values
+
+
+def nested(space: Any, root: str, value: Callable[[str], Any]) -> Any:
+    """Puts leaves back into the shape of their space; `value` gives a leaf's value by name."""
+    names = {keys: name for name, keys, _ in leaves(space, root)}
+
+    def build(part: Any, keys: Keys) -> Any:
+        inner = getattr(part, "spaces", None)
+        if inner is None:
+            return value(names[keys])
+        if isinstance(inner, Mapping):
+            return {key: build(child, (*keys, key)) for key, child in inner.items()}
+        return tuple(build(child, (*keys, i)) for i, child in enumerate(inner))
+
+    return build(space, ())
+
+
+def is_text(space: Any) -> bool:
+    """Whether a leaf is words, which no field of numbers holds."""
+    return type(space).__name__ == "Text"
+
+
+def action_spec(space: Any) -> ActionSpec | None:
+    """Bounds of a flat action space; None for a nested one."""
+    kind = type(space).__name__
+    if kind == "Discrete":
+        first = float(space.start)
+        return ActionSpec(size=1, low=(first,), high=(first + float(space.n) - 1,), choices=int(space.n))
+    if kind == "Box":
+        low, high = space.low, space.high
+    elif kind == "MultiDiscrete":
+        low, high = space.start, space.start + space.nvec - 1
+    elif kind == "MultiBinary":
+        low, high = np.zeros(space.shape), np.ones(space.shape)
+    else:
+        return None
+    lows, highs = (tuple(np.asarray(bound, np.float64).reshape(-1).tolist()) for bound in (low, high))
+    return ActionSpec(size=len(lows), low=lows, high=highs)
+
+
+def space_for(spec: FieldSpec) -> Any:
+    """A space that holds every value of a field."""
+    from gymnasium import spaces
+
+    kind = np.dtype(spec.dtype)
+    low: Any = -math.inf if kind.kind == "f" else 0 if kind.kind == "b" else np.iinfo(kind).min
+    high: Any = math.inf if kind.kind == "f" else 1 if kind.kind == "b" else np.iinfo(kind).max
+    return spaces.Box(low, high, spec.shape, kind.type)
+
+
+def action_space_for(spec: FieldSpec, bounds: ActionSpec | None) -> Any:
+    """The action space of a store: the one with its bounds, or one without bounds where they are unknown."""
+    from gymnasium import spaces
+
+    if bounds is None:
+        return space_for(spec)
+    if bounds.choices is not None:
+        return spaces.Discrete(bounds.choices, start=int(bounds.low[0]))
+    low, high = (np.asarray(bound, spec.dtype).reshape(spec.shape) for bound in (bounds.low, bounds.high))
+    kind: Any = np.dtype(spec.dtype).type
+    return spaces.Box(low, high, spec.shape, kind)
