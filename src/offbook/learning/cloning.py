@@ -1,0 +1,336 @@
+"""Behaviour cloning: from the present observation, the next few actions of whoever was recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offbook.client.protocol import Observation, ObservationSpec, PolicyMeta
+from offbook.data.normalise import Normalizer
+from offbook.data.store import EpisodeStore
+from offbook.data.windows import Windows, WindowSampler
+from offbook.errors import ConfigError, DataError, nearest
+from offbook.learning.fit import FitConfig, fit
+from offbook.learning.networks import CloningNetwork, shift_images
+from offbook.runs.checkpoint import save_checkpoint
+from offbook.runs.directory import RunDirectory
+from offbook.runs.seeding import generator
+
+KIND = "bc"
+# Held-out windows that a validation looks at; more would cost time and hardly change the mean.
+_VALIDATION = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloningConfig:
+    """How to clone.
+
+    Attributes:
+        parts: state parts to look at, such as joints; None takes all that the recordings have.
+        cameras: cameras to look at.
+        chunk: number H of future actions that the network predicts.
+        execute: how many of them are carried out before the next look, 1 to H.
+        hidden: width of the layers behind the encoders.
+        depth: number of those layers.
+        dropout: share of their units that is dropped while training.
+        shift: largest random shift of the images in pixels, sideways and up or down, while training.
+        success_only: learn from successful episodes only, where the recordings know of success.
+        held_out: share of the episodes kept for the validation loss; 0 trains on all.
+        validate_every: steps between two validations; each also saves the policy.
+        fit: the training loop.
+    """
+
+    parts: tuple[str, ...] | None = None
+    cameras: tuple[str, ...] = ()
+    chunk: int = 8
+    execute: int = 4
+    hidden: int = 256
+    depth: int = 2
+    dropout: float = 0.1
+    shift: int = 2
+    success_only: bool = True
+    held_out: float = 0.1
+    validate_every: int = 250
+    fit: FitConfig = field(default_factory=lambda: FitConfig(ema=0.99))
+
+    def __post_init__(self) -> None:
+        checks = {
+            "chunk": (1 <= self.chunk <= 1_000, "1 to 1000"),
+            "execute": (1 <= self.execute <= self.chunk, f"1 to chunk ({self.chunk})"),
+            "hidden": (1 <= self.hidden <= 65_536, "1 to 65536"),
+            "depth": (1 <= self.depth <= 64, "1 to 64"),
+            "dropout": (0 <= self.dropout < 1, "a share in [0, 1)"),
+            "shift": (0 <= self.shift <= 64, "0 to 64 pixels"),
+            "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
+            "validate_every": (self.validate_every >= 1, "1 or more"),
+        }
+        for name, (right, expected) in checks.items():
+            if not right:
+                flag = f"--{name.replace('_', '-')}"
+                raise ConfigError(flag, expected=expected, got=str(getattr(self, name)), fix=f"change {flag}")
+
+
+class ClonedPolicy:
+    """A trained network as a `Policy`; made by `train_cloning`, or read from a file by `policies.load_policy`.
+
+    Args:
+        module: the network, in evaluation mode.
+        meta: what it wants and gives; `meta.chunk` actions of each prediction are carried out.
+        provenance: JSON types kept in the file: the environment, the control rate, the recordings.
+    """
+
+    def __init__(self, module: CloningNetwork, meta: PolicyMeta, provenance: Mapping[str, Any]) -> None:
+        self.module, self.meta, self.provenance = module.eval(), meta, dict(provenance)
+        self._device = next(module.parameters()).device
+
+    def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
+        """Nothing to forget: each answer depends on the present observation alone."""
+
+    @torch.inference_mode()
+    def infer(self, observation: Observation) -> Float32[np.ndarray, "batch time action"]:
+        """The next actions for each session, within the bounds of the actions."""
+        state = torch.tensor(observation.state, dtype=torch.float32, device=self._device)
+        images = {
+            name: torch.as_tensor(np.ascontiguousarray(observation.images[name]), device=self._device)
+            for name in self.meta.observation.cameras
+        }
+        chunk = self.module.act(state, images)[:, : self.meta.chunk].cpu().numpy()
+        action = self.meta.action
+        if action.choices is not None:
+            return chunk
+        return chunk.clip(np.asarray(action.low, np.float32), np.asarray(action.high, np.float32))
+
+    def save(self, path: Path) -> None:
+        """Writes the policy as one file that needs nothing else to run."""
+        record = {"meta": self.meta.to_json(), "network": self.module.sizes, **self.provenance}
+        save_checkpoint(path, KIND, self.module.state_dict(), record)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> ClonedPolicy:
+        """A policy of the recorded sizes, on whatever device is the default, whose weights mean nothing yet.
+
+        Raises:
+            ConfigError: the record is not what `save` writes.
+        """
+        meta = PolicyMeta.from_json(record["meta"])
+        network = {name: record["network"][name] for name in ("chunk", "hidden", "depth")}
+        action, sizes = meta.action, [size for _, size in meta.observation.state]
+        sound = (
+            all(type(value) is int for value in network.values())
+            and len(action.low) == len(action.high) == action.size
+            and all(low <= high for low, high in zip(action.low, action.high, strict=True))
+            and (action.choices is None or (action.size == 1 and action.choices >= 1))
+            and all(size >= 0 for size in sizes)
+            and len(meta.observation.cameras) <= 16
+            and all(16 <= side <= 4096 for camera in meta.observation.cameras.values() for side in camera)
+        )
+        if not sound:
+            raise ConfigError("policy record", expected="sizes that agree", got="others", fix="save the policy again")
+        CloningConfig(execute=meta.chunk, **network)
+        module = CloningNetwork(meta.observation, action, dropout=0.0, **network)
+        return cls(module, meta, {k: v for k, v in record.items() if k not in ("meta", "network")})
+
+
+def train_cloning(
+    store: EpisodeStore, config: CloningConfig, run: RunDirectory, *, resume: bool = False
+) -> ClonedPolicy:
+    """Clones the recorded behaviour and saves the policy as the run's checkpoint `last`.
+
+    Continuous actions are standardised and fitted by mean squared error, discrete ones by cross-entropy, in chunks of
+    H; what lies beyond the end of an episode does not count. The validation loss is taken on episodes that were held
+    out whole.
+
+    Args:
+        store: the recordings.
+        config: see `CloningConfig`.
+        run: where metrics and checkpoints go.
+        resume: continue an interrupted training.
+
+    Raises:
+        ConfigError: the recordings have no such part or camera, or nothing to look at is left.
+        DataError: no usable episode, or a value is NaN or infinite.
+
+    Source: Zhao et al., "Learning Fine-Grained Bimanual Manipulation with Low-Cost Hardware" (2023), section IV, for
+        chunks of actions (ours are not averaged over time); Zhou et al., "Train Offline, Test Online" (2023), section
+        V, for the MLP on standardised joints.
+    """
+    data = _Recordings(store, config)
+    meta = PolicyMeta(
+        name=f"bc-{run.path.name}", observation=data.observation, action=data.action, chunk=config.execute
+    )
+    # The initial weights come from the default generator; forked and seeded, it is a function of the seed alone.
+    with torch.random.fork_rng():
+        torch.manual_seed(int(generator(config.fit.seed, "weights").integers(2**62)))
+        module = CloningNetwork(
+            data.observation,
+            data.action,
+            chunk=config.chunk,
+            hidden=config.hidden,
+            depth=config.depth,
+            dropout=config.dropout,
+        )
+    module.standardise(data.normalizer, data.parts, data.action_field if data.action.choices is None else None)
+    provenance = {
+        "environment": store.schema.environment,
+        "rate_hz": store.schema.rate_hz,
+        "recordings": {"sha256": store.digest, "episodes": len(data.train)},
+    }
+
+    def keep(step: int, trained: nn.Module) -> Mapping[str, float]:
+        if not isinstance(trained, CloningNetwork):
+            raise TypeError("fit hands on the module that it was given")
+        ClonedPolicy(trained, meta, provenance).save(run.checkpoint())
+        return data.validate(trained)
+
+    result = fit(
+        module,
+        data.batch_at,
+        _loss(module, config),
+        config.fit,
+        run,
+        resume=resume,
+        hooks=[(config.validate_every, keep)],
+    )
+    trained = result.module.cpu()
+    if not isinstance(trained, CloningNetwork):
+        raise TypeError("fit hands back the module that it was given")
+    return ClonedPolicy(trained, meta, provenance)
+
+
+def _loss(
+    network: CloningNetwork, config: CloningConfig
+) -> Callable[[nn.Module, Mapping[str, Tensor], torch.Generator], tuple[Tensor, Mapping[str, Tensor]]]:
+    def loss(
+        module: nn.Module, batch: Mapping[str, Tensor], rng: torch.Generator
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        images = {k: shift_images(batch[f"camera {k}"], config.shift, rng) for k in network.observation.cameras}
+        return _error(network, module(batch["state"], images), batch), {}
+
+    return loss
+
+
+def _error(
+    network: CloningNetwork, predicted: Float[Tensor, "batch time outputs"], batch: Mapping[str, Tensor]
+) -> Tensor:
+    """Mean error of the actions that were really recorded."""
+    valid = batch["valid"].float()
+    if network.action.choices is not None:
+        flat = functional.cross_entropy(predicted.flatten(0, 1), batch["action"].flatten(), reduction="none")
+        each = flat.reshape(valid.shape)
+    else:
+        target = (batch["action"] - network.action_mean) / network.action_std
+        each = (predicted - target).square().mean(2)
+    return torch.sum(each * valid) / valid.sum()
+
+
+class _Recordings:
+    """What is learnt from: the chosen fields and episodes of a store, as batches."""
+
+    def __init__(self, store: EpisodeStore, config: CloningConfig) -> None:
+        self.store, self.config = store, config
+        self.observation = chosen = _chosen(store, config)
+        self.parts, self.cameras = tuple(name for name, _ in chosen.state), tuple(chosen.cameras)
+        self.action = store.schema.action_spec()
+        if len(store.schema.actions) != 1:
+            raise DataError(
+                str(store.path),
+                expected="one action field",
+                got=f"{len(store.schema.actions)}",
+                fix="record with one Box or Discrete action space",
+            )
+        self.action_field = store.schema.actions[0]
+        self.train, self.held_out = _episodes(store, config, (*self.parts, *self.cameras, self.action_field))
+        continuous = (self.action_field,) if self.action.choices is None else ()
+        self.normalizer = Normalizer.fit(store, (*self.parts, *continuous), self.train)
+        self.sampler = self._sampler(self.train)
+
+    def _sampler(self, episodes: Int64[np.ndarray, " episodes"]) -> WindowSampler:
+        return WindowSampler(
+            self.store,
+            (*self.parts, self.action_field),
+            length=self.config.chunk,
+            pad="right",
+            episodes=episodes,
+            seed=self.config.fit.seed,
+        )
+
+    def batch_at(self, index: int) -> Mapping[str, Tensor]:
+        """Batch number `index` for training."""
+        return self._batch(self.sampler.sample(self.config.fit.batch_size, index))
+
+    def _batch(self, windows: Windows) -> Mapping[str, Tensor]:
+        size = len(windows.episode)
+        state = [windows.data[name][:, 0].reshape(size, -1) for name in self.parts]
+        action = windows.data[self.action_field].reshape(size, self.config.chunk, -1)
+        # Images are wanted at the window's first step alone, so they are not part of the windows.
+        rows = self.store.episodes["start"][windows.episode] + windows.start
+        return {
+            "state": torch.from_numpy(np.concatenate([np.zeros((size, 0)), *state], 1).astype(np.float32)),
+            "action": torch.from_numpy(action.astype(np.float32 if self.action.choices is None else np.int64)),
+            "valid": torch.from_numpy(windows.valid),
+            **{f"camera {name}": torch.from_numpy(self.store.field(name)[rows]) for name in self.cameras},
+        }
+
+    def validate(self, network: CloningNetwork) -> Mapping[str, float]:
+        """The mean loss over windows spread evenly over the episodes held out; nothing without such episodes."""
+        if not len(self.held_out):
+            return {}
+        sampler = self._sampler(self.held_out)
+        numbers = np.unique(np.linspace(0, len(sampler) - 1, _VALIDATION).astype(np.int64))
+        losses = []
+        device = network.state_mean.device
+        for part in np.array_split(numbers, max(1, len(numbers) // 128)):
+            batch = {name: value.to(device) for name, value in self._batch(sampler.at(part)).items()}
+            images = {name: batch[f"camera {name}"] for name in self.cameras}
+            losses.append(float(_error(network, network(batch["state"], images), batch)) * len(part))
+        return {"held_out_loss": sum(losses) / len(numbers)}
+
+
+def _chosen(store: EpisodeStore, config: CloningConfig) -> ObservationSpec:
+    offered = store.schema.observation_spec()
+    sizes = dict(offered.state)
+    parts = tuple(sizes) if config.parts is None else config.parts
+    for kind, names, known in (("part", parts, sizes), ("camera", config.cameras, offered.cameras)):
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"--{kind}s {name}",
+                    expected=f"a {kind} of the recordings in {store.path}",
+                    got=f"none of {', '.join(known) or 'none at all'}",
+                    fix=nearest(name, known) if known else f"leave --{kind}s out",
+                )
+    if not parts and not config.cameras:
+        raise ConfigError("--parts, --cameras", expected="something to look at", got="nothing", fix="name a part")
+    return ObservationSpec(
+        state=tuple((name, sizes[name]) for name in parts),
+        cameras={name: offered.cameras[name] for name in config.cameras},
+    )
+
+
+def _episodes(
+    store: EpisodeStore, config: CloningConfig, fields: Sequence[str]
+) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
+    """Numbers of the episodes to train on, and of those held out."""
+    use = np.logical_and.reduce([store.present(name) for name in fields])
+    success = store.episodes["success"]
+    if config.success_only and not np.isnan(success).all():
+        use &= success == 1.0
+    kept = np.flatnonzero(use).astype(np.int64)
+    if not len(kept):
+        raise DataError(
+            str(store.path),
+            expected="a successful episode with " + ", ".join(fields),
+            got=f"none among {len(store)}",
+            fix="record more, choose other parts, or add --no-success-only",
+        )
+    order = kept[generator(config.fit.seed, "held out").permutation(len(kept))]
+    held_out = min(round(config.held_out * len(kept)), len(kept) - 1)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])

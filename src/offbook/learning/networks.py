@@ -1,0 +1,138 @@
+"""The network that behaviour cloning fits: standardised state and encoded images to a chunk of actions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from offbook.client.protocol import ActionSpec, ObservationSpec
+from offbook.data.normalise import Normalizer
+
+_KEYPOINTS = 32
+# An input this many deviations from its mean tells no more than that; a floored deviation would blow it up.
+_INPUT_LIMIT = 10.0
+
+
+class CloningNetwork(nn.Module):
+    """Standardised state and encoded images through an MLP to H standardised actions (or logits of discrete ones).
+
+    Args:
+        observation: what it sees.
+        action: what it gives.
+        chunk: number H of actions.
+        hidden: width of the layers.
+        depth: number of layers.
+        dropout: share of units dropped while training.
+    """
+
+    state_mean: Tensor
+    state_std: Tensor
+    action_mean: Tensor
+    action_std: Tensor
+
+    def __init__(
+        self,
+        observation: ObservationSpec,
+        action: ActionSpec,
+        *,
+        chunk: int,
+        hidden: int,
+        depth: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.observation, self.action = observation, action
+        self.sizes = {"chunk": chunk, "hidden": hidden, "depth": depth}
+        size = observation.state_size
+        self.encoders = nn.ModuleList(_encoder() for _ in observation.cameras)
+        width = size + sum(_KEYPOINTS * 2 for _ in observation.cameras)
+        layers: list[nn.Module] = []
+        for _ in range(depth):
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+            width = hidden
+        self.outputs = action.choices or action.size
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, chunk * self.outputs))
+        # In the module, so that a checkpoint is whole and a robot needs to know nothing of the recordings.
+        self.register_buffer("state_mean", torch.zeros(size))
+        self.register_buffer("state_std", torch.ones(size))
+        self.register_buffer("action_mean", torch.zeros(action.size))
+        self.register_buffer("action_std", torch.ones(action.size))
+
+    def standardise(self, normalizer: Normalizer, parts: Sequence[str], action: str | None) -> None:
+        """Takes over the statistics of the recordings; `action` is None where actions are discrete."""
+
+        def joined(statistic: Mapping[str, np.ndarray], names: Sequence[str]) -> Tensor:
+            return torch.from_numpy(np.concatenate([statistic[n].reshape(-1) for n in names]).astype(np.float32))
+
+        for target, names in (("state", list(parts)), ("action", [action] if action else [])):
+            if names:
+                getattr(self, f"{target}_mean").copy_(joined(normalizer.mean, names))
+                getattr(self, f"{target}_std").copy_(joined(normalizer.std, names))
+
+    def forward(
+        self, state: Float[Tensor, "batch state"], images: Mapping[str, UInt8[Tensor, "batch height width 3"]]
+    ) -> Float[Tensor, "batch time outputs"]:
+        """Standardised actions, or logits.
+
+        Args:
+            state: as recorded, in its own units.
+            images: frames by camera.
+        """
+        seen = [((state - self.state_mean) / self.state_std).clamp(-_INPUT_LIMIT, _INPUT_LIMIT)]
+        for encoder, camera in zip(self.encoders, self.observation.cameras, strict=True):
+            # A permuted NHWC tensor is what PyTorch calls channels_last: no copy, and convolutions like it.
+            seen.append(_keypoints(encoder(images[camera].permute(0, 3, 1, 2).float() / 127.5 - 1)))
+        out: Tensor = self.mlp(torch.cat(seen, 1))
+        return out.reshape(len(state), self.sizes["chunk"], self.outputs)
+
+    def act(
+        self, state: Float[Tensor, "batch state"], images: Mapping[str, UInt8[Tensor, "batch height width 3"]]
+    ) -> Float[Tensor, "batch time action"]:
+        """Actions in the robot's units: the mean of continuous ones, the index of the likeliest discrete one."""
+        out: Tensor = self(state, images).float()
+        if self.action.choices is not None:
+            return out.argmax(2, keepdim=True).float()
+        return out * self.action_std + self.action_mean
+
+
+def _encoder() -> nn.Module:
+    """Feature maps at a quarter of the resolution, one for each keypoint."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 5, stride=2, padding=2),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, _KEYPOINTS, 3, padding=1),
+    )
+
+
+def _keypoints(maps: Float[Tensor, "batch keypoint height width"]) -> Float[Tensor, "batch coordinates"]:
+    """Where each feature is seen: the mean of a softmax over the map, both coordinates in [-1, 1].
+
+    Source: Levine et al., "End-to-End Training of Deep Visuomotor Policies" (2016), section 6.1.
+    """
+    height, width = maps.shape[2:]
+    weight = maps.float().flatten(2).softmax(2).reshape(maps.shape)
+    x = weight.sum(2) @ torch.linspace(-1, 1, width, device=maps.device)
+    y = weight.sum(3) @ torch.linspace(-1, 1, height, device=maps.device)
+    return torch.cat([x, y], 1)
+
+
+def shift_images(
+    images: UInt8[Tensor, "batch height width 3"], largest: int, rng: torch.Generator
+) -> UInt8[Tensor, "batch height width 3"]:
+    """Shifts each image by whole pixels at random and repeats its border, so that a policy does not rely on one pixel.
+
+    Source: Kostrikov et al., "Image Augmentation Is All You Need" (2021), section 3.1.
+    """
+    if largest == 0:
+        return images
+    batch, height, width = images.shape[:3]
+    moves = torch.randint(-largest, largest + 1, (2, batch, 1), generator=rng).to(images.device)
+    rows = (torch.arange(height, device=images.device) + moves[0]).clamp(0, height - 1)
+    columns = (torch.arange(width, device=images.device) + moves[1]).clamp(0, width - 1)
+    return images[torch.arange(batch, device=images.device)[:, None, None], rows[:, :, None], columns[:, None]]

@@ -1,0 +1,198 @@
+import json
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from offbook.client.protocol import ActionSpec, ObservationSpec, Policy, PolicyMeta
+from offbook.errors import CheckpointError
+from offbook.learning.cloning import ClonedPolicy
+from offbook.learning.networks import CloningNetwork
+from offbook.learning.policies import load_policy, policy_file
+from offbook.runs.checkpoint import load_checkpoint, save_checkpoint
+from offbook.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    meta = PolicyMeta(
+        name="sound",
+        observation=ObservationSpec(state=(("joints", 3),), cameras={"front": (16, 16)}),
+        action=ActionSpec(size=2, low=(-1.0, -1.0), high=(1.0, 1.0)),
+        chunk=2,
+    )
+    torch.random.default_generator.manual_seed(0)
+    module = CloningNetwork(meta.observation, meta.action, chunk=4, hidden=8, depth=2, dropout=0.0)
+    path = tmp_path_factory.mktemp("policies") / "sound.safetensors"
+    ClonedPolicy(module, meta, {"environment": "offbook:pour"}).save(path)
+    return path
+
+
+def changed(sound, path, *, record=None, tensors=None, kind="bc"):
+    """A copy of the sound file with changes: `record(dict)` and `tensors(dict)` work in place."""
+    whole = load_checkpoint(sound)
+    content, values = json.loads(json.dumps(whole.record)), dict(whole.values)
+    if record:
+        record(content)
+    if tensors:
+        tensors(values)
+    save_checkpoint(path, kind, values, content)
+    return path
+
+
+def test_the_sound_file_is_read(sound):
+    policy = load_policy(sound)
+    assert isinstance(policy, Policy)
+    assert policy.meta.chunk == 2
+    assert policy.provenance == {"environment": "offbook:pour"}
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('a stranger ran code')",)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickle_is_never_opened(tmp_path, protocol):
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(pickle.dumps(Bomb(), protocol))
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_policy(path)
+
+
+def test_torch_save_is_never_opened(tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "policy.pt")
+    with pytest.raises(CheckpointError, match=r"zip.*pickle"):
+        load_policy(tmp_path / "policy.pt")
+
+
+def test_giant_header(tmp_path):
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**40) + b"{}")
+    with pytest.raises(CheckpointError, match="header"):
+        load_policy(path)
+
+
+def test_giant_tensor_in_a_small_file(tmp_path):
+    entry = {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}
+    record = json.dumps({"format": 1, "kind": "bc", "record": {}})
+    header = json.dumps({"__metadata__": {"offbook": record}, "w": entry}).encode()
+    path = tmp_path / "policy.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_policy(path)
+
+
+def test_truncated_and_empty(sound, tmp_path):
+    whole = sound.read_bytes()
+    for length in (0, 5, 100, len(whole) - 1):
+        (tmp_path / "cut.safetensors").write_bytes(whole[:length])
+        with pytest.raises(CheckpointError):
+            load_policy(tmp_path / "cut.safetensors")
+
+
+def test_too_large(sound):
+    with pytest.raises(CheckpointError, match="at most 1000 bytes"):
+        load_policy(sound, max_bytes=1000)
+
+
+def test_too_many_tensors(sound, tmp_path):
+    def add(values):
+        values |= {f"extra.{i}": torch.zeros(0) for i in range(10_001)}
+
+    with pytest.raises(CheckpointError, match="10000 tensors"):
+        load_policy(changed(sound, tmp_path / "many.safetensors", tensors=add))
+
+
+def test_unknown_kind(sound, tmp_path):
+    with pytest.raises(CheckpointError, match=r"kind 'bcc'.*did you mean 'bc'"):
+        load_policy(changed(sound, tmp_path / "kind.safetensors", kind="bcc"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(extra=torch.zeros(1)), "no tensor 'extra'"),
+        (lambda v: v.pop("mlp.0.bias"), "a tensor 'mlp.0.bias'"),
+        (lambda v: v.update({"mlp.0.bias": torch.zeros(9)}), r"\(8,\) for tensor 'mlp.0.bias', got F32 \(9,\)"),
+        (lambda v: v.update({"mlp.0.bias": torch.zeros(8, dtype=torch.float64)}), "got F64"),
+        (lambda v: v["mlp.0.weight"].fill_(float("nan")), "finite numbers in 'mlp.0.weight'"),
+        (lambda v: v["state_std"].fill_(float("inf")), "finite numbers in 'state_std'"),
+    ],
+)
+def test_tensors_that_do_not_belong(sound, tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_policy(changed(sound, tmp_path / "bad.safetensors", tensors=change))
+
+
+def _set(*keys, to):
+    def change(record):
+        for key in keys[:-1]:
+            record = record[key]
+        record[keys[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.clear(),
+        lambda record: record.pop("network"),
+        _set("meta", to=7),
+        _set("meta", "chunk", to=0),
+        _set("meta", "chunk", to=5),
+        _set("meta", "chunk", to=10**12),
+        _set("meta", "action", "size", to=-1),
+        _set("meta", "action", "size", to=10**15),
+        _set("meta", "action", "low", to=[float("nan"), 0.0]),
+        _set("meta", "action", "low", to=[2.0, 0.0]),
+        _set("meta", "action", "choices", to=-4),
+        _set("meta", "action", "choices", to=4),
+        _set("meta", "observation", "state", to=[["joints", 10**18]]),
+        _set("meta", "observation", "state", to=[["joints", -3]]),
+        _set("meta", "observation", "cameras", to={str(i): [16, 16] for i in range(10_000)}),
+        _set("meta", "observation", "cameras", to={"front": [10**9, 16]}),
+        _set("network", "depth", to=10**12),
+        _set("network", "hidden", to=10**12),
+        _set("network", "hidden", to="8"),
+        _set("network", to={"chunk": 4, "hidden": True, "depth": 2}),
+        _set("network", to=[1, 2]),
+    ],
+)
+def test_records_that_lie(sound, tmp_path, change):
+    path = changed(sound, tmp_path / "liar.safetensors", record=change)
+    with pytest.raises(CheckpointError, match=r"liar\.safetensors"):
+        load_policy(path)
+
+
+def test_a_folder_means_its_newest_policy(sound, tmp_path):
+    run = RunDirectory.create(tmp_path / "run", {})
+    with pytest.raises(CheckpointError, match=r"has not saved one yet.*--resume"):
+        policy_file(tmp_path / "run")
+    run.checkpoint().write_bytes(sound.read_bytes())
+    assert policy_file(tmp_path / "run") == run.checkpoint()
+    with pytest.raises(CheckpointError, match="neither"):
+        policy_file(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="neither"):
+        load_policy(tmp_path / "empty")
+
+
+def test_zero_deviation_gives_a_policy_error_not_a_wild_action(sound, tmp_path):
+    from offbook.client.protocol import Observation, check_chunk
+    from offbook.errors import PolicyError
+
+    policy = load_policy(changed(sound, tmp_path / "zero.safetensors", tensors=lambda v: v["state_std"].zero_()))
+    seen = Observation(
+        sessions=("a",),
+        state=np.zeros((1, 3), np.float32),
+        images={"front": np.zeros((1, 16, 16, 3), np.uint8)},
+        time=np.zeros(1),
+    )
+    with pytest.raises(PolicyError, match="finite action"):
+        check_chunk(policy.infer(seen), 1, policy.meta)
