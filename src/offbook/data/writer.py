@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from offbook.data.layout import (
     offset,
     read_schema,
 )
-from offbook.data.schema import FieldSpec, Schema
+from offbook.data.schema import Schema
 from offbook.errors import DataError
 from offbook.runs.directory import write_atomic
 
@@ -37,7 +37,8 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.schema = read_schema(path)
-        self._handles: dict[Path, IO[bytes]] = {}
+        self._handles: dict[Path, int] = {}
+        self._lock: int | None = None
         with explained(path):
             self._lock = _lock(path)
             try:
@@ -64,10 +65,10 @@ class Writer:
                     got=f"one of {rows}",
                     fix=DAMAGED,
                 )
-            self._handles[file] = file.open("r+b")
-            self._handles[file].truncate(offset(spec, rows))
-        self._handles[self._journal] = os.fdopen(os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        self._handles[self._journal].truncate(index.journal_bytes)
+            self._handles[file] = os.open(file, os.O_RDWR)
+            os.ftruncate(self._handles[file], offset(spec, rows))
+        self._handles[self._journal] = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666)
+        os.ftruncate(self._handles[self._journal], index.journal_bytes)
         self._journal_bytes = index.journal_bytes
         sync_path(self.path)
 
@@ -79,6 +80,10 @@ class Writer:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_lock", None) is not None:
+            self._release()
 
     def append(
         self,
@@ -117,14 +122,15 @@ class Writer:
         """
         where = f"{self.path}, episode {self._episodes}"
         arrays, length = _checked(self.schema, fields, where)
+        # Environments give NumPy's numbers, which JSON does not take.
         outcome = Outcome(
-            terminated=terminated,
-            truncated=truncated,
-            task=task,
-            source=source,
-            seed=seed,
-            success=success,
-            score=score,
+            terminated=bool(terminated),
+            truncated=bool(truncated),
+            task=str(task),
+            source=str(source),
+            seed=None if seed is None else int(seed),
+            success=None if success is None else bool(success),
+            score=None if score is None else float(score),
         )
         reward = arrays.get(self.schema.reward or "")
         row = {
@@ -155,15 +161,11 @@ class Writer:
             if values is None:
                 values = np.zeros((length + (spec.role == "observation"), *spec.shape), disk_dtype(spec))
             # To explicit places: what a failed attempt left there is overwritten.
-            self._write_rows(field_file(self.path, spec.name), spec, self._steps, values[:length])
+            handle = self._handles[field_file(self.path, spec.name)]
+            _write_at(handle, offset(spec, self._steps), as_bytes(values[:length], spec))
             if spec.role == "observation":
-                self._write_rows(final_file(self.path, spec.name), spec, self._episodes, values[length:])
-
-    def _write_rows(self, file: Path, spec: FieldSpec, row: int, values: np.ndarray) -> None:
-        handle = self._handles[file]
-        handle.seek(offset(spec, row))
-        handle.write(as_bytes(values, spec))
-        handle.flush()
+                handle = self._handles[final_file(self.path, spec.name)]
+                _write_at(handle, offset(spec, self._episodes), as_bytes(values[length:], spec))
 
     def flush(self) -> None:
         """Makes all episodes durable that were appended with `sync=False`."""
@@ -171,13 +173,16 @@ class Writer:
             return
         for file, handle in self._handles.items():
             if file != self._journal:
-                os.fsync(handle.fileno())
+                os.fsync(handle)
         # Only now, with the values on disk, are the episodes committed.
         journal, lines = self._handles[self._journal], b"".join(self._pending)
-        journal.seek(self._journal_bytes)
-        journal.write(lines)
-        journal.flush()
-        os.fsync(journal.fileno())
+        try:
+            _write_at(journal, self._journal_bytes, memoryview(lines))
+            os.fsync(journal)
+        except OSError:
+            # Nothing of a failed attempt may be taken for a commit.
+            os.ftruncate(journal, self._journal_bytes)
+            raise
         self._journal_bytes += len(lines)
         self._pending.clear()
 
@@ -191,22 +196,22 @@ class Writer:
                 index = Index.read(self.path)
                 for name, file, rows in data_files(self.path, self.schema, index):
                     spec, handle = self.schema[name], self._handles[file]
-                    handle.truncate(offset(spec, rows))
-                    handle.seek(0)
-                    handle.write(header(spec, rows))
-                    handle.flush()
-                    os.fsync(handle.fileno())
+                    os.ftruncate(handle, offset(spec, rows))
+                    _write_at(handle, 0, memoryview(header(spec, rows)))
+                    os.fsync(handle)
                 if len(index) > self._compacted or self._journal_bytes:
                     index.write_parquet(self.path)
-                    self._handles[self._journal].truncate(0)
+                    os.ftruncate(self._handles[self._journal], 0)
         finally:
             self._release()
 
     def _release(self) -> None:
         for handle in self._handles.values():
-            handle.close()
+            os.close(handle)
         self._handles = {}
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 @contextmanager
@@ -240,6 +245,12 @@ def _lock(path: Path) -> int:
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle
+
+
+def _write_at(handle: int, position: int, content: memoryview) -> None:
+    while content:
+        count = os.pwrite(handle, content, position)
+        content, position = content[count:], position + count
 
 
 def sync_path(path: Path) -> None:

@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +22,17 @@ from typing import Any
 import numpy as np
 
 from offbook.data.formats import Recordings
-from offbook.data.formats.spaces import action_space_for, action_spec, is_text, leaves, nested, space_for, value_at
+from offbook.data.formats.spaces import (
+    action_space_for,
+    action_spec,
+    from_field,
+    is_kept,
+    leaves,
+    nested,
+    space_for,
+    to_field,
+    value_at,
+)
 from offbook.data.index import Outcome
 from offbook.data.store import Episode, EpisodeStore, FieldSpec, Role, Schema
 from offbook.errors import DataError, needs_extra
@@ -152,12 +162,12 @@ def _schema(dataset: Any, first: Any, metadata: dict[str, Any]) -> Schema:
     )
     for role, space, values in roles:
         for name, path, leaf in leaves(space, role):
-            if not is_text(leaf):
-                array = np.asarray(value_at(values, path))
+            if is_kept(leaf):
+                array = to_field(leaf, role, value_at(values, path))
                 fields.append(FieldSpec(name, array.dtype.name, array.shape[1:], role))
     reward = np.asarray(first.rewards)
     fields.append(FieldSpec("reward", reward.dtype.name, reward.shape[1:], "reward"))
-    texts = [path for _, path, leaf in leaves(dataset.observation_space, "observation") if is_text(leaf)]
+    texts = [path for _, path, leaf in leaves(dataset.observation_space, "observation") if _is_text(leaf)]
     if len(texts) > 1:
         raise DataError(
             f"minari:{dataset.id}", expected="at most one text in an observation", got=str(texts), fix="leave one out"
@@ -176,17 +186,16 @@ def _schema(dataset: Any, first: Any, metadata: dict[str, Any]) -> Schema:
         return schema
     # One of our own exports: what Minari has no place for, unless someone has changed the fields since.
     own = Schema.from_json({**ours, "extra": {}}, f"minari:{dataset.id}")
-    same = {replace(spec, units="") for spec in own.fields if spec.role != "other"} == set(schema.fields)
-    return replace(own, fields=_without_others(own), extra=schema.extra) if same else schema
-
-
-def _without_others(schema: Schema) -> tuple[FieldSpec, ...]:
-    return tuple(spec for spec in schema.fields if spec.role != "other")
+    kept_fields = tuple(spec for spec in own.fields if spec.role != "other")
+    same = {replace(spec, units="") for spec in kept_fields} == set(schema.fields)
+    return replace(own, fields=kept_fields, extra=schema.extra) if same else schema
 
 
 def _episodes(source: str, dataset: Any, schema: Schema) -> Iterator[tuple[dict[str, np.ndarray | None], Outcome]]:
-    observations = leaves(dataset.observation_space, "observation")
-    actions = leaves(dataset.action_space, "action")
+    wanted = {
+        "observation": leaves(dataset.observation_space, "observation"),
+        "action": leaves(dataset.action_space, "action"),
+    }
     algorithm = str(schema.extra["minari"].get("algorithm_name", ""))
     metadatas = iter(dataset.storage.get_episode_metadata(dataset.episode_indices))
     episodes = dataset.iterate_episodes()
@@ -195,12 +204,12 @@ def _episodes(source: str, dataset: Any, schema: Schema) -> Iterator[tuple[dict[
             episode, said = next(episodes), next(metadatas)
         fields: dict[str, np.ndarray | None] = {"reward": np.asarray(episode.rewards)}
         task = str(said.get("task", ""))
-        for wanted, values in ((observations, episode.observations), (actions, episode.actions)):
-            for name, path, leaf in wanted:
-                if is_text(leaf):
+        for root, values in (("observation", episode.observations), ("action", episode.actions)):
+            for name, path, leaf in wanted[root]:
+                if is_kept(leaf):
+                    fields[name] = to_field(leaf, root, value_at(values, path))
+                elif _is_text(leaf):
                     task = _constant(value_at(values, path), f"minari:{source}, episode {number}, {name}")
-                else:
-                    fields[name] = np.asarray(value_at(values, path))
         ends = {
             name: _end(np.asarray(flags), f"minari:{source}, episode {number}, {name}")
             for name, flags in (("terminations", episode.terminations), ("truncations", episode.truncations))
@@ -216,6 +225,10 @@ def _episodes(source: str, dataset: Any, schema: Schema) -> Iterator[tuple[dict[
             score=None if score is None else float(score),
         )
         yield fields, outcome
+
+
+def _is_text(space: Any) -> bool:
+    return type(space).__name__ == "Text"
 
 
 def _constant(texts: Iterable[Any], where: str) -> str:
@@ -345,16 +358,20 @@ def _buffer(store: EpisodeStore, number: int, observation_space: Any, action_spa
             fix="export a store whose episodes are complete",
         )
 
-    def here(name: str, rows: int) -> Any:
-        # A leaf without a field is the text that became the task.
-        return episode.fields[name] if name in episode.fields else [episode.task] * rows
+    def values(root: str, rows: int) -> Callable[[str, Any], Any]:
+        def value(name: str, leaf: Any) -> Any:
+            if is_kept(leaf):
+                return from_field(leaf, root, episode.fields[name])
+            return [episode.task] * rows if _is_text(leaf) else np.zeros((rows, *leaf.shape), leaf.dtype)
+
+        return value
 
     ends = np.zeros((2, episode.length), bool)
     ends[:, -1] = episode.terminated, episode.truncated
     return EpisodeBuffer(
         seed=episode.seed,
-        observations=nested(observation_space, "observation", lambda name: here(name, episode.length + 1)),
-        actions=nested(action_space, "action", lambda name: here(name, episode.length)),
+        observations=nested(observation_space, "observation", values("observation", episode.length + 1)),
+        actions=nested(action_space, "action", values("action", episode.length)),
         rewards=episode.fields[store.schema.reward or ""],
         terminations=ends[0],
         truncations=ends[1],

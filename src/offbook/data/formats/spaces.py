@@ -50,14 +50,14 @@ def value_at(values: Any, keys: Keys) -> Any:
     return values
 
 
-def nested(space: Any, root: str, value: Callable[[str], Any]) -> Any:
-    """Puts leaves back into the shape of their space; `value` gives a leaf's value by name."""
+def nested(space: Any, root: str, value: Callable[[str, Any], Any]) -> Any:
+    """Puts leaves back into the shape of their space; `value` gives a leaf's value from its name and space."""
     names = {keys: name for name, keys, _ in leaves(space, root)}
 
     def build(part: Any, keys: Keys) -> Any:
         inner = getattr(part, "spaces", None)
         if inner is None:
-            return value(names[keys])
+            return value(names[keys], part)
         if isinstance(inner, Mapping):
             return {key: build(child, (*keys, key)) for key, child in inner.items()}
         return tuple(build(child, (*keys, i)) for i, child in enumerate(inner))
@@ -65,17 +65,31 @@ def nested(space: Any, root: str, value: Callable[[str], Any]) -> Any:
     return build(space, ())
 
 
-def is_text(space: Any) -> bool:
-    """Whether a leaf is words, which no field of numbers holds."""
-    return type(space).__name__ == "Text"
+def is_kept(space: Any) -> bool:
+    """Whether a leaf can be a field: words cannot, and an empty array says nothing."""
+    return type(space).__name__ != "Text" and 0 not in (space.shape or ())
+
+
+def to_field(space: Any, root: str, values: Any) -> np.ndarray:
+    """Recorded values of a leaf as those of a field: a discrete action becomes a vector of its index, from 0 on."""
+    array = np.asarray(values)
+    if root == "action" and type(space).__name__ == "Discrete":
+        return np.asarray(array.reshape(len(array), 1) - array.dtype.type(space.start))
+    return array
+
+
+def from_field(space: Any, root: str, values: np.ndarray) -> np.ndarray:
+    """The inverse of `to_field`."""
+    if root == "action" and type(space).__name__ == "Discrete":
+        return np.asarray(values[:, 0] + values.dtype.type(space.start))
+    return values
 
 
 def action_spec(space: Any) -> ActionSpec | None:
     """Bounds of a flat action space; None for a nested one."""
     kind = type(space).__name__
     if kind == "Discrete":
-        first = float(space.start)
-        return ActionSpec(size=1, low=(first,), high=(first + float(space.n) - 1,), choices=int(space.n))
+        return ActionSpec(size=1, low=(0.0,), high=(float(space.n) - 1,), choices=int(space.n))
     if kind == "Box":
         low, high = space.low, space.high
     elif kind == "MultiDiscrete":
@@ -105,7 +119,7 @@ def action_space_for(spec: FieldSpec, bounds: ActionSpec | None) -> Any:
     if bounds is None:
         return space_for(spec)
     if bounds.choices is not None:
-        return spaces.Discrete(bounds.choices, start=int(bounds.low[0]))
+        return spaces.Discrete(bounds.choices)
     low, high = (np.asarray(bound, spec.dtype).reshape(spec.shape) for bound in (bounds.low, bounds.high))
     kind: Any = np.dtype(spec.dtype).type
     return spaces.Box(low, high, spec.shape, kind)

@@ -1,0 +1,218 @@
+"""`offbook data record`, `import`, `info` and `export`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tyro
+
+from offbook.cli.report import Report, table
+from offbook.errors import needs_extra
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from offbook.data.store import EpisodeStore
+
+_QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def import_recordings(source: tyro.conf.Positional[str], *, out: Path) -> Report:
+    """Brings recordings in from a format that others use.
+
+    The store appears under its name when it is whole. Nothing is downloaded.
+
+    Args:
+        source: format and name. minari:ID is a dataset on this machine, where MINARI_DATASETS_PATH says;
+            minari:./FOLDER is one anywhere.
+        out: folder of the store, new or empty.
+
+    Examples:
+        offbook data import minari:D4RL/door/human-v2 --out stores/door
+        offbook data import minari:./downloads/hopper --out stores/hopper
+    """
+    from offbook.data.formats import import_dataset
+
+    return _described(import_dataset(source, out))
+
+
+def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str]) -> Report:
+    """Writes a store in a format that others read.
+
+    Args:
+        store: folder of the store.
+        target: format and new name, such as minari:pour/expert-v0, or minari:./FOLDER.
+
+    Examples:
+        offbook data export stores/pour minari:pour/expert-v0
+    """
+    from offbook.data.formats import export_dataset
+    from offbook.data.store import EpisodeStore
+
+    opened = EpisodeStore.open(store)
+    written = export_dataset(opened, target)
+    left_out = list(opened.schema.named("other"))
+    text = f"Wrote {len(opened)} episodes, {opened.steps} steps, to {written}."
+    if left_out:
+        text += f" The format has no place for {', '.join(left_out)}: left out."
+    data = {"path": written, "episodes": len(opened), "steps": opened.steps, "left_out": left_out}
+    return Report(text=text, data=data)
+
+
+def info(store: tyro.conf.Positional[Path], *, plot: Path | None = None, verify: bool = False) -> Report:
+    """Shows what a store holds: episodes, fields, returns, successes, size and digest.
+
+    Args:
+        store: folder of the store.
+        plot: draw the distribution of returns and lengths to this file, such as returns.png.
+        verify: read everything and compare it with its checksums.
+
+    Examples:
+        offbook data info stores/pour
+        offbook data info stores/pour --plot returns.png
+    """
+    from offbook.data.store import EpisodeStore
+
+    opened = EpisodeStore.open(store)
+    if verify:
+        opened.verify()
+    if plot is not None:
+        _draw(opened, plot)
+    report = _described(opened)
+    if verify:
+        report = replace(report, text=report.text + "\n\nAll values agree with their checksums.")
+    return report
+
+
+def _described(store: EpisodeStore) -> Report:
+    data = _facts(store)
+    schema = store.schema
+    rate = f" at {schema.rate_hz:g} Hz" if schema.rate_hz else ""
+    lines = [
+        f"{store.path}: {data['episodes']} episodes, {data['steps']} steps, {_size(data['bytes'])}",
+        "",
+        f"environment  {schema.environment or 'unknown'}{rate}",
+        f"source       {schema.source or 'unknown'}",
+        f"licence      {schema.licence or 'not stated'}",
+        f"tasks        {data['tasks']}",
+        f"success      {_share(data['success'])}",
+        f"digest       {data['digest']}",
+        "",
+        table(
+            ["field", "role", "type", "shape", "units", "episodes"],
+            [[f["name"], f["role"], f["dtype"], _shape(f["shape"]), f["units"], f["episodes"]] for f in data["fields"]],
+        ),
+    ]
+    rows = [
+        [name, *(f"{value:.4g}" for value in data[name].values())]
+        for name in ("return", "length", "score")
+        if data[name] is not None
+    ]
+    if rows:
+        lines += ["", table(["each episode", "least", "10 %", "median", "90 %", "most", "mean"], rows)]
+    return Report(text="\n".join(lines), data=data)
+
+
+def _facts(store: EpisodeStore) -> dict[str, Any]:
+    import numpy as np
+
+    columns, schema = store.episodes, store.schema
+    known = columns["success"][~np.isnan(columns["success"])]
+    return {
+        "path": store.path,
+        "episodes": len(store),
+        "steps": store.steps,
+        "bytes": sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file()),
+        "environment": schema.environment,
+        "rate_hz": schema.rate_hz,
+        "source": schema.source,
+        "licence": schema.licence,
+        "tasks": len(set(columns["task"].tolist()) - {""}),
+        "success": {"known": len(known), "successes": int(known.sum())},
+        "terminated": int(columns["terminated"].sum()),
+        "truncated": int(columns["truncated"].sum()),
+        "return": _spread(columns["return"]),
+        "length": _spread(columns["length"]),
+        "score": _spread(columns["score"]),
+        "fields": [
+            {
+                "name": spec.name,
+                "role": spec.role,
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "units": spec.units,
+                "episodes": int(store.present(spec.name).sum()),
+            }
+            for spec in schema.fields
+        ],
+        "digest": store.digest,
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float] | None:
+    """Quantiles and mean of the known values; None where none is known."""
+    import numpy as np
+
+    known = values[np.isfinite(values)]
+    if not len(known):
+        return None
+    names = ("least", "q10", "median", "q90", "most")
+    return {**dict(zip(names, np.quantile(known, _QUANTILES).tolist(), strict=True)), "mean": float(known.mean())}
+
+
+def _share(success: dict[str, int]) -> str:
+    if not success["known"]:
+        return "unknown"
+    return f"{success['successes']} of {success['known']} episodes ({success['successes'] / success['known']:.0%})"
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(map(str, shape)) or "1"
+
+
+def _size(count: int) -> str:
+    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size, units = size / 1000, units[1:]
+    return f"{size:.3g} {units[0]}"
+
+
+def _draw(store: EpisodeStore, file: Path) -> None:
+    """Two histograms, of returns and of lengths; returns are coloured by success where that is known."""
+    import numpy as np
+
+    from offbook.errors import ConfigError
+    from offbook.runs.directory import atomic_path
+
+    with needs_extra("models"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    if file.suffix.lstrip(".") not in figure.canvas.get_supported_filetypes():
+        raise ConfigError(
+            f"plot {file}", expected="a name such as returns.png", got=repr(file.suffix), fix="choose another ending"
+        )
+    left, right = figure.subplots(1, 2)
+    columns = store.episodes
+    groups = {
+        "success": columns["success"] == 1,
+        "failure": columns["success"] == 0,
+        "unknown": np.isnan(columns["success"]),
+    }
+    colours = {"success": "#0072b2", "failure": "#d55e00", "unknown": "#777777"}
+    for axes, name, label in ((left, "return", "return"), (right, "length", "steps")):
+        known = np.isfinite(columns[name])
+        parts = {group: columns[name][chosen & known] for group, chosen in groups.items() if (chosen & known).any()}
+        if parts:
+            axes.hist(
+                list(parts.values()), bins=30, stacked=True, label=list(parts), color=[colours[part] for part in parts]
+            )
+            if set(parts) != {"unknown"} and axes is left:
+                figure.legend(loc="outside right upper", frameon=False)
+        axes.set(xlabel=label, ylabel="episodes")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{store.schema.environment or store.path.name}: {len(store)} episodes, {store.steps} steps")
+    with atomic_path(file) as temporary:
+        figure.savefig(temporary, dpi=120)
