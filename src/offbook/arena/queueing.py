@@ -1,0 +1,95 @@
+"""Who is next: start-time fair queueing among users, with a weight that shrinks with recent use.
+
+Each attempt carries two tags in virtual robot seconds. A user's next attempt starts at S = max(V, F), where V is the
+start tag of the attempt that was leased last and F the finish tag of this user's last attempt; it finishes at
+F = S + cost / weight, with weight = share / (1 + hours of robot time used in the last 7 days). The smallest S is
+served. A newcomer starts at V: neither behind those who queue for days, nor with credit for time not asked for.
+
+Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1997), section 2; for several robots at once Jin, Chase and
+Kaur, "Interposed proportional sharing for a storage service utility" (2004), which takes V as we do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, and_, case, exists, func, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from offbook.arena.database import now
+from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Trial, User
+
+WEEK = 7 * 86400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """A user who waits, with the tag at which their next attempt would start."""
+
+    user_id: int
+    start_tag: float
+    share: float
+    submission_id: int
+
+
+def ready(robot_class: str, connected: Collection[int]) -> ColumnElement[bool]:
+    """Which submissions could be served now: open, queued trials, none in flight, the policy there if it is remote."""
+    trial, running = aliased(Trial), aliased(Trial)
+    return and_(
+        Submission.state == "open",
+        Submission.robot_class == robot_class,
+        or_(Submission.kind != "remote", Submission.id.in_(sorted(connected))),
+        exists().where(trial.submission_id == Submission.id, trial.state == "queued"),
+        ~exists().where(running.submission_id == Submission.id, running.state.in_(IN_FLIGHT)),
+    )
+
+
+def turns(session: Session, robot_class: str, condition: ColumnElement[bool]) -> list[Turn]:
+    """Users with a submission that meets the condition, those who are next first."""
+    last = _finish_tag(robot_class)
+    query = (
+        select(User.id, User.share, last, func.min(Submission.id))
+        .join(Submission, Submission.user_id == User.id)
+        .where(condition)
+        .group_by(User.id, User.share)
+    )
+    virtual = virtual_time(session, robot_class)
+    found = [
+        Turn(user_id=user, start_tag=max(virtual, finish or 0.0), share=share, submission_id=oldest)
+        for user, share, finish, oldest in session.execute(query)
+    ]
+    return sorted(found, key=lambda turn: (turn.start_tag, turn.submission_id))
+
+
+def _finish_tag(robot_class: str) -> ColumnElement[float | None]:
+    return (
+        select(func.max(Attempt.finish_tag))
+        .where(Attempt.user_id == User.id, Attempt.robot_class == robot_class)
+        .correlate(User)
+        .scalar_subquery()
+    )
+
+
+def virtual_time(session: Session, robot_class: str) -> float:
+    """V: the start tag of the attempt that was leased last on this class of robots."""
+    return session.scalar(select(func.max(Attempt.start_tag)).where(Attempt.robot_class == robot_class)) or 0.0
+
+
+def robot_seconds(session: Session, user_id: int) -> float:
+    """Robot time that a user's attempts took in the last 7 days, on all robots, with what runs now."""
+    present = now(session)
+    spent = case((Attempt.ended.is_(None), present), else_=Attempt.ended) - Attempt.leased
+    query = select(func.sum(spent)).where(Attempt.user_id == user_id, Attempt.leased > present - WEEK)
+    return max(0.0, float(session.scalar(query) or 0.0))
+
+
+def finish_tag(turn: Turn, cost: float, used: float) -> float:
+    """F for an attempt of `cost` expected seconds by a user who has used `used` seconds.
+
+    Example:
+        >>> turn = Turn(user_id=1, start_tag=10.0, share=2.0, submission_id=1)
+        >>> finish_tag(turn, cost=30.0, used=3600.0)
+        40.0
+    """
+    return turn.start_tag + cost * (1.0 + used / 3600.0) / turn.share

@@ -1,0 +1,297 @@
+"""Benchmarks, and what people submit to them: trials in a drawn order that is promised before the first one runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from offbook.arena.accounts import Principal
+from offbook.arena.database import now
+from offbook.arena.refusal import RefusedError, unknown
+from offbook.arena.tables import Attempt, Benchmark, Blob, Split, Submission, Trial, User
+from offbook.arena.trials import close_if_finished, note
+
+ANCHORS = ("expert", "random")
+"""Policies that every worker can make itself; they mark the two ends of a benchmark's scale."""
+
+DAY = 86400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkSpec:
+    """A benchmark as an operator describes it.
+
+    Attributes:
+        name: short, for addresses and commands.
+        title: one line for people.
+        task: what the robot is told to do.
+        metric: what the score means, in words.
+        robot_class: the kind of robot, as `robots.make_robot` takes it.
+        splits: by name, the cases `{scene, seed}` that every submission meets.
+        daily_trials: trials that one user may ask of this benchmark in a day.
+        trial_seconds: about how long one trial takes.
+        fault_score: what a trial lost by the policy counts: the worst possible score.
+    """
+
+    name: str
+    title: str
+    task: str
+    metric: str
+    robot_class: str
+    splits: Mapping[str, Sequence[Mapping[str, Any]]]
+    daily_trials: int = 400
+    trial_seconds: float = 10.0
+    fault_score: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What somebody submits.
+
+    Attributes:
+        benchmark: name of the benchmark; its newest version is meant.
+        name: label on the leaderboard.
+        kind: `"remote"`, `"checkpoint"` or `"anchor"`.
+        split: name of the split; the benchmark's first when None.
+        blob: hash of the uploaded checkpoint.
+        anchor: `"expert"` or `"random"`.
+        method: how the policy was made, in a few words.
+        imitates: whose behaviour it learned, in a few words.
+        trials: only the first so many slots; all when None.
+    """
+
+    benchmark: str
+    name: str
+    kind: str
+    split: str | None = None
+    blob: str | None = None
+    anchor: str | None = None
+    method: str = ""
+    imitates: str = ""
+    trials: int | None = None
+
+
+def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
+    """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", spec.name) or not spec.splits:
+        raise RefusedError(
+            422,
+            "bad_benchmark",
+            f"benchmark {spec.name!r}",
+            expected="a name of lower-case letters, digits and dashes, and at least one split",
+            got=f"{len(spec.splits)} splits",
+            fix="correct the description",
+        )
+    latest = session.scalar(
+        select(Benchmark).where(Benchmark.name == spec.name).order_by(Benchmark.version.desc()).limit(1)
+    )
+    digests = {name: _digest(cases) for name, cases in spec.splits.items()}
+    if latest is not None:
+        rows = session.execute(select(Split.name, Split.digest).where(Split.benchmark_id == latest.id))
+        known = {row.name: row.digest for row in rows}
+        if known == digests and latest.robot_class == spec.robot_class:
+            return latest
+    benchmark = Benchmark(
+        name=spec.name,
+        version=latest.version + 1 if latest else 1,
+        title=spec.title,
+        task=spec.task,
+        metric=spec.metric,
+        robot_class=spec.robot_class,
+        daily_trials=spec.daily_trials,
+        trial_seconds=spec.trial_seconds,
+        fault_score=spec.fault_score,
+        created=now(session),
+    )
+    session.add(benchmark)
+    session.flush()
+    for name, cases in spec.splits.items():
+        session.add(Split(benchmark_id=benchmark.id, name=name, cases=[dict(c) for c in cases], digest=digests[name]))
+        session.flush()
+    return benchmark
+
+
+def find_benchmark(session: Session, name: str) -> Benchmark:
+    """The newest version of a benchmark.
+
+    Raises:
+        RefusedError: 404, there is none of this name.
+    """
+    found = session.scalar(select(Benchmark).where(Benchmark.name == name).order_by(Benchmark.version.desc()).limit(1))
+    if found is None:
+        names = ", ".join(session.scalars(select(Benchmark.name).distinct().order_by(Benchmark.name)))
+        raise unknown("benchmark", name[:80], f"choose one of: {names or 'none yet'}")
+    return found
+
+
+def find_split(session: Session, benchmark: Benchmark, name: str | None) -> Split:
+    """A split by name, or the benchmark's first.
+
+    Raises:
+        RefusedError: 404, there is none of this name.
+    """
+    splits = session.scalars(select(Split).where(Split.benchmark_id == benchmark.id).order_by(Split.id)).all()
+    found = next((split for split in splits if name in (None, "", split.name)), None)
+    if found is None:
+        names = ", ".join(split.name for split in splits)
+        raise unknown(f"split of {benchmark.name}", str(name)[:80], f"choose one of: {names}")
+    return found
+
+
+def accept(session: Session, who: Principal, request: Request) -> Submission:
+    """Takes a submission and draws the order of its trials.
+
+    The order is a random permutation of the slots; its commitment, a SHA-256 over the order and a secret nonce, is
+    shown at once, and the nonce when all trials have ended, so that anybody can check that nobody chose the order.
+
+    Raises:
+        RefusedError: 404 unknown benchmark or split, 422 an unusable request, 403 scope, 429 quota.
+    """
+    benchmark = find_benchmark(session, request.benchmark)
+    split = find_split(session, benchmark, request.split)
+    _check(session, who, request)
+    cases = split.cases[: request.trials]
+    _check_quota(session, who, benchmark, len(cases))
+    order = list(range(len(cases)))
+    random.SystemRandom().shuffle(order)
+    nonce = secrets.token_hex(16)
+    submission = Submission(
+        user_id=who.user_id,
+        split_id=split.id,
+        robot_class=benchmark.robot_class,
+        name=request.name,
+        kind=request.kind,
+        anchor=request.anchor,
+        method=request.method,
+        imitates=request.imitates,
+        checkpoint=request.blob,
+        state="open",
+        wanted=len(cases),
+        commitment=commitment(order, nonce),
+        nonce=nonce,
+        created=now(session),
+    )
+    session.add(submission)
+    session.flush()
+    labels: set[str] = set()
+    while len(labels) < len(cases):
+        labels.add(f"policy {secrets.token_hex(3)}")
+    for position, (slot, label) in enumerate(zip(order, sorted(labels), strict=True)):
+        session.add(
+            Trial(
+                submission_id=submission.id,
+                slot=slot,
+                position=position,
+                pair_id=f"{benchmark.name}.{benchmark.version}/{split.name}/{slot}",
+                blind_label=label,
+                scene=dict(cases[slot]["scene"]),
+                seed=int(cases[slot]["seed"]),
+                state="queued",
+            )
+        )
+    note(session, "accepted", f"{len(cases)} trials queued; order promised as {submission.commitment[:12]}",
+         submission_id=submission.id)  # fmt: skip
+    session.flush()
+    return submission
+
+
+def commitment(order: Sequence[int], nonce: str) -> str:
+    """The promise of an order of slots: SHA-256 of the JSON list `[order, nonce]` without blanks.
+
+    Example:
+        >>> commitment([1, 0], "00")[:8]
+        '9eea5dac'
+    """
+    return hashlib.sha256(json.dumps([list(order), nonce], separators=(",", ":")).encode()).hexdigest()
+
+
+def cancel(session: Session, submission: Submission) -> int:
+    """Withdraws a submission: what waits is cancelled, what moves is finished; returns how many were cancelled."""
+    session.execute(select(Submission.id).where(Submission.id == submission.id).with_for_update())
+    waiting = ("queued", "leased", "needs_human", "needs_storage")
+    cancelled = session.execute(
+        update(Trial)
+        .where(Trial.submission_id == submission.id, Trial.state.in_(waiting))
+        .values(state="cancelled", lease_until=None)
+        .returning(Trial.id),
+        execution_options={"synchronize_session": False},
+    ).all()
+    session.execute(
+        update(Attempt)
+        .where(Attempt.trial_id.in_([row.id for row in cancelled]), Attempt.ended.is_(None))
+        .values(ended=now(session), outcome="cancelled", reason="the submission was withdrawn"),
+        execution_options={"synchronize_session": False},
+    )
+    session.refresh(submission)
+    if submission.state == "open" and cancelled:
+        submission.state = "cancelled"
+        submission.finished = now(session)
+        note(session, "cancelled", f"withdrawn with {len(cancelled)} trials not run", submission_id=submission.id)
+    close_if_finished(session, submission)
+    session.flush()
+    return len(cancelled)
+
+
+def used_today(session: Session, user_id: int, benchmark_id: int | None = None) -> int:
+    """Trials that a user asked for in the last 24 hours and that were not withdrawn, of one benchmark or all."""
+    query = (
+        select(func.count(Trial.id))
+        .join(Submission, Submission.id == Trial.submission_id)
+        .where(Submission.user_id == user_id, Submission.created > now(session) - DAY, Trial.state != "cancelled")
+    )
+    if benchmark_id is not None:
+        query = query.join(Split, Split.id == Submission.split_id).where(Split.benchmark_id == benchmark_id)
+    return session.scalar(query) or 0
+
+
+def _check(session: Session, who: Principal, request: Request) -> None:
+    def refuse(expected: str, got: str, fix: str) -> RefusedError:
+        return RefusedError(422, "bad_submission", f"submission {request.name[:60]!r}", expected=expected, got=got,
+                            fix=fix)  # fmt: skip
+
+    who.require("submit")
+    if not request.name.strip() or len(request.name) > 80 or not request.name.isprintable():
+        raise refuse("a printable name of 1 to 80 characters", f"{len(request.name)} characters", "choose another name")
+    if request.trials is not None and request.trials < 1:
+        raise refuse("at least 1 trial", str(request.trials), "ask for more")
+    if request.kind == "anchor":
+        who.require("admin")
+        if request.anchor not in ANCHORS:
+            raise refuse(f"an anchor of {', '.join(ANCHORS)}", repr(request.anchor), "name one")
+    elif request.kind == "checkpoint":
+        blob = session.get(Blob, request.blob) if request.blob else None
+        if blob is None or not blob.private or not (blob.user_id == who.user_id or who.allows("admin")):
+            raise refuse("the hash of a checkpoint that you uploaded", repr(request.blob), "upload it first")
+    elif request.kind != "remote":
+        raise refuse("kind remote, checkpoint or anchor", repr(request.kind[:40]), "choose one")
+
+
+def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted: int) -> None:
+    # The lock keeps two requests of one user from both fitting under the same rest.
+    user = session.scalars(select(User).where(User.id == who.user_id).with_for_update()).one()
+    for limit, used, what in (
+        (user.daily_trials, used_today(session, user.id), "all benchmarks"),
+        (benchmark.daily_trials, used_today(session, user.id, benchmark.id), benchmark.name),
+    ):
+        if used + wanted > limit:
+            raise RefusedError(
+                429,
+                "quota",
+                f"trials of {user.name} in 24 hours on {what}",
+                expected=f"at most {limit}",
+                got=f"{used} used and {wanted} more asked for",
+                fix="wait, or ask for fewer trials",
+            )
+
+
+def _digest(cases: Sequence[Mapping[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([dict(case) for case in cases], sort_keys=True).encode()).hexdigest()

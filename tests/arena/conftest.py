@@ -1,0 +1,117 @@
+"""Databases for the arena's tests: SQLite in a folder, PostgreSQL in a server of our own when it is installed."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.parse import quote
+from uuid import uuid4
+
+import pytest
+from arena_world import VirtualClock
+from sqlalchemy import NullPool, create_engine, text
+
+from offbook.arena.database import Database
+
+MakeDatabase = Callable[..., Database]
+
+
+@pytest.fixture(scope="session")
+def postgres_address() -> Iterator[str]:
+    """The address of a PostgreSQL server without its database: socket only, in a temporary folder, nothing synced."""
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not binaries:
+        pytest.skip("PostgreSQL is not installed (no /usr/lib/postgresql/*/bin/initdb)")
+    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+    user = {}
+    if os.geteuid() == 0:
+        try:
+            owner = pwd.getpwnam("postgres")
+        except KeyError:
+            pytest.skip("PostgreSQL does not run as root and there is no user postgres")
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
+
+    def run(*command: str) -> None:
+        # pg_ctl's server inherits what it is given: a pipe would keep this call waiting for ever.
+        with (folder / "setup.log").open("ab") as log:
+            subprocess.run(
+                command, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder, timeout=60, **user
+            )
+
+    data, control = str(folder / "data"), str(binaries[-1].parent / "pg_ctl")
+    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c max_connections=80"
+    try:
+        run(str(binaries[-1]), "-D", data, "-U", "offbook", "-A", "trust", "--no-sync", "-E", "UTF8")
+        run(control, "-D", data, "-w", "-t", "30", "-o", options, "-l", str(folder / "server.log"), "start")
+        try:
+            yield f"postgresql+psycopg://offbook@/{{name}}?host={quote(str(folder), safe='')}"
+        finally:
+            run(control, "-D", data, "-w", "-t", "30", "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database to copy: migrating anew for each test takes longer than most tests."""
+    path = tmp_path_factory.mktemp("template") / "arena.db"
+    database = Database(f"sqlite:///{path}")
+    database.migrate()
+    database.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def execute(postgres_address: str) -> Callable[[str], None]:
+    """Runs one statement on the server; a migrated database `template_arena` stands ready to be copied."""
+    server = create_engine(postgres_address.format(name="postgres"), isolation_level="AUTOCOMMIT", poolclass=NullPool)
+
+    def run(statement: str) -> None:
+        with server.connect() as connection:
+            connection.execute(text(statement))
+
+    run("CREATE DATABASE template_arena")
+    database = Database(postgres_address.format(name="template_arena"))
+    database.migrate()
+    database.close()
+    return run
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def make_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeDatabase]:
+    """Makes databases of one kind with the schema in place; all are closed and dropped at the end."""
+    yield from _databases(request, tmp_path, request.param)
+
+
+@pytest.fixture
+def make_sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeDatabase]:
+    """Makes SQLite databases, for tests whose subject is not the database."""
+    yield from _databases(request, tmp_path, "sqlite")
+
+
+def _databases(request: pytest.FixtureRequest, folder: Path, kind: str) -> Iterator[MakeDatabase]:
+    made: list[Database] = []
+    names: list[str] = []
+
+    def make(*clock: VirtualClock) -> Database:
+        names.append(f"arena_{uuid4().hex}")
+        if kind == "sqlite":
+            shutil.copy(request.getfixturevalue("sqlite_template"), folder / f"{names[-1]}.db")
+            url = f"sqlite:///{folder}/{names[-1]}.db"
+        else:
+            request.getfixturevalue("execute")(f"CREATE DATABASE {names[-1]} TEMPLATE template_arena")
+            url = request.getfixturevalue("postgres_address").format(name=names[-1])
+        made.append(Database(url, *clock))
+        return made[-1]
+
+    yield make
+    for database in made:
+        database.close()
+    for name in names if kind == "postgresql" else []:
+        request.getfixturevalue("execute")(f"DROP DATABASE {name} WITH (FORCE)")

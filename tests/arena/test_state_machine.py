@@ -1,0 +1,231 @@
+"""Whatever users, workers, faults and the clock do in whatever order: the scheduler's promise holds."""
+
+# ruff: noqa: PT017 - a rule may be refused or granted; both ways are checked.
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from arena_world import BENCHMARK, VirtualClock, lease, submit, who
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import func, select
+
+from offbook.arena import submissions, trials
+from offbook.arena.database import Database
+from offbook.arena.refusal import RefusedError
+from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Result, Submission, Table, Trial
+
+pytestmark = pytest.mark.service
+
+WORKERS = st.sampled_from(["arm-1", "arm-2", "arm-3"])
+OUTCOMES = st.sampled_from(["done", "policy_fault", "robot_fault", "needs_human", "needs_storage", "released"])
+
+
+def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachine]:
+    """The machine on one database, emptied before each example."""
+
+    class Arena(RuleBasedStateMachine):
+        entries = Bundle("entries")
+        leases = Bundle("leases")
+
+        @initialize()
+        def begin(self) -> None:
+            self.connected: set[int] = set()
+            self.instances: dict[str, int] = {}
+            self.results: dict[int, tuple[Any, ...]] = {}
+            self.ended: dict[int, str] = {}
+            self.cases: dict[int, tuple[str, int]] = {}
+            self.fences: dict[int, int] = {}
+            self.answers: dict[tuple[int, int], tuple[trials.Report, dict[str, Any]]] = {}
+            with database.write() as session:
+                for table in reversed(Table.metadata.sorted_tables):
+                    session.execute(table.delete())
+                submissions.define_benchmark(session, BENCHMARK)
+                who(session, "lab")
+
+        @rule(
+            target=entries,
+            user=st.sampled_from(["ada", "bob"]),
+            kind=st.sampled_from(["remote", "anchor"]),
+            n=st.integers(1, 3),
+        )
+        def submit(self, user: str, kind: str, n: int) -> int:
+            with database.write() as session:
+                submission = submit(session, user, kind=kind, anchor="expert" if kind == "anchor" else None, trials=n)
+                return submission.id
+
+        @rule(entry=entries, there=st.booleans())
+        def dial(self, entry: int, there: bool) -> None:
+            (self.connected.add if there else self.connected.discard)(entry)
+
+        @rule(target=leases, worker=WORKERS)
+        def lease(self, worker: str) -> Any:
+            try:
+                with database.write() as session:
+                    given = lease(
+                        session, worker, instance=str(self.instances.get(worker, 0)), connected=self.connected
+                    )
+                    if given is None:
+                        return multiple()
+                    trial = session.get_one(Trial, given["trial"])
+                    submission = session.get_one(Submission, trial.submission_id)
+                    assert submission.kind != "remote" or submission.id in self.connected
+                    assert given["fence"] == self.fences.get(trial.id, 0) + 1
+                    self.fences[trial.id] = given["fence"]
+                    return (given["trial"], given["fence"])
+            except RefusedError as error:
+                assert error.error == "robot_busy"
+                return multiple()
+
+        @rule(worker=WORKERS)
+        def restart(self, worker: str) -> None:
+            self.instances[worker] = self.instances.get(worker, 0) + 1
+
+        @rule(given=leases)
+        def start(self, given: tuple[int, int]) -> None:
+            self._try(given, lambda session: trials.start(session, *given), ("leased", "running"))
+
+        @rule(given=leases, progress=st.floats(0, 1))
+        def heartbeat(self, given: tuple[int, int], progress: float) -> None:
+            self._try(given, lambda session: trials.heartbeat(session, *given, progress=progress), IN_FLIGHT)
+
+        @rule(given=leases, outcome=OUTCOMES, score=st.floats(0, 1))
+        def end(self, given: tuple[int, int], outcome: str, score: float) -> None:
+            report = trials.Report(outcome=outcome, score=score, reason=outcome)
+            states = {"done": ("running",), "released": ("leased",)}.get(outcome, IN_FLIGHT)
+            answer = self._try(given, lambda session: trials.end(session, *given, report), states, report)
+            if answer is not None:
+                self.answers[given] = (report, answer)
+
+        @rule(given=consumes(leases))
+        def repeat_the_report(self, given: tuple[int, int]) -> None:
+            if given in self.answers:
+                report, answer = self.answers[given]
+                with database.write() as session:
+                    assert trials.end(session, *given, report) == answer
+
+        @rule(seconds=st.sampled_from([1.0, 7.0, 16.0, 3600.0]))
+        def wait(self, seconds: float) -> None:
+            clock.seconds += seconds
+
+        @rule()
+        def reap(self) -> None:
+            with database.write() as session:
+                trials.reap(session)
+
+        @rule(entry=entries)
+        def cancel(self, entry: int) -> None:
+            with database.write() as session:
+                submissions.cancel(session, session.get_one(Submission, entry))
+
+        @rule(given=leases)
+        def requeue(self, given: tuple[int, int]) -> None:
+            try:
+                with database.write() as session:
+                    before = session.get_one(Trial, given[0]).state
+                    trials.requeue(session, given[0])
+                    assert before in ("needs_human", "needs_storage")
+            except RefusedError as error:
+                assert error.status == 409
+
+        def _try(self, given: tuple[int, int], act: Any, states: tuple[str, ...], report: Any = None) -> Any:
+            """An act is granted exactly when its lease is live and the state allows it, or when it is a repetition."""
+            with database.read() as session:
+                trial = session.get_one(Trial, given[0])
+                live = trial.fence == given[1] and trial.state in states and (trial.lease_until or 0) > clock.seconds
+                fence = trial.fence
+            known = self.answers.get(given)
+            repeated = known is not None and report is not None and known[0].digest() == report.digest()
+            try:
+                with database.write() as session:
+                    answer = act(session)
+            except RefusedError as error:
+                assert not live
+                assert not repeated
+                assert (error.status, error.body()["fence"]) == (409, fence)
+                return None
+            assert live or repeated
+            return answer
+
+        @invariant()
+        def the_promise_holds(self) -> None:
+            with database.read() as session:
+                all_trials = session.scalars(select(Trial)).all()
+                attempts = session.scalars(select(Attempt).order_by(Attempt.trial_id, Attempt.n)).all()
+                results = {r.trial_id: (r.score, r.attempt, r.outcome) for r in session.scalars(select(Result))}
+                wanted = session.scalar(select(func.coalesce(func.sum(Submission.wanted), 0)))
+                states = dict(session.execute(select(Submission.id, Submission.state)).all())
+            assert wanted == len(all_trials), "an accepted trial is lost"
+            assert results.items() >= self.results.items(), "a committed result changed or vanished"
+            self.results = results
+            flying = [trial for trial in all_trials if trial.state in IN_FLIGHT]
+            for what in ("submission_id", "robot_id"):
+                assert len({getattr(trial, what) for trial in flying}) == len(flying), f"two trials of one {what}"
+            by_trial: dict[int, list[Attempt]] = {}
+            for attempt in attempts:
+                by_trial.setdefault(attempt.trial_id, []).append(attempt)
+            for trial in all_trials:
+                log = by_trial.get(trial.id, [])
+                assert [a.n for a in log] == list(range(1, trial.attempt + 1)), "an attempt is not in the log"
+                assert trial.fence == trial.attempt >= self.fences.get(trial.id, 0)
+                assert self.cases.setdefault(trial.id, (str(trial.scene), trial.seed)) == (str(trial.scene), trial.seed)
+                assert (trial.id in results) == (trial.state in ("done", "policy_fault"))
+                assert (trial.state in IN_FLIGHT) == bool(log and log[-1].ended is None)
+                # Only an attempt that is not the client's doing may be followed by another.
+                assert {a.outcome for a in log[:-1]} <= {"robot_fault", "released", "needs_human", "needs_storage"}
+                if trial.id in self.ended:
+                    assert trial.state == self.ended[trial.id], "a final state was left"
+                if trial.state in FINAL:
+                    self.ended[trial.id] = trial.state
+            for entry, state in states.items():
+                left = any(t.submission_id == entry and t.state not in FINAL for t in all_trials)
+                assert state in (("open", "cancelled") if left else ("done", "cancelled"))
+
+    return Arena
+
+
+@pytest.fixture
+def world(make_database) -> tuple[Database, VirtualClock]:
+    clock = VirtualClock()
+    return make_database(clock), clock
+
+
+def run(world: tuple[Database, VirtualClock], examples: int, steps: int) -> None:
+    database, clock = world
+    if database.engine.dialect.name == "sqlite":
+        # Durability is another test's subject; here it would only cost time.
+        with database.engine.connect() as connection:
+            connection.exec_driver_sql("COMMIT")
+            connection.exec_driver_sql("PRAGMA synchronous = OFF")
+    run_state_machine_as_test(
+        machine(database, clock),
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_any_history_keeps_the_promise(world) -> None:
+    run(world, examples=12, steps=25)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_histories_keep_the_promise(world) -> None:
+    run(world, examples=2000, steps=50)
