@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from offbook.errors import ConfigError, OffbookError, needs_extra
 from offbook.runs.progress import track
@@ -80,19 +81,28 @@ def _results(
 
 @contextmanager
 def _ray(jobs: int, address: str | None) -> Iterator[None]:
-    with needs_extra("ray"):
-        import ray
-        from ray.util.joblib import register_ray
-    register_ray()
-    started = not ray.is_initialized()
-    if started:
-        settings: dict[str, Any] = {"address": address}
-        if address is None:
-            # Ray listens on every interface by default; nobody asked for that.
-            settings = {"address": "local", "num_cpus": jobs, "_node_ip_address": "127.0.0.1"}
-        ray.init(**settings, include_dashboard=False if address is None else None, log_to_driver=False)
+    # Ray listens on every interface by default, and turns 127.0.0.1 back into the outer address. This variable, read
+    # when ray is imported and by every process that it starts, keeps a private Ray on the loopback interface.
+    loopback = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before = os.environ.get(loopback)
+    if address is None:
+        os.environ[loopback] = "0"
     try:
-        yield
+        with needs_extra("ray"):
+            import ray
+            from ray.util.joblib import register_ray
+        register_ray()
+        started = not ray.is_initialized()
+        if started and address is None:
+            ray.init(address="local", num_cpus=jobs, include_dashboard=False, log_to_driver=False)
+        elif started:
+            ray.init(address=address, log_to_driver=False)
+        try:
+            yield
+        finally:
+            if started:
+                ray.shutdown()
     finally:
-        if started:
-            ray.shutdown()
+        os.environ.pop(loopback, None)
+        if before is not None:
+            os.environ[loopback] = before
