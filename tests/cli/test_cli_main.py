@@ -252,6 +252,8 @@ def test_interrupt_of_a_real_process_is_quiet() -> None:
 LIGHT = {
     "import offbook": (),
     "import offbook.client": ("jaxtyping", "pyarrow", "av"),
+    "import offbook.data.store, offbook.data.windows": ("av",),
+    "import offbook.runs.checkpoint, offbook.runs.ledger, offbook.runs.seeding": ("pyarrow", "av"),
     "from offbook.cli.main import main; main(['--help'])": ("tyro", "numpy", "jaxtyping"),
     "from offbook.cli.main import main; main(['systems'])": ("pyarrow", "av"),
 }
