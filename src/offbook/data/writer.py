@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class Writer:
     def __len__(self) -> int:
         return self._episodes
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -89,13 +89,13 @@ class Writer:
         self,
         fields: Mapping[str, np.ndarray | None],
         *,
-        terminated: bool,
-        truncated: bool,
+        terminated: bool | np.bool_,
+        truncated: bool | np.bool_,
         task: str = "",
         source: str = "",
-        seed: int | None = None,
-        success: bool | None = None,
-        score: float | None = None,
+        seed: int | np.integer[Any] | None = None,
+        success: bool | np.bool_ | None = None,
+        score: float | np.floating[Any] | None = None,
         sync: bool = True,
     ) -> int:
         """Adds one episode. When this returns, a crash of the process or the machine can no longer lose it.

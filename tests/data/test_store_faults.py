@@ -1,0 +1,243 @@
+"""What kills, torn files and a full disk do to a store: nothing that was appended is lost, and nothing is made up."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made import SCHEMA, values
+
+from offbook.data.store import EpisodeStore
+from offbook.errors import DataError
+
+pytestmark = pytest.mark.faults
+
+HERE = Path(__file__).parent
+WRITER = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from made import SCHEMA, values
+from pathlib import Path
+from offbook.data.store import EpisodeStore
+path = Path(sys.argv[1])
+writer = EpisodeStore.append_to(path) if (path / "store.json").exists() else EpisodeStore.create(path, SCHEMA)
+print("ready", flush=True)
+while True:
+    number = len(writer)
+    writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number)
+    print(number, flush=True)
+    if number % 5 == 4:
+        writer.close()
+        writer = EpisodeStore.append_to(path)
+"""
+
+
+def start(path, script=WRITER, **more):
+    arguments = [sys.executable, "-c", textwrap.dedent(script), str(path), str(HERE)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, **more)
+
+
+def write(path, numbers):
+    with (
+        EpisodeStore.append_to(path) if (path / "store.json").exists() else EpisodeStore.create(path, SCHEMA) as writer
+    ):
+        for number in numbers:
+            writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number, sync=False)
+    return EpisodeStore.open(path)
+
+
+def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path):
+    path, chance = tmp_path / "s", random.Random(5)
+    for _ in range(6):
+        process = start(path)
+        assert process.stdout.readline() == "ready\n"
+        # At any moment after some episodes: while values, the journal, the Parquet file or a file's head is written.
+        acknowledged = [int(process.stdout.readline()) for _ in range(chance.randint(1, 8))]
+        time.sleep(chance.uniform(0, 0.02))
+        process.send_signal(signal.SIGKILL)
+        acknowledged += [int(line) for line in process.stdout.read().splitlines()]
+        process.wait(30)
+        process.stdout.close()
+        store = EpisodeStore.open(path)
+        assert len(store) > acknowledged[-1]
+        store.verify()
+        reference = write(tmp_path / f"reference-{len(store)}", range(len(store)))
+        assert store.digest == reference.digest
+    count = len(store)
+    assert write(path, range(count, count + 3)).digest == write(reference.path, range(count, count + 3)).digest
+
+
+@pytest.fixture
+def unclosed(tmp_path):
+    """A store as a kill leaves it: four episodes, two of them in the journal only, the files' heads not brought up."""
+    path = tmp_path / "unclosed"
+    write(path, range(2))
+    writer = EpisodeStore.append_to(path)
+    for number in (2, 3):
+        writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number)
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    writer.close()
+    return copy
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_torn_journal_keeps_its_whole_lines(unclosed, tmp_path, seed):
+    journal = unclosed / "episodes.journal"
+    content = journal.read_bytes()
+    size = random.Random(seed).randrange(len(content))
+    journal.write_bytes(content[:size])
+    kept = 2 + content[:size].count(b"\n")
+    store = EpisodeStore.open(unclosed)
+    assert len(store) == kept
+    store.verify()
+    assert write(unclosed, range(kept, 6)).digest == write(tmp_path / "reference", range(6)).digest
+
+
+def test_what_a_kill_left_behind_the_last_episode_is_cut(unclosed, tmp_path):
+    for file in [*unclosed.glob("fields/*.npy"), *unclosed.glob("final/*.npy")]:
+        with file.open("ab") as stream:
+            stream.write(os.urandom(random.Random(1).randint(1, 5000)))
+    with (unclosed / "episodes.journal").open("ab") as stream:
+        stream.write(b'{"crc":"00000000","episode":[4,{"start"')
+    assert len(EpisodeStore.open(unclosed)) == 4
+    store = write(unclosed, [4])
+    store.verify()
+    reference = write(tmp_path / "reference", range(5))
+    assert store.digest == reference.digest
+    for file in unclosed.glob("f*/*.npy"):
+        assert file.read_bytes() == (reference.path / file.relative_to(unclosed)).read_bytes()
+
+
+def test_a_crash_while_compacting_counts_no_episode_twice(tmp_path):
+    path = tmp_path / "s"
+    writer = EpisodeStore.create(path, SCHEMA)
+    for number in range(3):
+        writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number)
+    journal = (path / "episodes.journal").read_bytes()
+    writer.close()
+    assert (path / "episodes.journal").read_bytes() == b""
+    (path / "episodes.journal").write_bytes(journal)
+    assert EpisodeStore.open(path).digest == write(tmp_path / "reference", range(3)).digest
+    assert len(write(path, [3])) == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_field_file_that_lost_bytes_is_named_and_nothing_is_touched(unclosed, seed):
+    chance = random.Random(seed)
+    file = chance.choice(sorted([*unclosed.glob("fields/*.npy"), *unclosed.glob("final/*.npy")]))
+    content = file.read_bytes()[: chance.randrange(file.stat().st_size)]
+    file.write_bytes(content)
+    for opening in (EpisodeStore.open, EpisodeStore.append_to):
+        with pytest.raises(DataError) as caught:
+            opening(unclosed)
+        assert str(file) in str(caught.value)
+        assert f"got {len(content)} bytes" in str(caught.value)
+    assert file.read_bytes() == content
+
+
+def test_other_damage_is_refused_by_name(unclosed, tmp_path):
+    def refused(damage, word):
+        path = tmp_path / "damaged"
+        shutil.copytree(unclosed, path)
+        damage(path)
+        before = {file: file.read_bytes() for file in path.rglob("*.npy")}
+        with pytest.raises(DataError, match=word):
+            EpisodeStore.append_to(path)
+        assert {file: file.read_bytes() for file in path.rglob("*.npy")} == before
+        shutil.rmtree(path)
+
+    def flip_first_journal_line(path):
+        content = bytearray((path / "episodes.journal").read_bytes())
+        content[40] ^= 1
+        (path / "episodes.journal").write_bytes(content)
+
+    refused(flip_first_journal_line, "line 1")
+    refused(lambda path: (path / "episodes.parquet").unlink(), "episode 0 and those after it")
+    refused(lambda path: (path / "episodes.parquet").write_bytes(b"PAR1"), "index of a store")
+    refused(lambda path: (path / "fields" / "joints.npy").unlink(), "no file")
+    other = np.zeros((500, 2), np.float64)
+    refused(lambda path: np.save(path / "fields" / "action.npy", other), r"float32 \(2,\), got float64")
+
+
+def test_a_lost_index_does_not_cost_the_values(tmp_path):
+    path = write(tmp_path / "s", range(3)).path
+    (path / "episodes.parquet").unlink()
+    size = (path / "fields" / "joints.npy").stat().st_size
+    with pytest.raises(DataError, match="an index of the"):
+        EpisodeStore.append_to(path)
+    assert (path / "fields" / "joints.npy").stat().st_size == size
+
+
+HOLDER = """
+import sys
+from offbook.data.store import EpisodeStore
+with EpisodeStore.append_to(sys.argv[1]):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_writer_is_told_who_the_first_is(tmp_path):
+    path = write(tmp_path / "s", [0]).path
+    process = start(path, HOLDER, stdin=subprocess.PIPE)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        with pytest.raises(DataError, match=f"process {process.pid} writing to it"):
+            EpisodeStore.append_to(path)
+        assert len(EpisodeStore.open(path)) == 1
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+    # The lock went with the process.
+    with EpisodeStore.append_to(path), pytest.raises(DataError, match=f"process {os.getpid()} writing"):
+        EpisodeStore.append_to(path)
+
+
+def test_a_writer_that_is_dropped_lets_go_and_loses_nothing(tmp_path):
+    writer = EpisodeStore.create(tmp_path / "s", SCHEMA)
+    writer.append(values(0, 20), terminated=True, truncated=False, seed=0)
+    del writer
+    with EpisodeStore.append_to(tmp_path / "s") as writer:
+        assert len(writer) == 1
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[2])
+from made import SCHEMA, values
+from offbook.data.store import EpisodeStore
+from offbook.errors import DataError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+writer = EpisodeStore.create(sys.argv[1], SCHEMA)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+try:
+    for number in range(99):
+        writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number)
+except DataError as error:
+    print(number, error, flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number)
+writer.close()
+"""
+
+
+def test_a_full_disk_is_explained_and_appending_can_go_on(tmp_path):
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[1] == resource.RLIM_INFINITY
+    process = start(tmp_path / "s", FULL_DISK)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    number, message = output.split(" ", 1)
+    assert "File too large" in message
+    assert "what was appended before is safe" in message
+    reference = write(tmp_path / "reference", range(int(number) + 1))
+    assert EpisodeStore.open(tmp_path / "s").digest == reference.digest
