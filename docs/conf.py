@@ -27,9 +27,9 @@ def write_commands() -> None:
     """docs/reference/commands.md: one heading for each verb, with its --help."""
     os.environ["COLUMNS"] = "100"
     pages = [
-        "# Commands\n\nEvery verb answers `--help`, prints one JSON object with `--json`, and exits with 0 (fine), 1 (failed) or"
+        "# Commands\n\nEvery verb answers `--help`, prints one JSON object with `--json`, and exits with 0 (fine), "
+        "1 (failed) or 2 (wrong use).\nProgress goes to stderr, results to stdout.\n"
     ]
-    pages[0] += " 2 (wrong use).\nProgress goes to stderr, results to stdout.\n"
     for verb, (_, summary) in VERBS.items():
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
