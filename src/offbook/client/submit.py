@@ -1,0 +1,205 @@
+"""Talking to an arena over HTTP: submitting policies, uploading checkpoints, watching what becomes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from offbook.errors import ConfigError, SubmissionError
+
+_CHUNK = 2**20
+FINISHED = frozenset({"done", "failed", "cancelled", "rejected"})
+
+
+class ArenaClient:
+    """A user's side of an arena's HTTP interface; every refusal is one sentence.
+
+    Args:
+        url: address of the arena, such as `http://127.0.0.1:8000`.
+        token: bearer token; it travels in the Authorization header only, and redirects are not followed.
+        timeout_s: longest wait for the arena to begin or go on with an answer.
+
+    Example:
+        >>> with ArenaClient("http://127.0.0.1:9", "ob_a_b") as arena:
+        ...     arena.leaderboard("pour")
+        Traceback (most recent call last):
+        offbook.errors.SubmissionError: arena at http://127.0.0.1:9: expected an answer, got ConnectError ...
+    """
+
+    def __init__(self, url: str, token: str = "", *, timeout_s: float = 30.0) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            fix = "pass the address that the arena printed when it started"
+            raise ConfigError("arena address", expected="http(s)://HOST[:PORT]", got=repr(url.split("@")[-1]), fix=fix)
+        loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=timeout_s,
+            trust_env=not loopback,  # a proxy of the environment cannot reach this machine's own arena
+        )
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def benchmarks(self) -> list[dict[str, Any]]:
+        """The benchmarks that this arena runs."""
+        return list(self.request("GET", "/v1/benchmarks")["benchmarks"])
+
+    def submit(
+        self,
+        benchmark: str,
+        name: str,
+        *,
+        checkpoint: Path | str | None = None,
+        split: str | None = None,
+        method: str = "",
+    ) -> dict[str, Any]:
+        """Submits a policy: a checkpoint that the arena runs, or, without one, a remote policy that will dial in.
+
+        Args:
+            benchmark: name of the benchmark.
+            name: label on the leaderboard.
+            checkpoint: safetensors file written by training; it is uploaded first, streamed.
+            split: scenes to be played; the benchmark's own default when None.
+            method: how the policy was made, in a few words.
+
+        Returns:
+            The submission as the arena shows it, with its `id`.
+
+        Raises:
+            SubmissionError: the arena refuses or cannot be reached.
+        """
+        record: dict[str, Any] = {"benchmark": benchmark, "name": name, "method": method}
+        record |= {"kind": "remote"} if checkpoint is None else {"kind": "checkpoint", "blob": self.upload(checkpoint)}
+        if split is not None:
+            record["split"] = split
+        return self.request("POST", "/v1/submissions", json=record)
+
+    def upload(self, path: Path | str, progress: Callable[[int, int], None] | None = None) -> str:
+        """Streams a file to the arena's store and returns its sha256; memory use does not grow with its size.
+
+        Args:
+            path: the file.
+            progress: called with bytes sent and bytes in all.
+
+        Raises:
+            SubmissionError: the file cannot be read, or the arena refuses it.
+        """
+        path = Path(path)
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = path.stat().st_size
+        except OSError as error:
+            fix = "pass the .safetensors file of a checkpoint"
+            raise SubmissionError(str(path), expected="a readable file", got=str(error.strerror), fix=fix) from error
+
+        def pieces() -> Iterator[bytes]:
+            sent = 0
+            with path.open("rb") as file:
+                while piece := file.read(_CHUNK):
+                    yield piece
+                    sent += len(piece)
+                    if progress is not None:
+                        progress(sent, size)
+
+        headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
+        self.request("PUT", f"/v1/blobs/{digest}", content=pieces(), headers=headers)
+        return digest
+
+    def status(self, submission: str) -> dict[str, Any]:
+        """A submission with its state and trials."""
+        return self.request("GET", f"/v1/submissions/{quote(submission, safe='')}")
+
+    def cancel(self, submission: str) -> dict[str, Any]:
+        """Withdraws a submission; trials that run are finished, waiting ones are not begun."""
+        return self.request("POST", f"/v1/submissions/{quote(submission, safe='')}/cancel")
+
+    def leaderboard(self, benchmark: str, split: str | None = None) -> dict[str, Any]:
+        """A benchmark's leaderboard, all splits or one."""
+        params = {} if split is None else {"split": split}
+        return self.request("GET", f"/v1/leaderboard/{quote(benchmark, safe='')}", params=params)
+
+    def wait(
+        self,
+        submission: str,
+        *,
+        timeout_s: float = 600.0,
+        every_s: float = 1.0,
+        progress: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Waits until a submission is finished, whatever the outcome.
+
+        Args:
+            submission: its id.
+            timeout_s: give up after this long.
+            every_s: seconds between questions.
+            progress: called with each answer.
+
+        Raises:
+            SubmissionError: it is not finished in time, or the arena cannot be reached.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            record = self.status(submission)
+            if progress is not None:
+                progress(record)
+            if record["state"] in FINISHED:
+                return record
+            if time.monotonic() + every_s > end:
+                raise SubmissionError(
+                    f"submission {submission}",
+                    expected=f"a result within {timeout_s:g} s",
+                    got=f"state {record['state']!r}",
+                    fix="wait longer; a remote policy must be connected and a worker must run",
+                )
+            time.sleep(every_s)
+
+    def request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        """One request and its JSON answer.
+
+        Raises:
+            SubmissionError: no answer, a refusal, or something else than JSON.
+        """
+        try:
+            response = self._http.request(method, path, **options)
+        except httpx.HTTPError as error:
+            refused = isinstance(error, httpx.ConnectError)
+            fix = "start one with: offbook arena serve" if refused else "try again"
+            got = f"{type(error).__name__} ({error})"
+            raise SubmissionError(f"arena at {self.url}", expected="an answer", got=got, fix=fix) from error
+        try:
+            record = response.json() if response.content else {}
+        except ValueError:
+            record = None
+        if response.is_success and isinstance(record, dict):
+            return record
+        raise self._refusal(method, path, response.status_code, record)
+
+    def _refusal(self, method: str, path: str, status: int, record: Any) -> SubmissionError:
+        """The arena's `{ok, error, detail, hint, status}` as one sentence."""
+        where = f"arena at {self.url}, {method} {path}"
+        if not isinstance(record, dict) or "error" not in record:
+            got = f"HTTP status {status} without the arena's own JSON"
+            return SubmissionError(where, expected="an arena's answer", got=got, fix="check the address")
+        got = ": ".join(str(part).rstrip(".") for part in (record["error"], record.get("detail")) if part)
+        fix = str(record.get("hint") or "correct the request").rstrip(".")
+        return SubmissionError(where, expected="to be accepted", got=f"{got} (status {status})", fix=fix)
