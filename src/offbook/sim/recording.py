@@ -1,0 +1,163 @@
+"""Recording episodes of a scripted or random policy into a store: in parallel, and resumable after a crash."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offbook.data.store import EpisodeStore, Writer
+from offbook.errors import ConfigError
+from offbook.runs.parallel import run_parallel
+from offbook.runs.progress import track
+from offbook.runs.seeding import training_seeds
+from offbook.sim.adapters import AnyEnv, make
+from offbook.sim.experts import make_expert, random_policy
+from offbook.sim.play import Played, play
+from offbook.sim.spaces import schema_for
+
+_BLOCK = 4  # episodes between two appends: little is lost by a crash, and little time with making environments
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What makes a recording the same recording: everything that the episodes depend on, except how many there are."""
+
+    env_id: str
+    policy: str
+    grades: tuple[float, ...]
+    seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "policy": self.policy,
+            "grades": list(self.grades),
+            "seed": self.seed,
+            "settings": dict(self.settings),
+        }
+
+
+def record(
+    env_id: str,
+    episodes: int,
+    out: str | Path,
+    *,
+    policy: Literal["expert", "random"] = "expert",
+    grades: Sequence[float] = (1.0,),
+    seed: int = 0,
+    jobs: int = 1,
+    resume: bool = True,
+    settings: Mapping[str, Any] | None = None,
+) -> EpisodeStore:
+    """Records episodes of an environment until the store holds as many as are wanted.
+
+    Episode i has the i-th of the training seeds and is appended as the i-th, so the store's digest depends neither on
+    `jobs` nor on interruptions. Killed at any moment, it goes on where it stopped when called again.
+
+    Args:
+        env_id: see `offbook.sim.adapters.make`.
+        episodes: how many the store shall hold at the end.
+        out: folder of the store.
+        policy: `"expert"` for the environment's scripted expert, or `"random"`.
+        grades: of the expert, see `make_expert`; episode i has the grade `grades[i % len(grades)]`, so that
+            `(1, 1, 1, 0.5)` makes every fourth episode an imperfect one.
+        seed: seed of the recording.
+        jobs: worker processes.
+        resume: whether to go on with an existing store; otherwise one is refused.
+        settings: further arguments of `make`.
+
+    Returns:
+        The store.
+
+    Raises:
+        ConfigError: a setting is wrong, or the existing store is of another recording.
+        DataError: the folder is no store, or in use by another process.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     store = record("gym:Pendulum-v1", 1, Path(folder) / "swings", policy="random")
+        ...     len(store), store.steps
+        (1, 200)
+    """
+    if episodes < 1:
+        raise ConfigError("--episodes", expected="1 or more", got=str(episodes), fix="ask for an episode")
+    if policy not in ("expert", "random"):
+        raise ConfigError("--policy", expected="expert or random", got=repr(policy), fix="choose one of them")
+    if not grades:
+        raise ConfigError("--grades", expected="one or more", got="none", fix="give a grade such as 1.0")
+    plan = _Plan(
+        env_id=env_id,
+        policy=policy,
+        grades=tuple(float(grade) for grade in grades) if policy == "expert" else (1.0,),
+        seed=seed,
+        settings=dict(settings or {}),
+    )
+    with _open(Path(out), plan, resume) as writer:
+        done = len(EpisodeStore.open(out))
+        blocks = [range(start, min(start + _BLOCK, episodes)) for start in range(done, episodes, _BLOCK)]
+        played = run_parallel(functools.partial(_play_block, plan), blocks, jobs=jobs)
+        numbered = enumerate((episode for block in played for episode in block), start=done)
+        for number, episode in track(numbered, f"recording {env_id}", total=max(episodes - done, 0)):
+            _append(writer, plan, number, episode)
+    return EpisodeStore.open(out)
+
+
+def _open(out: Path, plan: _Plan, resume: bool) -> Writer:
+    """The store, opened for appending; made if it is not there."""
+    if resume and (out / "store.json").exists():
+        schema = EpisodeStore.open(out).schema
+        before = {"environment": schema.environment, **dict(schema.extra.get("recording", {}))}
+        for key, wanted in {"environment": plan.env_id, **plan.to_json()}.items():
+            if before.get(key) != wanted:
+                raise ConfigError(
+                    f"{out}, {key}",
+                    expected=f"{wanted!r}, as this recording has it",
+                    got=f"a store with {before.get(key)!r}",
+                    fix="record into another folder, or repeat the settings of the first time",
+                )
+        return EpisodeStore.append_to(out)
+    env = make(plan.env_id, **plan.settings)
+    try:
+        _policy(plan, env, plan.grades[0])  # refuses an environment without an expert before a store is made
+        source = "random" if plan.policy == "random" else "scripted expert"
+        schema = schema_for(env, plan.env_id, source=source, extra={"recording": plan.to_json()})
+    finally:
+        env.close()
+    return EpisodeStore.create(out, schema)
+
+
+def _policy(plan: _Plan, env: AnyEnv, grade: float) -> Any:
+    return random_policy(env, plan.seed) if plan.policy == "random" else make_expert(plan.env_id, grade, plan.seed)
+
+
+def _play_block(plan: _Plan, block: range) -> list[Played]:
+    """Plays the episodes with the numbers in the block."""
+    env = make(plan.env_id, **plan.settings)
+    try:
+        return [episode for number in block for episode in _play_one(plan, env, number)]
+    finally:
+        env.close()
+
+
+def _play_one(plan: _Plan, env: AnyEnv, number: int) -> Iterator[Played]:
+    policy = _policy(plan, env, _grade(plan, number))
+    return play([env], policy, training_seeds(plan.seed, 1, start=number))
+
+
+def _grade(plan: _Plan, number: int) -> float:
+    return plan.grades[number % len(plan.grades)]
+
+
+def _append(writer: Writer, plan: _Plan, number: int, episode: Played) -> None:
+    writer.append(
+        episode.fields,
+        terminated=episode.terminated,
+        truncated=episode.truncated,
+        task=plan.env_id,
+        source="random" if plan.policy == "random" else f"expert:{_grade(plan, number):g}",
+        seed=episode.seed,
+        success=episode.success,
+        score=episode.score,
+    )

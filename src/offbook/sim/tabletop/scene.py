@@ -1,0 +1,161 @@
+"""What varies from one episode on the table to the next, and which variations a learner has seen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offbook.errors import ConfigError, nearest
+from offbook.runs.config import from_json, to_json
+from offbook.runs.seeding import generator
+
+Colour = tuple[float, float, float]
+
+_RANGES = {
+    "bowl": (-0.8, 0.8),
+    "bowl_radius": (0.05, 0.11),
+    "bowl_height": (0.03, 0.09),
+    "cup_radius": (0.030, 0.042),
+    "bowl_colour": (0.0, 1.0),
+    "cup_colour": (0.0, 1.0),
+    "grain_colour": (0.0, 1.0),
+    "light_from": (-3.0, 3.0),
+    "light_colour": (0.0, 1.0),
+    "camera_shift": (-0.2, 0.2),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One arrangement of the table.
+
+    Attributes:
+        bowl: x and y of the bowl's centre, metres from the arm's base; x forward, y to the arm's left.
+        bowl_radius: inner radius, metres.
+        bowl_height: height of the rim above the table, metres.
+        cup_radius: inner radius of the cup, metres.
+        bowl_colour: red, green and blue in [0, 1].
+        cup_colour: likewise.
+        grain_colour: likewise, of the material that is poured.
+        light_from: direction towards the lamp, any length.
+        light_colour: brightness and tint of the lamp.
+        camera_shift: displacement of the front camera from its usual place, metres.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    bowl: tuple[float, float] = (0.56, 0.0)
+    bowl_radius: float = 0.08
+    bowl_height: float = 0.05
+    cup_radius: float = 0.034
+    bowl_colour: Colour = (0.20, 0.42, 0.70)
+    cup_colour: Colour = (0.90, 0.88, 0.84)
+    grain_colour: Colour = (0.93, 0.55, 0.12)
+    light_from: tuple[float, float, float] = (0.5, -0.6, 1.4)
+    light_colour: Colour = (0.62, 0.60, 0.57)
+    camera_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            values = np.atleast_1d(getattr(self, name))
+            if not np.all((values >= low) & (values <= high)):
+                raise ConfigError(
+                    f"scene.{name}",
+                    expected=f"values from {low} to {high}",
+                    got=str(getattr(self, name)),
+                    fix="correct the scene",
+                )
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> "Scene":
+        """Reads a scene from JSON types; what is not given keeps its default.
+
+        Raises:
+            ConfigError: a name is unknown, or a value of the wrong type or outside its range.
+
+        Example:
+            >>> Scene.from_json({"bowl": [0.5, 0.1]}).bowl
+            (0.5, 0.1)
+        """
+        return from_json(Scene, record, "scene")
+
+
+SEEN_POSITIONS = tuple((x, y) for x in (0.50, 0.62) for y in (-0.16, 0.0, 0.16))
+"""The six places of the bowl in the recordings; each episode shifts it by up to 1 cm."""
+NEW_POSITIONS = ((0.56, -0.08), (0.56, 0.08), (0.44, -0.08), (0.68, 0.08), (0.50, 0.25), (0.62, -0.25))
+"""Six others: two between the seen ones, four outside."""
+
+_SEEN_RADII, _NEW_RADII = (0.075, 0.085), (0.065, 0.095)
+_SEEN_BOWLS: tuple[Colour, ...] = ((0.20, 0.42, 0.70), (0.78, 0.25, 0.22), (0.92, 0.90, 0.86))
+_NEW_BOWLS: tuple[Colour, ...] = ((0.25, 0.58, 0.35), (0.55, 0.35, 0.65), (0.95, 0.80, 0.25))
+_SEEN_CUPS: tuple[Colour, ...] = ((0.90, 0.88, 0.84), (0.30, 0.34, 0.40))
+_NEW_CUPS: tuple[Colour, ...] = ((0.55, 0.78, 0.80), (0.85, 0.55, 0.60))
+_SEEN_GRAINS: tuple[Colour, ...] = ((0.93, 0.55, 0.12), (0.55, 0.80, 0.30))
+_NEW_GRAINS: tuple[Colour, ...] = ((0.85, 0.20, 0.45), (0.35, 0.75, 0.90))
+
+SPLITS = ("seen", "position", "object", "lighting", "all")
+
+
+def scenes(split: str, n: int, seed: int) -> list[dict[str, Any]]:
+    """Arrangements of the table, for `env.reset(options={"scene": ...})`.
+
+    Args:
+        split: `"seen"` as in the recordings; `"position"`, `"object"` or `"lighting"` with that one thing new;
+            `"all"` with everything new, the camera's place included.
+        n: how many.
+        seed: the i-th scene depends on the seed, the split and i alone.
+
+    Returns:
+        JSON-able records for `Scene.from_json`.
+
+    Raises:
+        ConfigError: the split is unknown.
+
+    Source: the generalisation axes (objects, positions, lighting) of "Train Offline, Test Online: A Real Robot
+    Learning Benchmark" (2023), abstract; the values are our own.
+
+    Example:
+        >>> first, second = scenes("seen", 2, seed=0)
+        >>> scenes("seen", 1, seed=0) == [first]
+        True
+    """
+    if split not in SPLITS:
+        raise ConfigError("split", expected="a known split", got=repr(split), fix=nearest(split, SPLITS))
+    return [to_json(_draw(split, generator(seed, "scene", split, i))) for i in range(n)]
+
+
+def _draw(split: str, rng: np.random.Generator) -> Scene:
+    new_position, new_object, new_light = (split in (axis, "all") for axis in ("position", "object", "lighting"))
+    places = NEW_POSITIONS if new_position else SEEN_POSITIONS
+    place = places[int(rng.integers(len(places)))]
+
+    def choose(seen: tuple[Any, ...], new: tuple[Any, ...]) -> Any:
+        choices = new if new_object else seen
+        return choices[int(rng.integers(len(choices)))]
+
+    def spread(low: float, high: float) -> float:
+        return round(float(rng.uniform(low, high)), 4)
+
+    light: dict[str, Any] = {}
+    if new_light:
+        # Low evening sun or a dim room, warm or cold, from the other side.
+        brightness, warmth = spread(0.25, 0.85), spread(-0.3, 0.3)
+        tint = (brightness * (1 + warmth), brightness, brightness * (1 - warmth))
+        light = {
+            "light_from": (spread(-0.9, 0.9), spread(0.3, 1.0), spread(0.4, 0.9)),
+            "light_colour": tuple(round(min(part, 1.0), 4) for part in tint),
+        }
+    if split == "all":
+        light["camera_shift"] = (spread(-0.03, 0.03), spread(-0.03, 0.03), spread(-0.03, 0.03))
+    return Scene(
+        bowl=(round(place[0] + spread(-0.01, 0.01), 4), round(place[1] + spread(-0.01, 0.01), 4)),
+        bowl_radius=choose(_SEEN_RADII, _NEW_RADII),
+        bowl_height=choose((0.05,), (0.04, 0.065)),
+        cup_radius=choose((0.034,), (0.031, 0.037)),
+        bowl_colour=choose(_SEEN_BOWLS, _NEW_BOWLS),
+        cup_colour=choose(_SEEN_CUPS, _NEW_CUPS),
+        grain_colour=choose(_SEEN_GRAINS, _NEW_GRAINS),
+        **light,
+    )
