@@ -33,7 +33,7 @@ def test_page_runs(page, tmp_path, monkeypatch, cli):
             continue
         for line in source.replace("\\\n", " ").splitlines():
             if line.startswith("$ offbook "):
-                code, _, stderr = cli(*shlex.split(line, comments=True)[2:])
+                code, _, stderr = cli(shlex.split(line, comments=True)[2:])
                 assert code == 0, f"{line}\n{stderr}"
 
 
