@@ -40,7 +40,7 @@ class ClipInfo:
 
 
 def write_clip(
-    path: str | Path, frames: UInt8[np.ndarray, "time height width 3"], fps: float, *, crf: int = 18
+    path: str | Path, frames: UInt8[np.ndarray, "time height width 3"], fps: float | int, *, crf: int = 18
 ) -> None:
     """Writes frames as a clip that browsers play at once (yuv420p, index first); an old file is replaced atomically.
 

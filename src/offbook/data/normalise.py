@@ -136,7 +136,7 @@ def _statistics(
     std = np.sqrt(squares / count)
     scale = float(np.sqrt(np.mean(std**2 + mean**2)))
     floor = _FLOOR * (scale or 1.0)
-    return mean, np.maximum(std, floor), int((std < floor).sum())
+    return mean, np.asarray(np.maximum(std, floor)), int((std < floor).sum())
 
 
 def _chunks(

@@ -1,0 +1,74 @@
+"""`offbook data ...` as a user meets it: text, JSON, plot, exit codes."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+
+
+def test_info_tells_what_is_there(cli, make_store):
+    store = make_store([5, 9], without={1: "action"})
+    outcome = cli(["data", "info", str(store.path), "--verify"])
+    assert outcome.exit_code == 0
+    for word in (
+        "2 episodes, 14 steps",
+        "gym:Made-v0 at 10 Hz",
+        store.digest,
+        "16 x 16 x 3",
+        "agree with their checksums",
+    ):
+        assert word in outcome.stdout
+    data = json.loads(cli(["data", "info", str(store.path), "--json"]).stdout)
+    assert (data["ok"], data["episodes"], data["steps"], data["digest"]) == (True, 2, 14, store.digest)
+    assert data["length"] == {"least": 5.0, "q10": 5.4, "median": 7.0, "q90": 8.6, "most": 9.0, "mean": 7.0}
+    assert {field["name"]: field["episodes"] for field in data["fields"]}["action"] == 1
+    assert data["success"] == {"known": 0, "successes": 0}
+    assert data["bytes"] > 14 * 16 * 16 * 3
+
+
+def test_info_draws(cli, make_store, tmp_path):
+    store = make_store([5, 9, 7])
+    assert cli(["data", "info", str(store.path), "--plot", str(tmp_path / "p.png")]).exit_code == 0
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    outcome = cli(["data", "info", str(store.path), "--plot", str(tmp_path / "p.xyz")])
+    assert (outcome.exit_code, "returns.png" in outcome.stderr) == (2, True)
+
+
+def test_info_of_an_empty_store(cli, make_store):
+    outcome = cli(["data", "info", str(make_store([]).path)])
+    assert outcome.exit_code == 0
+    assert "0 episodes, 0 steps" in outcome.stdout
+
+
+def test_export_and_import(cli, make_store, tmp_path):
+    store = make_store([5, 9])
+    outcome = cli(["data", "export", str(store.path), "minari:a-v0"])
+    assert outcome.exit_code == 0
+    assert "Wrote 2 episodes, 14 steps" in outcome.stdout
+    assert "no place for mode" in outcome.stdout
+    outcome = cli(["data", "import", "minari:a-v0", "--out", str(tmp_path / "back"), "--json"])
+    assert outcome.exit_code == 0
+    assert json.loads(outcome.stdout)["steps"] == 14
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["data", "info", "nowhere"], 1, "expected an episode store, got no such folder"),
+        (["data", "import", "minari:b-v0", "--out", "x"], 1, "minari download b-v0"),
+        (["data", "import", "lerobot:b", "--out", "x"], 2, "format 'lerobot'"),
+        (["data", "export", "nowhere", "minari:b-v0"], 1, "nowhere"),
+        (["data", "import", "minari:b-v0"], 2, "--out"),
+    ],
+)
+def test_mistakes_are_one_line_and_the_right_exit_code(cli, words, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = cli(words)
+    assert outcome.exit_code == code
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    assert not (tmp_path / "x").exists()
