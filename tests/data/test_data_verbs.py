@@ -1,6 +1,8 @@
 """`offbook data ...` as a user meets it: text, JSON, plot, exit codes."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +55,27 @@ def test_export_and_import(cli, make_store, tmp_path):
     outcome = cli(["data", "import", "minari:a-v0", "--out", str(tmp_path / "back"), "--json"])
     assert outcome.exit_code == 0
     assert json.loads(outcome.stdout)["steps"] == 14
+
+
+def test_record_goes_on_where_it_stopped(cli, tmp_path):
+    def record(out, episodes, *more):
+        words = ["data", "record", "gym:Pendulum-v1", "--policy", "random", "--out", str(tmp_path / out), *more]
+        outcome = cli([*words, "--episodes", str(episodes), "--json"])
+        return outcome.exit_code, json.loads(outcome.stdout)
+
+    code, first = record("a", 1)
+    assert (code, first["episodes"], first["steps"], first["environment"]) == (0, 1, 200, "gym:Pendulum-v1")
+    code, more = record("a", 3)
+    assert (code, more["episodes"]) == (0, 3)
+    assert record("b", 3)[1]["digest"] == more["digest"]
+    code, refusal = record("a", 3, "--seed", "1")
+    assert (code, refusal["ok"]) == (2, False)
+    assert "seed" in refusal["detail"]
+
+
+def test_the_example_runs(tmp_path, capsys):
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "record_and_read.py"))["main"](tmp_path / "s")
+    assert "5 episodes, 1000 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -17,6 +17,53 @@ if TYPE_CHECKING:
     from offbook.data.store import EpisodeStore
 
 _QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def record(
+    env: tyro.conf.Positional[str],
+    *,
+    out: Path,
+    episodes: int = 50,
+    policy: Literal["expert", "random"] = "expert",
+    grades: tuple[float, ...] = (1.0,),
+    split: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+) -> Report:
+    """Records episodes of a scripted expert or of random actions in a simulator.
+
+    Interrupted, or asked for more episodes later, the same command goes on where it stopped.
+
+    Args:
+        env: library and environment, such as offbook:pour, gym:Hopper-v5 or metaworld:drawer-open-v3.
+        out: folder of the store; a new one, or one that this command made.
+        episodes: how many the store shall hold at the end.
+        policy: the environment's scripted expert, or random actions.
+        grades: from 0 to 1 (flawless), given to the expert by turns: 1.0 0.5 makes every second episode a poor one.
+        split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
+        image_size: width and height of the camera's picture; 0 for none.
+        seed: seed of the recording.
+        jobs: worker processes; the store does not depend on how many.
+
+    Examples:
+        offbook data record offbook:pour --episodes 50 --out stores/pour
+        offbook data record gym:Hopper-v5 --policy random --episodes 20 --out stores/hopper
+    """
+    with needs_extra("sim"):
+        from offbook.sim.recording import record as make_recording
+    given = {"split": split, "image_size": image_size}
+    store = make_recording(
+        env,
+        episodes,
+        out,
+        policy=policy,
+        grades=grades,
+        seed=seed,
+        jobs=jobs,
+        settings={key: value for key, value in given.items() if value is not None},
+    )
+    return _described(store)
 
 
 def import_recordings(source: tyro.conf.Positional[str], *, out: Path) -> Report:
