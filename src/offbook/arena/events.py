@@ -1,0 +1,104 @@
+"""News for live pages: one look at the log for all who listen, sent as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from sqlalchemy import func, select
+from starlette.concurrency import run_in_threadpool
+
+from offbook.arena.database import Database
+from offbook.arena.refusal import RefusedError
+from offbook.arena.tables import Event
+
+KEEP_ALIVE_SECONDS = 15.0
+
+
+class Feed:
+    """Hands new lines of the log to every listener.
+
+    Args:
+        database: where the log is.
+        limit: most listeners at once.
+    """
+
+    def __init__(self, database: Database, *, limit: int) -> None:
+        self._database, self._limit = database, limit
+        self._listeners: set[asyncio.Queue[str | None]] = set()
+        self._last: int | None = None
+
+    async def poll(self) -> None:
+        """Looks for news, when anybody listens."""
+        if not self._listeners:
+            self._last = None
+            return
+        news = await run_in_threadpool(self._read)
+        for line in news:
+            for queue in list(self._listeners):
+                if queue.full():
+                    # It only needs to know that something happened: the oldest line may go.
+                    queue.get_nowait()
+                queue.put_nowait(line)
+
+    def _read(self) -> list[str]:
+        with self._database.read() as session:
+            if self._last is None:
+                self._last = session.scalar(select(func.max(Event.id))) or 0
+                return []
+            rows = session.scalars(select(Event).where(Event.id > self._last).order_by(Event.id).limit(200)).all()
+            if rows:
+                self._last = rows[-1].id
+            return [f"id: {row.id}\ndata: {json.dumps(_record(row))}\n\n" for row in rows]
+
+    def listen(self) -> AsyncIterator[str]:
+        """The stream of one listener.
+
+        Raises:
+            RefusedError: 503, too many listen already.
+        """
+        if len(self._listeners) >= self._limit:
+            raise RefusedError(
+                503,
+                "too_many_listeners",
+                "live events",
+                expected=f"at most {self._limit} listeners",
+                got="one more",
+                fix="reload now and then instead",
+            )
+        queue: asyncio.Queue[str | None] = asyncio.Queue(maxsize=50)
+        self._listeners.add(queue)
+        return self._stream(queue)
+
+    async def _stream(self, queue: asyncio.Queue[str | None]) -> AsyncIterator[str]:
+        try:
+            yield "retry: 3000\n\n"
+            while True:
+                try:
+                    line = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+                except TimeoutError:
+                    line = ": still here\n\n"
+                if line is None:
+                    return
+                yield line
+        finally:
+            self._listeners.discard(queue)
+
+    def close(self) -> None:
+        """Ends all streams, so that the process can end."""
+        for queue in self._listeners:
+            if queue.full():
+                queue.get_nowait()
+            queue.put_nowait(None)
+
+
+def _record(row: Event) -> dict[str, Any]:
+    return {
+        "time": row.time,
+        "kind": row.kind,
+        "text": row.text,
+        "submission": None if row.submission_id is None else str(row.submission_id),
+        "trial": row.trial_id,
+    }

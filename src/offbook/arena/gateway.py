@@ -1,0 +1,397 @@
+"""The relay between a policy that dialled in and the robot that plays its trial; neither knows the other's address.
+
+A policy takes a seat with `hello` on `/v1/play` and waits. A worker that holds a lease opens `/v1/relay/TRIAL.FENCE`;
+from then on frames pass in both directions, checked on the way (`client.wire`). Queues are bounded and keep the newest
+observation: a policy that reads too slowly misses some, one that does not read at all is sent away. A policy that
+leaves during a trial has lost it; a worker that leaves has not, and the policy is told that the trial ended.
+
+The seats live in this process: one arena is served by one process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select
+from starlette.concurrency import run_in_threadpool
+from starlette.websockets import WebSocket, WebSocketState
+
+from offbook.arena import accounts
+from offbook.arena.database import Database, now
+from offbook.arena.refusal import RefusedError, unknown
+from offbook.arena.tables import IN_FLIGHT, Attempt, Robot, Submission, Token, Trial, Worker
+from offbook.client import wire
+from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta, check_fit
+from offbook.errors import ConfigError
+
+if TYPE_CHECKING:
+    from offbook.arena.service import Meters
+
+logger = logging.getLogger(__name__)
+
+HELLO_SECONDS = 5.0
+SEND_SECONDS = 10.0
+WAITING_FRAMES = 16
+
+
+class GoneError(Exception):
+    """The peer's connection ended."""
+
+
+class Outbox:
+    """Frames on their way to one peer: few, in order, of waiting observations (or answers) only the newest."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+        self._frames: deque[tuple[str, bytes]] = deque()
+        self._wake = asyncio.Event()
+
+    def put(self, kind: str, frame: bytes) -> None:
+        """Queues a frame.
+
+        Raises:
+            GoneError: the peer has stopped reading.
+        """
+        if kind in ("obs", "act") and self._frames and self._frames[-1][0] == kind:
+            self._frames.pop()
+        if len(self._frames) >= WAITING_FRAMES:
+            raise GoneError("the peer does not read")
+        self._frames.append((kind, frame))
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Sends until the connection ends, which it raises."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._frames:
+                _, frame = self._frames.popleft()
+                try:
+                    await asyncio.wait_for(self._socket.send_bytes(frame), SEND_SECONDS)
+                except Exception as error:
+                    # The server's websocket layers each raise their own kinds here; all mean the same.
+                    raise GoneError(type(error).__name__) from error
+
+
+@dataclass(eq=False)
+class Seat:
+    """A policy that is connected.
+
+    Attributes:
+        submission: whose trials it plays.
+        user: its owner.
+        token: with which it came.
+        meta: what it said of itself.
+        images: the codec in which it wants images.
+        socket: its connection.
+        outbox: frames to it.
+        relay: the trial that it plays now.
+    """
+
+    submission: int
+    user: int
+    token: int
+    meta: PolicyMeta
+    images: str
+    socket: WebSocket
+    outbox: Outbox
+    relay: Relay | None = None
+
+
+@dataclass(eq=False)
+class Relay:
+    """A trial that is being played: the worker's side.
+
+    Attributes:
+        outbox: frames to the worker.
+        session: the name of the episode, once it was reset.
+        ended: whether the policy was told that the episode is over.
+        gone: set when the policy has left.
+    """
+
+    outbox: Outbox
+    session: str = ""
+    ended: bool = True
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Gateway:
+    """The seats of one arena and what passes between them and the robots.
+
+    Args:
+        database: where tokens, submissions and leases are looked up.
+        meters: counts frames.
+        per_user: most seats of one user.
+    """
+
+    def __init__(self, database: Database, meters: Meters, *, per_user: int = 32) -> None:
+        self._database, self._meters, self._per_user = database, meters, per_user
+        self._seats: dict[int, Seat] = {}
+
+    def connected(self) -> frozenset[int]:
+        """Submissions whose policies are here and idle; safe to call from any thread."""
+        return frozenset(entry for entry, seat in list(self._seats.items()) if seat.relay is None)
+
+    def present(self) -> frozenset[int]:
+        """Submissions whose policies are here, idle or not."""
+        return frozenset(list(self._seats))
+
+    async def play(self, socket: WebSocket, who: accounts.Principal) -> None:
+        """A policy's connection from its `hello` to its end."""
+        await socket.accept()
+        try:
+            seat = await self._welcome(socket, who)
+        except RefusedError as error:
+            await _say(socket, wire.error(error.error, str(error)[:400]))
+            await _close(socket, wire.REFUSED, error.got)
+            return
+        except (wire.WireError, TimeoutError, GoneError) as error:
+            await self._dismiss(socket, error)
+            return
+        former = self._seats.pop(seat.submission, None)
+        if former is not None:
+            await self._leave(former, 1008, "another connection of this submission took its place")
+        self._seats[seat.submission] = seat
+        await _say(socket, wire.ready(seat.images))
+        sending = asyncio.create_task(seat.outbox.run())
+        receiving = asyncio.create_task(self._listen(seat))
+        try:
+            done, _ = await asyncio.wait((sending, receiving), return_when=asyncio.FIRST_COMPLETED)
+            await self._dismiss(socket, next(iter(done)).exception())
+        finally:
+            await _cancel(sending, receiving)
+            await self._leave(seat, 1001, "the arena stops")
+
+    async def _welcome(self, socket: WebSocket, who: accounts.Principal) -> Seat:
+        async with asyncio.timeout(HELLO_SECONDS):
+            hello = wire.decode(await _receive(socket), wire.FRAME_LIMIT, allowed=frozenset({"hello"}))
+        meta = PolicyMeta.from_json(hello["meta"])
+        submission = await run_in_threadpool(self._check_hello, who, hello["submission"], meta)
+        if sum(seat.user == who.user_id for seat in self._seats.values()) >= self._per_user:
+            raise RefusedError(
+                429,
+                "too_many_policies",
+                f"policies of {who.user}",
+                expected=f"at most {self._per_user} connected at once",
+                got="one more",
+                fix="stop another one first",
+            )
+        return Seat(
+            submission=submission,
+            user=who.user_id,
+            token=who.token_id,
+            meta=meta,
+            images=hello["images"],
+            socket=socket,
+            outbox=Outbox(socket),
+        )
+
+    def _check_hello(self, who: accounts.Principal, name: str, meta: PolicyMeta) -> int:
+        with self._database.read() as session:
+            found = session.get(Submission, int(name)) if name.isascii() and name.isdigit() and len(name) < 10 else None
+            if found is None or (found.user_id != who.user_id and not who.allows("admin")):
+                raise unknown("submission", name[:40], "use the id that the arena gave")
+            if found.kind != "remote" or found.state != "open":
+                raise RefusedError(
+                    409,
+                    "not_open",
+                    f"submission {name}",
+                    expected="a remote submission with trials left",
+                    got=f"a {found.kind} submission that is {found.state}",
+                    fix="submit again",
+                )
+            spec = session.scalar(
+                select(Robot.spec)
+                .where(Robot.robot_class == found.robot_class, Robot.spec.is_not(None))
+                .order_by(Robot.seen.desc())
+                .limit(1)
+            )
+            _check_spec(meta, spec, found.robot_class)
+            return found.id
+
+    async def _listen(self, seat: Seat) -> None:
+        check = wire.SequenceCheck()
+        while True:
+            frame = await _receive(seat.socket)
+            message = wire.decode(frame, wire.FRAME_LIMIT, allowed=frozenset({"act", "error"}))
+            relay = seat.relay
+            # What comes after a trial has ended was on its way when it ended; nobody waits for it.
+            if relay is None or relay.ended or message.get("session", relay.session) != relay.session:
+                continue
+            check(message)
+            self._meters.frames.labels("policy").inc()
+            with contextlib.suppress(GoneError):  # a worker that does not read is the worker's fault alone
+                relay.outbox.put(message["type"], frame)
+
+    async def _leave(self, seat: Seat, code: int, reason: str) -> None:
+        if self._seats.get(seat.submission) is seat:
+            del self._seats[seat.submission]
+        if seat.relay is not None:
+            seat.relay.gone.set()
+        await _close(seat.socket, code, reason)
+
+    async def relay(self, socket: WebSocket, who: accounts.Principal, name: str) -> None:
+        """A worker's connection for the trial that it holds; `name` is `TRIAL.FENCE` as its lease says."""
+        submission = await run_in_threadpool(self._check_lease, who, name)
+        await socket.accept()
+        seat = self._seats.get(submission)
+        if seat is None:
+            await _say(socket, wire.error("policy_gone", "the policy is not connected"))
+            await _close(socket, 1000, "no policy")
+            return
+        if seat.relay is not None:
+            seat.relay.gone.set()
+        relay = seat.relay = Relay(outbox=Outbox(socket))
+        await _say(socket, wire.ready(seat.images, seat.meta))
+        sending = asyncio.create_task(relay.outbox.run())
+        receiving = asyncio.create_task(self._carry(socket, seat, relay))
+        leaving = asyncio.create_task(relay.gone.wait())
+        try:
+            done, _ = await asyncio.wait((sending, receiving, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if leaving in done:
+                await _cancel(sending, receiving)
+                await _say(socket, wire.error("policy_gone", "the policy left during the trial"))
+                await _close(socket, 1000, "the policy left")
+            else:
+                await self._dismiss(socket, next(iter(done)).exception(), sender="robot")
+        finally:
+            await _cancel(sending, receiving, leaving)
+            if seat.relay is relay:
+                seat.relay = None
+            if not relay.ended:
+                relay.ended = True
+                with contextlib.suppress(GoneError):
+                    seat.outbox.put("end", wire.encode(wire.end(relay.session, "robot_fault")))
+
+    def _check_lease(self, who: accounts.Principal, name: str) -> int:
+        who.require("worker")
+        trial, _, fence = name.partition(".")
+        numbers = trial.isascii() and trial.isdigit() and fence.isascii() and fence.isdigit() and len(name) < 20
+        with self._database.read() as session:
+            submission = None
+            if numbers:
+                submission = session.scalar(
+                    select(Trial.submission_id)
+                    .join(Attempt, (Attempt.trial_id == Trial.id) & (Attempt.fence == Trial.fence))
+                    .join(Worker, Worker.id == Attempt.worker_id)
+                    .where(Trial.id == int(trial), Trial.fence == int(fence), Trial.state.in_(IN_FLIGHT))
+                    .where(Trial.lease_until > now(session), Worker.user_id == who.user_id)
+                )
+        if submission is None:
+            raise RefusedError(
+                409,
+                "stale_fence",
+                f"relay {name[:40]!r}",
+                expected="TRIAL.FENCE of a lease that you hold",
+                got="none such",
+                fix="ask for a new lease",
+            )
+        return submission
+
+    async def _carry(self, socket: WebSocket, seat: Seat, relay: Relay) -> None:
+        check, limit = wire.SequenceCheck(), wire.frame_limit(seat.images)
+        while True:
+            frame = await _receive(socket)
+            message = wire.decode(frame, limit, allowed=wire.FROM_ROBOT)
+            check(message)
+            self._meters.frames.labels("robot").inc()
+            if message["type"] == "reset":
+                relay.session, relay.ended = message["session"], False
+            elif message["type"] == "end":
+                relay.ended = True
+            try:
+                seat.outbox.put(message["type"], frame)
+            except GoneError:
+                await self._leave(seat, 1008, "the policy does not read")
+
+    async def sweep(self) -> None:
+        """Sends away policies whose submission has no trial left and those whose token was revoked or ran out."""
+        seats = list(self._seats.values())
+        if not seats:
+            return
+        finished, barred = await run_in_threadpool(self._outdated, seats)
+        for seat in seats:
+            if seat.token in barred:
+                await self._leave(seat, 1008, "the token is no longer valid")
+            elif seat.submission in finished and seat.relay is None:
+                await self._leave(seat, 1000, "no trial of this submission is left")
+
+    def _outdated(self, seats: list[Seat]) -> tuple[set[int], set[int]]:
+        entries, tokens = {seat.submission for seat in seats}, {seat.token for seat in seats}
+        with self._database.read() as session:
+            open_ = session.scalars(
+                select(Submission.id).where(Submission.id.in_(entries), Submission.state == "open")
+            ).all()
+            barred = session.scalars(
+                select(Token.id).where(
+                    Token.id.in_(tokens), Token.revoked.is_not(None) | (Token.expires <= now(session))
+                )
+            ).all()
+        return entries - set(open_), set(barred)
+
+    async def _dismiss(self, socket: WebSocket, error: BaseException | None, *, sender: str = "policy") -> None:
+        """Ends a connection in a way that tells the peer what it did; a plain end needs no words."""
+        if isinstance(error, wire.WireError):
+            self._meters.broken.labels(sender).inc()
+            await _say(socket, wire.error("protocol", error.reason))
+            await _close(socket, error.code, error.reason)
+        elif isinstance(error, TimeoutError):
+            await _close(socket, 1008, f"no hello within {HELLO_SECONDS:g} s")
+        elif isinstance(error, GoneError):
+            await _close(socket, 1008, "the connection is no longer read")
+        elif error is not None:
+            logger.error("a websocket of a %s failed", sender, exc_info=error)
+            await _close(socket, 1011, "the arena failed; see its log")
+
+
+def _check_spec(meta: PolicyMeta, spec: Any, robot_class: str) -> None:
+    """Tells a policy at once when it cannot drive the robots of its benchmark, as far as one has been seen."""
+    if not spec or "observation" not in spec:
+        return
+    described = PolicyMeta.from_json({"name": robot_class, "chunk": 1, **spec})
+    observation: ObservationSpec = described.observation
+    action: ActionSpec = described.action
+    try:
+        check_fit(meta, observation, action, robot_class)
+    except ConfigError as error:
+        raise RefusedError(
+            422, "does_not_fit", error.where, expected=error.expected, got=error.got, fix=error.fix
+        ) from error
+
+
+async def _receive(socket: WebSocket) -> bytes:
+    try:
+        message = await socket.receive()
+    except RuntimeError as error:
+        raise GoneError(str(error)) from error
+    if message["type"] != "websocket.receive":
+        raise GoneError("disconnected")
+    frame = message.get("bytes")
+    if frame is None:
+        raise wire.WireError(wire.REFUSED, "frame", expected="a binary message", got="text")
+    return bytes(frame)
+
+
+async def _say(socket: WebSocket, message: dict[str, Any]) -> None:
+    # Any failure to speak means that the peer has gone, which its own task notices.
+    with contextlib.suppress(Exception):
+        await asyncio.wait_for(socket.send_bytes(wire.encode(message)), SEND_SECONDS)
+
+
+async def _close(socket: WebSocket, code: int, reason: str) -> None:
+    if socket.application_state is WebSocketState.CONNECTED and socket.client_state is WebSocketState.CONNECTED:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(
+                socket.close(code, reason.encode("ascii", "replace")[:120].decode("ascii")), SEND_SECONDS
+            )
+
+
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

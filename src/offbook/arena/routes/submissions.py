@@ -1,0 +1,155 @@
+"""What a submitter and a reader of the interface ask: benchmarks, submissions, leaderboards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from offbook.arena import accounts, submissions, views
+from offbook.arena.accounts import Principal
+from offbook.arena.refusal import RefusedError, unknown
+from offbook.arena.routes.doors import arena_of, needs
+from offbook.arena.service import Arena
+from offbook.arena.tables import Robot, Submission
+from offbook.client.protocol import PolicyMeta, check_fit
+from offbook.errors import CheckpointError, ConfigError
+
+router = APIRouter()
+
+
+class SubmissionRequest(BaseModel):
+    """A submission as it is sent."""
+
+    model_config = ConfigDict(extra="forbid")
+    benchmark: str = Field(max_length=60)
+    name: str = Field(max_length=200)
+    kind: Literal["remote", "checkpoint", "anchor"] = "remote"
+    split: str | None = Field(default=None, max_length=60)
+    blob: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    anchor: str | None = Field(default=None, max_length=20)
+    method: str = Field(default="", max_length=200)
+    imitates: str = Field(default="", max_length=200)
+    trials: int | None = Field(default=None, ge=1, le=10_000)
+
+
+@router.get("/v1/benchmarks")
+def list_benchmarks(request: Request) -> dict[str, Any]:
+    """What this arena tries policies on."""
+    with arena_of(request).database.read() as session:
+        return views.index(session)
+
+
+@router.get("/v1/leaderboard/{benchmark}")
+def leaderboard(request: Request, benchmark: str, split: str | None = None) -> dict[str, Any]:
+    """All results of one split of a benchmark, or of its first split."""
+    with arena_of(request).database.read() as session:
+        return views.leaderboard(session, benchmark, split)
+
+
+@router.post("/v1/submissions", status_code=201)
+def submit(
+    request: Request, wanted: SubmissionRequest, who: Annotated[Principal, Depends(needs("submit"))]
+) -> dict[str, Any]:
+    """Takes a policy for trials; a checkpoint is opened and checked before it is accepted."""
+    arena = arena_of(request)
+    record = wanted.model_dump()
+    with arena.database.read() as session:
+        # Once before the costly check of a checkpoint, and once more, for good, in the transaction below.
+        submissions.check_request(session, who, submissions.Request(**record))
+        robot_class = submissions.find_benchmark(session, wanted.benchmark).robot_class
+    if wanted.kind == "checkpoint" and wanted.blob is not None:
+        _check_checkpoint(arena, wanted.blob, robot_class)
+    with arena.database.write() as session:
+        submission = submissions.accept(session, who, submissions.Request(**record))
+        accounts.record_audit(session, who, "submission.create", f"{submission.id}: {wanted.name}")
+    with arena.database.read() as session:
+        return views.submission(session, submission.id, arena.gateway.present(), _base(request))
+
+
+def _check_checkpoint(arena: Arena, blob: str, robot_class: str) -> None:
+    from offbook.learning.policies import load_policy
+
+    path = arena.blobs.local(blob, arena.settings.folder / "cache")
+    try:
+        meta: PolicyMeta = load_policy(path, max_bytes=arena.settings.checkpoint_bytes).meta
+        with arena.database.read() as session:
+            _check_robot(session, meta, robot_class)
+    except (CheckpointError, ConfigError) as error:
+        # The path in our store is nobody's business.
+        where = error.where.replace(str(path), "checkpoint")
+        raise RefusedError(
+            422, "bad_checkpoint", where, expected=error.expected, got=error.got, fix=error.fix
+        ) from error
+
+
+def _check_robot(session: Session, meta: PolicyMeta, robot_class: str) -> None:
+    newest = select(Robot.spec).where(Robot.robot_class == robot_class).order_by(Robot.seen.desc()).limit(1)
+    spec = session.scalar(newest)
+    if spec and "observation" in spec:
+        robot = PolicyMeta.from_json({"name": robot_class, "chunk": 1, **spec})
+        check_fit(meta, robot.observation, robot.action, robot_class)
+
+
+@router.get("/v1/submissions")
+def list_submissions(request: Request, who: Annotated[Principal, Depends(needs("submit"))]) -> dict[str, Any]:
+    """One's own submissions, newest first."""
+    with arena_of(request).database.read() as session:
+        rows = session.scalars(
+            select(Submission).where(Submission.user_id == who.user_id).order_by(Submission.id.desc()).limit(500)
+        )
+        return {
+            "submissions": [
+                {
+                    "id": str(row.id),
+                    "name": row.name,
+                    "state": row.state,
+                    "kind": row.kind,
+                    "benchmark": row.split.benchmark.name,
+                    "split": row.split.name,
+                    "n": row.n,
+                    "wanted": row.wanted,
+                    "created": row.created,
+                }
+                for row in rows
+            ]
+        }
+
+
+@router.get("/v1/submissions/{entry}")
+def show_submission(request: Request, entry: str) -> dict[str, Any]:
+    """A submission with its trials, its log and its figures so far."""
+    arena = arena_of(request)
+    with arena.database.read() as session:
+        return views.submission(session, number("submission", entry), arena.gateway.present(), _base(request))
+
+
+@router.post("/v1/submissions/{entry}/cancel")
+def cancel(request: Request, entry: str, who: Annotated[Principal, Depends(needs("submit"))]) -> dict[str, Any]:
+    """Withdraws a submission: what waits is not run, what runs is finished."""
+    arena = arena_of(request)
+    with arena.database.write() as session:
+        found = session.get(Submission, number("submission", entry))
+        if found is None or (found.user_id != who.user_id and not who.allows("admin")):
+            raise unknown("submission", entry[:40], "list your submissions")
+        cancelled = submissions.cancel(session, found)
+        accounts.record_audit(session, who, "submission.cancel", str(found.id))
+        return {"id": str(found.id), "state": found.state, "cancelled": cancelled}
+
+
+def number(what: str, name: str) -> int:
+    """An id from an address.
+
+    Raises:
+        RefusedError: 404, it is no number, so there is no such thing.
+    """
+    if not (name.isascii() and name.isdigit() and len(name) < 10):
+        raise unknown(what, name[:40], f"use the number of the {what}")
+    return int(name)
+
+
+def _base(request: Request) -> str:
+    return arena_of(request).settings.base_url or str(request.base_url).rstrip("/")

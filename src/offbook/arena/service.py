@@ -1,0 +1,175 @@
+"""One arena in one process: its settings, its database, its blobs, and who is connected now."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from offbook.arena.database import Database
+from offbook.arena.gateway import Gateway
+from offbook.arena.refusal import RefusedError
+from offbook.arena.storage import BlobStore
+from offbook.arena.trials import Rules
+from offbook.errors import ConfigError, nearest
+from offbook.runs.directory import write_atomic
+
+_FILE = "arena.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What an operator decides about an arena; kept as `arena.json` in its folder.
+
+    Attributes:
+        folder: where the settings, the embedded database and the blobs stand.
+        database: its address; SQLite in the folder when empty.
+        blobs: a folder or an fsspec address; `blobs` of the folder itself when empty.
+        base_url: how people reach the arena, for the snippets on its pages; taken from each request when empty.
+        lease_seconds: how long a lease lives without a heartbeat.
+        watchdog_seconds: after this long without an answer to its heartbeats a worker stops its robot.
+        fault_cap: robot faults of one trial after which a person must look.
+        checkpoint_bytes: largest checkpoint that may be uploaded.
+        artifact_bytes: largest file that a worker may upload.
+        daily_bytes: most bytes that one user may upload as checkpoints in a day.
+        policies_per_user: most policies of one user that may be connected at once.
+        listeners: most pages that may listen to live events at once.
+    """
+
+    folder: Path
+    database: str = ""
+    blobs: str = ""
+    base_url: str = ""
+    lease_seconds: float = 15.0
+    watchdog_seconds: float = 2.0
+    fault_cap: int = 3
+    checkpoint_bytes: int = 256 * 2**20
+    artifact_bytes: int = 1024 * 2**20
+    daily_bytes: int = 4 * 2**30
+    policies_per_user: int = 32
+    listeners: int = 500
+
+    def __post_init__(self) -> None:
+        if not 0 < self.watchdog_seconds < self.lease_seconds or self.fault_cap < 1:
+            raise ConfigError(
+                "arena settings",
+                expected="0 < watchdog_seconds < lease_seconds, so that a lost robot stands still before its trial is "
+                "given to another, and fault_cap of 1 or more",
+                got=f"{self.watchdog_seconds:g}, {self.lease_seconds:g} and {self.fault_cap}",
+                fix="correct arena.json",
+            )
+
+    @property
+    def database_url(self) -> str:
+        """The database's address, the embedded one by default."""
+        return self.database or f"sqlite:///{self.folder.resolve() / 'arena.db'}"
+
+    @property
+    def rules(self) -> Rules:
+        """The times and counts of the protocol."""
+        return Rules(lease_seconds=self.lease_seconds, watchdog_seconds=self.watchdog_seconds, fault_cap=self.fault_cap)
+
+    def save(self) -> None:
+        """Writes `arena.json`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record = {name: value for name, value in asdict(self).items() if name != "folder"}
+        write_atomic(self.folder / _FILE, json.dumps(record, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Settings:
+        """Reads `arena.json` from an arena's folder.
+
+        Raises:
+            ConfigError: this is not an arena's folder, or the file cannot be used.
+        """
+        path = Path(folder) / _FILE
+        try:
+            record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                str(folder), expected=f"an arena's folder with {_FILE}", got="none", fix="run: offbook arena init"
+            ) from None
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(path), expected="readable JSON", got=str(error), fix="mend the file") from error
+        types = {each.name: type(each.default) for each in fields(cls) if each.name != "folder"}
+        for name, value in record.items() if isinstance(record, dict) else [("file", record)]:
+            if name not in types:
+                raise ConfigError(f"{path}: {name}", expected="a known setting", got=name, fix=nearest(name, types))
+            if not isinstance(value, (int, float) if types[name] is float else types[name]):
+                raise ConfigError(
+                    f"{path}: {name}", expected=f"a {types[name].__name__}", got=repr(value), fix="correct the value"
+                )
+        return cls(folder=Path(folder), **record)
+
+
+@dataclass
+class Turnstile:
+    """Refuses an address for a while after many failed attempts to enter.
+
+    Attributes:
+        limit: failures within a minute after which it is refused.
+    """
+
+    limit: int = 30
+    _failures: dict[str, deque[float]] = field(default_factory=dict)
+
+    def check(self, address: str) -> None:
+        """Raises 429 for an address that failed too often in the last minute."""
+        failures = self._failures.get(address)
+        while failures and failures[0] < time.monotonic() - 60:
+            failures.popleft()
+        if failures is not None and len(failures) >= self.limit:
+            raise RefusedError(
+                429,
+                "too_many_failures",
+                "Authorization header",
+                expected=f"fewer than {self.limit} failed attempts in a minute",
+                got=str(len(failures)),
+                fix="wait a minute, then use a valid token",
+            )
+
+    def fail(self, address: str) -> None:
+        """Notes a failure; the oldest addresses are forgotten so that memory stays flat."""
+        while len(self._failures) > 10_000:
+            self._failures.pop(next(iter(self._failures)))
+        self._failures.setdefault(address, deque(maxlen=self.limit)).append(time.monotonic())
+
+
+class Meters:
+    """What `/metrics` shows of this process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "offbook_requests", "HTTP requests", ["method", "route", "status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "offbook_request_seconds", "Time to answer, without streaming", ["route"], registry=self.registry
+        )
+        self.frames = Counter("offbook_frames", "Relayed websocket frames", ["sender"], registry=self.registry)
+        self.broken = Counter(
+            "offbook_broken_frames", "Websocket frames that broke the protocol", ["sender"], registry=self.registry
+        )
+
+
+class Arena:
+    """All parts of a running arena.
+
+    Args:
+        settings: the operator's decisions.
+        database: another way to the database; tests give one with their own clock.
+    """
+
+    def __init__(self, settings: Settings, database: Database | None = None) -> None:
+        self.settings = settings
+        self.database = database or Database(settings.database_url)
+        self.blobs = BlobStore(settings.blobs or str(settings.folder.resolve() / "blobs"))
+        self.meters = Meters()
+        self.turnstile = Turnstile()
+        self.gateway = Gateway(self.database, self.meters, per_user=settings.policies_per_user)

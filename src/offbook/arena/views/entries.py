@@ -1,0 +1,232 @@
+"""What happened to mine: one submission, and one run of it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from offbook.arena.database import now
+from offbook.arena.refusal import RefusedError, unknown
+from offbook.arena.standing import success_interval
+from offbook.arena.storage import BlobStore
+from offbook.arena.submissions import used_today
+from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Event, Result, Robot, Submission, Trial, Worker
+from offbook.arena.views.boards import anchors, benchmark_view, interval, trial_outcome, videos
+from offbook.arena.views.robots import ALIVE_SECONDS, positions
+
+MANIFEST = "manifest.json"
+_MANIFEST_BYTES = 8 * 2**20
+
+
+def submission(session: Session, entry: int, present: Collection[int], base_url: str) -> dict[str, Any]:
+    """Everything about one submission.
+
+    Args:
+        session: any session.
+        entry: its id.
+        present: submissions whose policies are connected now.
+        base_url: the arena's address, for the command that connects the policy.
+
+    Raises:
+        RefusedError: 404, no such submission.
+    """
+    found = session.get(Submission, entry)
+    if found is None:
+        raise unknown("submission", entry, "see the leaderboards for what there is")
+    trials = _trials(session, found)
+    lines = session.execute(
+        select(Event.time, Event.text).where(Event.submission_id == entry).order_by(Event.id.desc()).limit(500)
+    ).all()
+    success = success_interval(found.successes or 0, found.judged) if found.judged else None
+    ended = found.state != "open"
+    return {
+        "id": str(found.id),
+        "name": found.name,
+        "state": found.state,
+        "state_words": _state_words(session, found, trials, present),
+        "connected": found.id in present,
+        "kind": found.kind,
+        "anchor": found.anchor,
+        "owner": found.user.name,
+        "method": found.method,
+        "imitates": found.imitates,
+        "created": found.created,
+        "finished": found.finished,
+        "benchmark": benchmark_view(session, found.split.benchmark),
+        "split": found.split.name,
+        "n": found.n,
+        "wanted": found.wanted,
+        "score": interval(found.score, found.score_low, found.score_high),
+        "success": interval(success.value, success.low, success.high) if success else None,
+        "latency_ms": found.latency_ms,
+        "late_share": found.late_share,
+        "anchors": anchors(session, found.split_id),
+        "trials": trials,
+        "log": [{"time": line.time, "text": line.text} for line in reversed(lines)],
+        "command": _command(found, base_url),
+        "commitment": found.commitment,
+        # Given away once it can no longer help anybody to choose: now the promise can be checked.
+        "opened": {"order": _order(session, found), "nonce": found.nonce} if ended else None,
+        "quota": {"used": used_today(session, found.user_id), "limit": found.user.daily_trials},
+        "generated": session.scalar(select(now(session))),
+    }
+
+
+def _trials(session: Session, found: Submission) -> list[dict[str, Any]]:
+    last = (
+        select(Attempt.trial_id, func.max(Attempt.n).label("n"))
+        .join(Trial, Trial.id == Attempt.trial_id)
+        .where(Trial.submission_id == found.id, Attempt.ended.is_not(None))
+        .group_by(Attempt.trial_id)
+        .subquery()
+    )
+    rows = session.execute(
+        select(Trial, Result.success, Result.score, Attempt.outcome, Attempt.reason)
+        .outerjoin(Result, Result.trial_id == Trial.id)
+        .outerjoin(last, last.c.trial_id == Trial.id)
+        .outerjoin(Attempt, (Attempt.trial_id == Trial.id) & (Attempt.n == last.c.n))
+        .where(Trial.submission_id == found.id)
+        .order_by(Trial.slot)
+    )
+    return [
+        {
+            "id": trial.id,
+            "slot": trial.slot,
+            "scene": trial.scene,
+            "seed": trial.seed,
+            "state": trial.state,
+            "outcome": trial_outcome(trial.state, trial.faults, success),
+            "score": score,
+            "attempts": trial.attempt,
+            "fault": _fault(trial.state, last_outcome, reason),
+        }
+        for trial, success, score, last_outcome, reason in rows
+    ]
+
+
+def _fault(state: str, last_outcome: str | None, reason: str | None) -> str | None:
+    """Why a trial stands where it stands, unless it ended well or runs."""
+    told = state in ("policy_fault", "needs_human", "needs_storage") or (
+        state == "queued" and last_outcome == "robot_fault"
+    )
+    return (reason or None) if told else None
+
+
+def _order(session: Session, found: Submission) -> list[int]:
+    return list(session.scalars(select(Trial.slot).where(Trial.submission_id == found.id).order_by(Trial.position)))
+
+
+def _state_words(session: Session, found: Submission, trials: list[dict[str, Any]], present: Collection[int]) -> str:
+    states = Counter(trial["state"] for trial in trials)
+    over = sum(states[state] for state in FINAL)
+    if found.state == "cancelled":
+        return f"Withdrawn after {states['done'] + states['policy_fault']} of {len(trials)} trials"
+    if found.state == "done":
+        lost = f", {states['policy_fault']} of them lost by the policy" if states["policy_fault"] else ""
+        return f"Done: {over} trials{lost}"
+    flying = session.execute(
+        select(Trial.state, Robot.name)
+        .join(Robot, Robot.id == Trial.robot_id)
+        .where(Trial.submission_id == found.id, Trial.state.in_(IN_FLIGHT))
+    ).one_or_none()
+    if flying is not None:
+        return f"Running on robot {flying.name}: trial {over + 1} of {len(trials)}"
+    so_far = f", {over} of {len(trials)} trials done" if over else ""
+    if states["queued"] and found.kind == "remote" and found.id not in present:
+        return f"Waits for its policy to connect{so_far}: run the command below"
+    if states["queued"]:
+        return f"{_queue_words(session, found, present)}{so_far}"
+    if states["needs_storage"]:
+        return f"Paused, the arena's disk is full{so_far}"
+    return f"{states['needs_human']} trials failed on the robot three times over and wait for its operator{so_far}"
+
+
+def _queue_words(session: Session, found: Submission, present: Collection[int]) -> str:
+    alive = session.scalar(
+        select(func.count(Robot.id)).where(
+            Robot.robot_class == found.robot_class, Robot.seen > now(session) - ALIVE_SECONDS
+        )
+    )
+    if not alive:
+        return f"Queued: waits for a robot of the class {found.robot_class}, none is here now"
+    place = next((row for row in positions(session, present) if row["submission"] == str(found.id)), None)
+    if place is None:
+        return "Queued"
+    about = "" if place["eta_s"] is None else f", starts in about {max(1.0, place['eta_s']):.0f} s"
+    return f"Queued: position {place['position']}{about}"
+
+
+def _command(found: Submission, base_url: str) -> str:
+    if found.kind == "remote":
+        return f"offbook policy serve RUN --url {base_url} --submission {found.id}"
+    where = f"--benchmark {found.split.benchmark.name} --split {found.split.name} --url {base_url}"
+    if found.kind == "anchor":
+        return f"offbook arena submit --anchor {found.anchor} {where}"
+    return f"offbook arena submit RUN {where}"
+
+
+def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
+    """One trial: what was seen, how fast the answers came, what went wrong, and every attempt at it.
+
+    Raises:
+        RefusedError: 404, no such trial.
+    """
+    trial = session.get(Trial, entry)
+    if trial is None:
+        raise unknown("trial", entry, "see the submission's page for its trials")
+    result = session.scalar(select(Result).where(Result.trial_id == entry))
+    attempts = session.execute(
+        select(Attempt, Worker.name)
+        .join(Worker, Worker.id == Attempt.worker_id)
+        .where(Attempt.trial_id == entry)
+        .order_by(Attempt.n)
+    ).all()
+    files = list(result.files) if result else []
+    manifest = _manifest(files, blobs)
+    ended = [attempt for attempt, _ in attempts if attempt.ended is not None]
+    return {
+        "id": trial.id,
+        "submission": {"id": str(trial.submission_id), "name": trial.submission.name},
+        "slot": trial.slot,
+        "scene": trial.scene,
+        "seed": trial.seed,
+        "state": trial.state,
+        "outcome": trial_outcome(trial.state, trial.faults, result.success if result else None),
+        "fault": _fault(trial.state, ended[-1].outcome, ended[-1].reason) if ended else None,
+        "score": result.score if result else None,
+        "steps": result.steps if result else None,
+        "rate_hz": manifest.get("rate_hz"),
+        "videos": videos(files),
+        "traces": manifest.get("traces", {}),
+        "events": manifest.get("events", []),
+        "attempts": [
+            {
+                "n": attempt.n,
+                "worker": worker,
+                "started": attempt.leased,
+                "ended": attempt.ended,
+                "outcome": attempt.outcome,
+                "reason": attempt.reason,
+            }
+            for attempt, worker in attempts
+        ],
+        "downloads": [{"label": file["name"], "url": f"/v1/blobs/{file['sha256']}"} for file in files],
+        "generated": session.scalar(select(now(session))),
+    }
+
+
+def _manifest(files: list[dict[str, Any]], blobs: BlobStore) -> dict[str, Any]:
+    """The worker's account of a run, from its blob; a run page without it still shows the rest."""
+    file = next((file for file in files if file["name"] == MANIFEST), None)
+    if file is None or file["size"] > _MANIFEST_BYTES:
+        return {}
+    try:
+        record = json.loads(b"".join(blobs.read(file["sha256"])))
+    except (RefusedError, OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
