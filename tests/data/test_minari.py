@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 import warnings
 
 import gymnasium as gym
@@ -19,23 +17,10 @@ from offbook.data.store import EpisodeStore, FieldSpec, Schema
 from offbook.errors import ConfigError, DataError
 
 
-def tree_map(function, tree, *rest):
-    if isinstance(tree, dict):
-        return {key: tree_map(function, value, *(other[key] for other in rest)) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple(tree_map(function, *parts) for parts in zip(tree, *rest, strict=True))
-    return function(tree, *rest)
-
-
 @pytest.fixture(autouse=True)
 def collections(tmp_path, monkeypatch):
-    """A place for datasets; and of JAX, the one function that Minari's collector takes from it."""
+    """A place for datasets."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setitem(sys.modules, "jax", types.ModuleType("jax"))
-    trees = types.ModuleType("jax.tree_util")
-    trees.tree_map = tree_map
-    sys.modules["jax"].tree_util = trees
-    monkeypatch.setitem(sys.modules, "jax.tree_util", trees)
 
 
 class Closet(gym.Env):
