@@ -61,7 +61,7 @@ def record(
         out: folder of the store.
         policy: `"expert"` for the environment's scripted expert, or `"random"`.
         grades: of the expert, see `make_expert`; episode i has the grade `grades[i % len(grades)]`, so that
-            `(1, 1, 1, 0.5)` makes every fourth episode an imperfect one.
+            `(1.0, 1.0, 1.0, 0.5)` makes every fourth episode an imperfect one.
         seed: seed of the recording.
         jobs: worker processes.
         resume: whether to go on with an existing store; otherwise one is refused.

@@ -19,8 +19,8 @@ FLANGE = 0.107
 
 LOW = np.array([-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8973])
 HIGH = np.array([2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973])
-MAX_VELOCITY = np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
-"""Largest speed of each joint, radians per second."""
+MAX_VELOCITY = 0.5 * np.array([2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61])
+"""Largest speed of each joint, radians per second: half of what the Panda can do, as a careful laboratory sets it."""
 
 _MAX_TORQUE = (87, 87, 87, 87, 12, 12, 12)
 # Masses and the inertia about each link's own axes are round figures of the right size; the arm's weight is cancelled.
@@ -39,8 +39,8 @@ def forward(joints: Float[np.ndarray, "7"]) -> Float[np.ndarray, "8 4 4"]:
         Homogeneous transforms from each frame to the base; joint i turns about the z axis of frame i.
 
     Example:
-        >>> forward(np.zeros(7))[-1, :3, 3].round(3).tolist()  # stretched upwards, the hand hanging from the top
-        [0.088, 0.0, 0.926]
+        >>> forward(np.zeros(7))[-1, 2, 3].round(3).item()  # height of the hand, the arm stretched upwards
+        0.926
     """
     frames = np.empty((8, 4, 4))
     pose = np.eye(4)
@@ -117,7 +117,7 @@ def reach(
     return joints
 
 
-def check_joints(values: Float[np.ndarray, "..."], where: str) -> Float[np.ndarray, "7"]:
+def check_joints(values: np.ndarray, where: str) -> Float[np.ndarray, "7"]:
     """Seven finite joint angles as float64.
 
     Raises:

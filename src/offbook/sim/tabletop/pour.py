@@ -66,8 +66,8 @@ class Pour(gym.Env[Any, np.ndarray]):
     Example:
         >>> env = Pour(image_size=0)
         >>> observation, info = env.reset(seed=1, options={"scene": {"bowl": [0.5, 0.1]}})
-        >>> observation["objects"][:2].round(2).tolist(), info["score"]
-        ([0.5, 0.1], 0.0)
+        >>> observation["joints"].shape, info["score"]
+        ((7,), 0.0)
         >>> env.close()
     """
 
@@ -132,7 +132,7 @@ class Pour(gym.Env[Any, np.ndarray]):
         self._running = True
         return self._observe(), self._info()
 
-    def step(self, action: Float[np.ndarray, "7"]) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Lets the servos follow the action for 1/30 s.
 
         Raises:
@@ -337,8 +337,8 @@ def world_xml(scene: Scene) -> str:
     {_vessel(scene.bowl_radius, scene.bowl_height, _numbers((*scene.bowl_colour, 1)), "fixed", 16)}
   </body>
   {grains}
-  {_camera_xml("front", np.array([1.25, -0.04, 0.74]) + shift, (0.50, -0.04, 0.12), 44)}
-  {_camera_xml("side", np.array([1.50, -0.85, 0.85]), (0.36, 0.0, 0.22), 35)}
+  {_camera_xml("front", np.array([1.25, -0.04, 0.74]) + shift, (0.50, -0.04, 0.12), 44.0)}
+  {_camera_xml("side", np.array([1.50, -0.85, 0.85]), (0.36, 0.0, 0.22), 35.0)}
 </worldbody>
 <actuator>{arm.actuator_xml()}</actuator>
 </mujoco>"""

@@ -1,0 +1,113 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from offbook.data.store import EpisodeStore
+from offbook.errors import ConfigError, DataError
+from offbook.runs.seeding import training_seeds
+from offbook.sim.recording import record
+
+RECORD = "from offbook.sim.recording import record; record('offbook:pour', 6, {out!r}, grades=(1.0, 0.5), seed=2)"
+SETTINGS = {"grades": (1.0, 0.5), "seed": 2}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Six pours recorded in one go by one process."""
+    return record("offbook:pour", 6, tmp_path_factory.mktemp("whole") / "store", **SETTINGS)
+
+
+def test_a_recording_holds_what_the_observation_space_says(whole):
+    assert len(whole) == 6
+    assert whole.schema.environment == "offbook:pour"
+    assert whole.schema.rate_hz == 30.0
+    assert whole.schema.observation_spec().cameras == {"front": (64, 64)}
+    episode = whole.episode(0)
+    assert episode.fields["front"].shape == (episode.length + 1, 64, 64, 3)
+    assert episode.fields["action"].shape == (episode.length, 7)
+    assert episode.return_ == episode.score == 1.0
+    columns = whole.episodes
+    assert list(columns["source"]) == ["expert:1", "expert:0.5"] * 3
+    assert list(columns["seed"]) == training_seeds(2, 6)
+    assert list(columns["score"][::2]) == [1.0] * 3
+
+
+def test_the_number_of_processes_makes_no_difference(whole, tmp_path):
+    assert record("offbook:pour", 6, tmp_path / "store", jobs=2, **SETTINGS).digest == whole.digest
+
+
+@pytest.mark.faults
+def test_a_recording_that_was_killed_goes_on_to_the_same_store(whole, tmp_path):
+    out = tmp_path / "store"
+    process = subprocess.Popen([sys.executable, "-c", RECORD.format(out=str(out))], stderr=subprocess.PIPE)
+    journal = out / "episodes.journal"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and journal.stat().st_size > 0):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    survived = len(EpisodeStore.open(out))
+    assert 0 < survived < 6
+    assert record("offbook:pour", 6, out, **SETTINGS).digest == whole.digest
+
+
+def test_a_longer_recording_begins_with_the_shorter_one(whole, tmp_path):
+    out = tmp_path / "store"
+    record("offbook:pour", 1, out, **SETTINGS)
+    store = record("offbook:pour", 3, out, **SETTINGS)
+    assert len(store) == 3
+    for number in range(3):
+        for name, values in whole.episode(number).fields.items():
+            np.testing.assert_array_equal(values, store.episode(number).fields[name])
+    # Nothing is left to do: the store is left as it is.
+    assert record("offbook:pour", 2, out, **SETTINGS).digest == store.digest
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"env_id": "gym:Pendulum-v1"}, "environment: expected 'gym:Pendulum-v1'"),
+        ({"policy": "random"}, "policy: expected 'random'"),
+        ({"grades": (0.3,)}, "grades"),
+        ({"seed": 3}, "seed: expected 3"),
+        ({"settings": {"split": "all"}}, "settings"),
+    ],
+)
+def test_a_store_of_another_recording_is_not_continued(tmp_path, changed, message):
+    out = tmp_path / "store"
+    settings = {"image_size": 0}
+    before = record("offbook:pour", 1, out, settings=settings).digest
+    arguments = {"env_id": "offbook:pour", "settings": settings, **changed}
+    with pytest.raises(ConfigError, match=message):
+        record(arguments.pop("env_id"), 2, out, **arguments)
+    assert EpisodeStore.open(out).digest == before
+
+
+def test_an_existing_store_is_kept_when_a_new_one_is_wanted(tmp_path):
+    record("gym:Pendulum-v1", 1, tmp_path / "store", policy="random")
+    with pytest.raises(DataError, match="new or empty folder"):
+        record("gym:Pendulum-v1", 2, tmp_path / "store", policy="random", resume=False)
+    assert len(EpisodeStore.open(tmp_path / "store")) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"episodes": 0}, "--episodes"),
+        ({"episodes": 1, "policy": "expert"}, "without a scripted expert"),
+        ({"episodes": 1, "grades": ()}, "--grades"),
+        ({"episodes": 1, "policy": "random", "jobs": 0}, "--jobs"),
+    ],
+)
+def test_wrong_settings_leave_nothing_behind(tmp_path: Path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        record("gym:Pendulum-v1", out=tmp_path / "store", **arguments)
+    assert not (tmp_path / "store").exists() or len(EpisodeStore.open(tmp_path / "store")) == 0
