@@ -40,7 +40,11 @@ WAITING_FRAMES = 16
 
 
 class GoneError(Exception):
-    """The peer's connection ended."""
+    """The peer's connection ended; `restart` when this server closed it because it stops."""
+
+    def __init__(self, reason: str, *, restart: bool = False) -> None:
+        super().__init__(reason)
+        self.restart = restart
 
 
 class Outbox:
@@ -162,7 +166,11 @@ class Gateway:
         receiving = asyncio.create_task(self._listen(seat))
         try:
             done, _ = await asyncio.wait((sending, receiving), return_when=asyncio.FIRST_COMPLETED)
-            await self._dismiss(socket, next(iter(done)).exception())
+            ending = next(iter(done)).exception()
+            if isinstance(ending, GoneError) and ending.restart:
+                # Not the policy's doing. A policy that says so itself gains nothing: its answer is missed in time.
+                seat.relay = None
+            await self._dismiss(socket, ending)
         finally:
             await _cancel(sending, receiving)
             await self._leave(seat, 1001, "the arena stops")
@@ -370,7 +378,7 @@ async def _receive(socket: WebSocket) -> bytes:
     except RuntimeError as error:
         raise GoneError(str(error)) from error
     if message["type"] != "websocket.receive":
-        raise GoneError("disconnected")
+        raise GoneError("disconnected", restart=message.get("code") == 1012)
     frame = message.get("bytes")
     if frame is None:
         raise wire.WireError(wire.REFUSED, "frame", expected="a binary message", got="text")

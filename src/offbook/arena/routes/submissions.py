@@ -50,6 +50,13 @@ def leaderboard(request: Request, benchmark: str, split: str | None = None) -> d
         return views.leaderboard(session, benchmark, split)
 
 
+@router.get("/v1/compare")
+def compare(request: Request, a: str, b: str) -> dict[str, Any]:
+    """Two submissions of one split, scene by scene, with the paired difference."""
+    with arena_of(request).database.read() as session:
+        return views.compare(session, number("submission", a), number("submission", b))
+
+
 @router.post("/v1/submissions", status_code=201)
 def submit(
     request: Request, wanted: SubmissionRequest, who: Annotated[Principal, Depends(needs("submit"))]

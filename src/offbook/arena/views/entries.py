@@ -166,7 +166,7 @@ def _command(found: Submission, base_url: str) -> str:
         return f"offbook policy serve RUN --url {base_url} --submission {found.id}"
     where = f"--benchmark {found.split.benchmark.name} --split {found.split.name} --url {base_url}"
     if found.kind == "anchor":
-        return f"offbook arena submit --anchor {found.anchor} {where}"
+        return f"offbook arena submit {found.anchor} {where}"
     return f"offbook arena submit RUN {where}"
 
 

@@ -191,7 +191,7 @@ def submit(session: Session, name: str | None, base_url: str) -> dict[str, Any]:
             {
                 "title": "Let it dial in from your machine",
                 "words": "It answers from where it is; nothing of yours is uploaded.",
-                "code": f"export OFFBOOK_TOKEN=ob_...\noffbook arena submit --remote NAME {where}\n"
+                "code": f"export OFFBOOK_TOKEN=ob_...\noffbook arena submit remote --name NAME {where}\n"
                 f"offbook policy serve RUN --url {base_url} --submission ID",
             },
             {

@@ -1,0 +1,149 @@
+"""What is kept of a run: a film, a Parquet file of every step, and a manifest that names both by their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from offbook.data.clips import write_clip
+
+if TYPE_CHECKING:
+    from offbook.robots.base import RobotSpec
+    from offbook.robots.trial import TrialRecord
+
+CAMERA = "scene"
+"""The name of the film's camera: the robot's own picture for people."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recording:
+    """A file that goes to the arena.
+
+    Attributes:
+        name: its label, such as `episode.parquet`.
+        media_type: what it is.
+        content: its bytes.
+    """
+
+    name: str
+    media_type: str
+    content: bytes
+
+    @property
+    def reference(self) -> dict[str, Any]:
+        """How a result names it: `{name, sha256, media_type, size}`."""
+        return {
+            "name": self.name,
+            "sha256": hashlib.sha256(self.content).hexdigest(),
+            "media_type": self.media_type,
+            "size": len(self.content),
+        }
+
+
+def recordings_of(record: TrialRecord, spec: RobotSpec, folder: Path) -> list[Recording]:
+    """The files of one trial, the manifest last.
+
+    Args:
+        record: the trial.
+        spec: of the robot that played it.
+        folder: a temporary place for the encoder.
+    """
+    files: list[Recording] = []
+    if record.frames:
+        from PIL import Image
+
+        path = folder / "film.mp4"
+        write_clip(path, np.stack(record.frames), record.frame_rate)
+        files.append(Recording(name=f"video-{CAMERA}.mp4", media_type="video/mp4", content=path.read_bytes()))
+        path.unlink()
+        poster = io.BytesIO()
+        Image.fromarray(record.frames[0]).save(poster, "JPEG", quality=85)
+        files.append(Recording(name=f"poster-{CAMERA}.jpg", media_type="image/jpeg", content=poster.getvalue()))
+    if record.steps:
+        content = _episode(record)
+        files.append(Recording(name="episode.parquet", media_type="application/vnd.apache.parquet", content=content))
+    manifest = json.dumps(_manifest(record, spec, files), allow_nan=False, sort_keys=True).encode()
+    return [*files, Recording(name="manifest.json", media_type="application/json", content=manifest)]
+
+
+def _episode(record: TrialRecord) -> bytes:
+    """One row for each control step."""
+
+    def vectors(array: np.ndarray[Any, Any]) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), array.shape[1])
+
+    table = pa.table(
+        {
+            "time": record.time,
+            "state": vectors(record.state),
+            "action": vectors(record.action),
+            "reward": record.reward,
+            "late": record.late,
+            "latency_ms": record.latency_ms,
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _manifest(record: TrialRecord, spec: RobotSpec, files: list[Recording]) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "robot": spec.name,
+        "rate_hz": spec.rate_hz,
+        "seed": record.seed,
+        "scene": record.scene,
+        "outcome": record.outcome,
+        "reason": record.reason,
+        "steps": record.steps,
+        "clipped": dict(record.clipped),
+        "refused": record.refused,
+        "traces": {
+            "time": _numbers(record.time),
+            "reward": _numbers(record.reward),
+            "latency_ms": _numbers(record.latency_ms),
+            "late": record.late.tolist(),
+        },
+        "events": [{"time": event.time, "kind": event.kind, "text": event.text} for event in record.events],
+        "files": [file.reference for file in files],
+    }
+
+
+def _numbers(values: np.ndarray[Any, Any]) -> list[float | None]:
+    return [round(value, 6) if math.isfinite(value) else None for value in values.tolist()]
+
+
+def capabilities(spec: RobotSpec) -> Mapping[str, Any]:
+    """What the arena is told of a robot; JSON knows no infinity, so that unbounded actions get the largest number."""
+
+    def finite(values: tuple[float, ...]) -> list[float]:
+        return [float(np.clip(value, -1e300, 1e300)) for value in values]
+
+    action = spec.action
+    return {
+        "kind": "simulated" if spec.simulated else "real",
+        "name": spec.name,
+        "rate_hz": spec.rate_hz,
+        "max_steps": spec.max_steps,
+        "observation": {
+            "state": [list(part) for part in spec.observation.state],
+            "cameras": {camera: list(size) for camera, size in spec.observation.cameras.items()},
+        },
+        "action": {
+            "size": action.size,
+            "low": finite(action.low),
+            "high": finite(action.high),
+            "choices": action.choices,
+        },
+    }

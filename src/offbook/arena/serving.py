@@ -1,0 +1,104 @@
+"""Runs an arena's application on a port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from offbook.arena.app import create_app
+from offbook.arena.service import Settings
+from offbook.client.wire import RAW_FRAME_LIMIT
+from offbook.errors import ConfigError
+
+
+class Server(uvicorn.Server):
+    """A server that says when it is open, and closes the live streams of its pages before it waits for them.
+
+    Args:
+        settings: of the arena.
+        announce: called once with the address.
+        host: to listen on.
+        port: to listen on; 0 for any free one.
+
+    Raises:
+        ConfigError: the port cannot be had.
+    """
+
+    def __init__(
+        self, settings: Settings, announce: Callable[[str], None], *, host: str = "127.0.0.1", port: int = 0
+    ) -> None:
+        self._announce = announce
+        self._socket = _listen(host, port)
+        port = self._socket.getsockname()[1]
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._app = create_app(settings)
+        super().__init__(
+            uvicorn.Config(
+                self._app,
+                log_level=logging.WARNING,
+                access_log=False,
+                server_header=False,
+                ws="websockets-sansio",
+                ws_max_size=RAW_FRAME_LIMIT,
+                ws_per_message_deflate=False,
+                ws_ping_interval=10.0,
+                ws_ping_timeout=20.0,
+                timeout_graceful_shutdown=5,
+                timeout_keep_alive=30,
+                h11_max_incomplete_event_size=64 * 1024,
+                http="h11",
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Opens the port and says so."""
+        await super().startup(sockets)
+        if not self.should_exit:
+            self._announce(self.url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends the streams that would never end by themselves, then everything else."""
+        self._app.state.feed.close()
+        await super().shutdown(sockets)
+
+    def serve_here(self) -> None:
+        """Serves until a signal, or until `should_exit` is set."""
+        asyncio.run(self.serve([self._socket]))
+
+
+def serve_arena(
+    settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, announce: Callable[[str], None]
+) -> str:
+    """Serves an arena until it is interrupted; returns the address at which it was open.
+
+    Raises:
+        ConfigError: the port cannot be had, or the database cannot be used.
+    """
+    server = Server(settings, announce, host=host, port=port)
+    server.serve_here()
+    if not server.started:
+        raise ConfigError(
+            f"arena in {settings.folder}",
+            expected="to start",
+            got="a failure that is told above",
+            fix="check database and blob store in arena.json",
+        )
+    return server.url
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"{host}:{port}",
+            expected="an address and a free port of this machine",
+            got=str(error),
+            fix="choose another with --port or --host",
+        ) from error
+    return listener

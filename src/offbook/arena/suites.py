@@ -1,0 +1,65 @@
+"""The benchmarks with which an arena begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from offbook.arena.submissions import BenchmarkSpec
+from offbook.errors import ConfigError, nearest, needs_extra
+from offbook.runs.seeding import evaluation_seeds
+
+
+def pour(trials: int, seed: int) -> BenchmarkSpec:
+    """Pouring grains into a bowl, on scenes like those of the recordings and on four kinds of new ones."""
+    with needs_extra("sim"):
+        from offbook.sim.tabletop.scene import SPLITS, scenes
+    seeds = evaluation_seeds(seed, trials)
+    return BenchmarkSpec(
+        name="pour",
+        title="Pouring",
+        task="Pour the grains from the cup into the bowl, wherever the bowl stands.",
+        metric="share of the grains in the bowl",
+        robot_class="pour",
+        splits={
+            split: [{"scene": scene, "seed": s} for scene, s in zip(scenes(split, trials, seed), seeds, strict=True)]
+            for split in SPLITS
+        },
+        trial_seconds=6.0,
+    )
+
+
+def pendulum(trials: int, seed: int) -> BenchmarkSpec:
+    """Swinging a pendulum up: a light world to try an arena with."""
+    # Per step at worst pi^2 of angle, 0.1 * 8^2 of speed and 0.001 * 2^2 of torque, over 200 steps.
+    worst = -200 * (3.141592653589793**2 + 0.1 * 8**2 + 0.001 * 2**2)
+    return BenchmarkSpec(
+        name="pendulum",
+        title="Pendulum",
+        task="Swing the pendulum up and keep it there.",
+        metric="return, 0 at best",
+        robot_class="gym:Pendulum-v1",
+        splits={"all": [{"scene": {}, "seed": s} for s in evaluation_seeds(seed, trials)]},
+        trial_seconds=1.0,
+        fault_score=worst,
+    )
+
+
+SUITES: Mapping[str, Callable[[int, int], BenchmarkSpec]] = {"pour": pour, "pendulum": pendulum}
+"""By name, the function of the number of trials per split and a seed that describes the benchmark."""
+
+
+def make_suite(name: str, trials: int, seed: int) -> BenchmarkSpec:
+    """A benchmark by its name in `SUITES`.
+
+    Raises:
+        ConfigError: there is none, or the number of trials is not 1 to 10,000.
+
+    Example:
+        >>> make_suite("pendulum", 2, seed=0).robot_class
+        'gym:Pendulum-v1'
+    """
+    if name not in SUITES:
+        raise ConfigError("benchmark", expected="a known benchmark", got=repr(name), fix=nearest(name, SUITES))
+    if not 1 <= trials <= 10_000:
+        raise ConfigError("trials", expected="1 to 10000 a split", got=str(trials), fix="choose another number")
+    return SUITES[name](trials, seed)

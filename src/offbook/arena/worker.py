@@ -1,0 +1,440 @@
+"""The process beside a robot: it dials out, plays one trial after another, and stops the arm when in doubt.
+
+While it holds a lease a thread sends heartbeats. When none has been answered for most of the watchdog's time, the
+control loop stops the robot; when the loop itself hangs, the thread does. The arena waits longer than that before it
+gives the trial to another robot, so that at no time two arms play one trial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from offbook.arena.recordings import Recording, capabilities, recordings_of
+from offbook.client.protocol import Policy
+from offbook.client.remote import RemotePolicy
+from offbook.errors import OffbookError, PolicyError, RobotError, SubmissionError
+
+if TYPE_CHECKING:
+    from offbook.robots.base import Robot
+    from offbook.robots.trial import TrialRecord
+
+BEAT_SECONDS = 0.5
+REPORT_SECONDS = 60.0
+_POLL_FIRST, _POLL_MOST = 0.2, 2.0
+
+
+class _StaleLeaseError(Exception):
+    """The arena has given the trial up or to another: nothing that we know of it counts."""
+
+
+@dataclass(kw_only=True)
+class WorkerReport:
+    """What a worker did in its life.
+
+    Attributes:
+        trials: reports that the arena took, by outcome.
+        dropped: attempts whose lease was lost.
+    """
+
+    trials: dict[str, int] = field(default_factory=dict)
+    dropped: int = 0
+
+
+class _Arena:
+    """The worker's side of the HTTP interface: answers, not exceptions, for what the loop must tell apart."""
+
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self.token = url.rstrip("/"), token
+        loopback = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(30.0, connect=5.0),
+            trust_env=not loopback,
+        )
+
+    def post(self, path: str, body: Mapping[str, Any], **options: Any) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of the answer; httpx.HTTPError when there is none."""
+        return self._read(self._http.post(path, json=dict(body), **options))
+
+    def put(self, recording: Recording) -> tuple[int, dict[str, Any]]:
+        """Uploads a file."""
+        path = f"/v1/blobs/{recording.reference['sha256']}"
+        headers = {"Content-Type": recording.media_type}
+        return self._read(self._http.put(path, content=recording.content, headers=headers))
+
+    def download(self, sha256: str, path: Path) -> None:
+        """Fetches a blob, streamed."""
+        part = path.with_suffix(".part")
+        with self._http.stream("GET", f"/v1/blobs/{sha256}") as answer:
+            answer.raise_for_status()
+            with part.open("wb") as file:
+                for piece in answer.iter_bytes():
+                    file.write(piece)
+        part.replace(path)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._http.close()
+
+    @staticmethod
+    def _read(answer: httpx.Response) -> tuple[int, dict[str, Any]]:
+        try:
+            record = answer.json() if answer.content else {}
+        except ValueError:
+            record = {}
+        return answer.status_code, record if isinstance(record, dict) else {}
+
+
+class _Heart:
+    """Heartbeats for one lease, in a thread of their own.
+
+    Args:
+        arena: where they go.
+        lease: whose.
+        robot: what is stopped when no answer comes and the control loop does not see to it.
+    """
+
+    def __init__(self, arena: _Arena, lease: Mapping[str, Any], robot: Robot, stopping: threading.Event) -> None:
+        self._arena, self._lease, self._robot, self._stopping = arena, lease, robot, stopping
+        self._watchdog = float(lease["watchdog_seconds"])
+        self._answered = time.monotonic()
+        self._progress = 0.0
+        self._resting = threading.Event()
+        self._ended = threading.Event()
+        self.stale = False
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._send, self._watch)]
+        for thread in self._threads:
+            thread.start()
+
+    def beat(self, progress: float) -> None:
+        """Called by the control loop at each step; raises when the robot must stop."""
+        self._progress = min(1.0, max(0.0, progress))
+        if self._stopping.is_set():
+            raise RobotError("worker", expected="to go on", got="a signal to stop", fix="start it again")
+        self.check()
+
+    def check(self) -> None:
+        """Raises when the lease is lost, or may be."""
+        if self.stale:
+            raise RobotError("lease", expected="a live lease", got="another holder", fix="ask for a new one")
+        silent = time.monotonic() - self._answered
+        if silent > 0.65 * self._watchdog:
+            fix = "check the network between the worker and the arena"
+            raise RobotError("arena", expected="an answer to heartbeats", got=f"none for {silent:.1f} s", fix=fix)
+
+    def rest(self) -> None:
+        """The control loop has ended and the robot stands still; heartbeats go on until `end`."""
+        self._resting.set()
+
+    def end(self) -> None:
+        """No more heartbeats."""
+        self._resting.set()
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(self._watchdog)
+
+    def _send(self) -> None:
+        path = f"/v1/trials/{self._lease['trial']}/heartbeat"
+        while not self._ended.wait(min(BEAT_SECONDS, self._watchdog / 4)):
+            asked = time.monotonic()
+            try:
+                body = {"fence": self._lease["fence"], "progress": self._progress}
+                status, _ = self._arena.post(path, body, timeout=self._watchdog / 2)
+            except httpx.HTTPError:
+                continue
+            if status == 200:
+                # From when it was asked: the answer may have been on its way while this process slept.
+                self._answered = asked
+            elif status in (404, 409):
+                self.stale = True
+
+    def _watch(self) -> None:
+        """The last resort: the loop that should have stopped the robot hangs in its driver or in a policy."""
+        while not self._resting.wait(self._watchdog / 20):
+            if time.monotonic() - self._answered > 0.9 * self._watchdog:
+                with contextlib.suppress(Exception):  # whatever a driver raises here, nothing more can be done
+                    self._robot.stop("no answer from the arena to heartbeats")
+                return
+
+
+def run_worker(
+    url: str,
+    token: str,
+    robot_name: str,
+    *,
+    name: str | None = None,
+    max_trials: int | None = None,
+    idle_exit: float | None = None,
+    cache: Path | None = None,
+    on_event: Callable[[str], None] = lambda line: None,
+    stop: threading.Event | None = None,
+    robot: Robot | None = None,
+) -> WorkerReport:
+    """Lends a robot to an arena until it is told to stop. In the main thread SIGTERM and SIGINT stop it cleanly.
+
+    Args:
+        url: the arena, such as `http://127.0.0.1:8000`.
+        token: bearer token with the scope `worker`.
+        robot_name: as `robots.make_robot` takes it; also its class in the arena's benchmarks.
+        name: of this worker and its robot on the arena's pages; host and process by default.
+        max_trials: return after so many trials.
+        idle_exit: return after so many seconds without work.
+        cache: folder for downloaded checkpoints; a temporary one by default.
+        on_event: called with one line for each thing that happens.
+        stop: set it from another thread to stop.
+        robot: a driver to use instead of making one.
+
+    Raises:
+        SubmissionError: the arena refuses this worker.
+        ConfigError: there is no such robot.
+    """
+    from offbook.robots import make_robot
+
+    stopping = stop or threading.Event()
+    machine = robot or make_robot(robot_name)
+    arena = _Arena(url, token)
+    name = name or f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="offbook-worker-") as folder, _signals(stopping):
+        worker = _Worker(
+            arena=arena,
+            robot=machine,
+            robot_name=robot_name,
+            name=name,
+            cache=cache or Path(folder),
+            scratch=Path(folder),
+            say=on_event,
+            stopping=stopping,
+        )
+        worker.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            return worker.run(max_trials, idle_exit)
+        finally:
+            machine.stop("the worker ends")
+            if robot is None:
+                machine.close()
+            arena.close()
+
+
+@contextlib.contextmanager
+def _signals(stopping: threading.Event) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    former = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, former, strict=True):
+            signal.signal(number, handler)
+
+
+@dataclass(kw_only=True)
+class _Worker:
+    arena: _Arena
+    robot: Robot
+    robot_name: str
+    name: str
+    cache: Path
+    scratch: Path
+    say: Callable[[str], None]
+    stopping: threading.Event
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    report: WorkerReport = field(default_factory=WorkerReport)
+    known: dict[str, Policy] = field(default_factory=dict)
+
+    def run(self, max_trials: int | None, idle_exit: float | None) -> WorkerReport:
+        """Asks for trials and plays them."""
+        self.say(f"{self.name}: robot {self.robot_name} is ready for {self.arena.url}")
+        pause, idle_since, played = _POLL_FIRST, time.monotonic(), 0
+        while not self.stopping.is_set() and (max_trials is None or played < max_trials):
+            lease = self._ask()
+            if lease is not None:
+                played += self._play(lease)
+                pause, idle_since = _POLL_FIRST, time.monotonic()
+                continue
+            if idle_exit is not None and time.monotonic() - idle_since > idle_exit:
+                break
+            self.stopping.wait(pause)
+            pause = min(2 * pause, _POLL_MOST)
+        done = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.report.trials.items())) or "no trials"
+        self.say(f"{self.name}: ends after {done}")
+        return self.report
+
+    def _ask(self) -> dict[str, Any] | None:
+        body = {
+            "robot": self.robot_name,
+            "worker": self.name,
+            "instance": self.instance,
+            "capabilities": capabilities(self.robot.spec),
+        }
+        try:
+            status, answer = self.arena.post("/v1/leases", body)
+        except httpx.HTTPError as error:
+            self.say(f"{self.name}: no answer from {self.arena.url} ({type(error).__name__}): trying again")
+            return None
+        if status == 200:
+            return answer
+        if status in (401, 403, 404, 422) or answer.get("error") in ("robot_class", "robot_taken"):
+            raise _refused(self.arena.url, status, answer)
+        if status != 204:
+            self.say(f"{self.name}: {answer.get('detail', f'HTTP status {status}')}")
+        return None
+
+    def _play(self, lease: Mapping[str, Any]) -> int:
+        """One leased trial from its policy to its report; 1 when it was played, 0 when it was given back."""
+        self.say(f"{self.name}: trial {lease['trial']}, attempt {lease['attempt']} ({lease['blind_label']})")
+        heart = _Heart(self.arena, lease, self.robot, self.stopping)
+        policy: Policy | None = None
+        try:
+            try:
+                policy = self._policy(lease)
+                self._send(lease, "start", {})
+            except (OffbookError, httpx.HTTPError) as error:
+                # A relay that does not open has shown the policy nothing: no harm in trying another time.
+                kind = "released" if isinstance(error, PolicyError | RobotError) else "robot_fault"
+                self._end(lease, "fault", {"kind": kind, "reason": _line(error)})
+                self.stopping.wait(1.0)
+                return 0
+            record = self._trial(lease, policy, heart)
+            heart.rest()
+            if isinstance(policy, RemotePolicy):
+                policy.close(record.outcome)
+            self._deliver(lease, record)
+        except _StaleLeaseError:
+            self.report.dropped += 1
+            self.say(f"{self.name}: the lease of trial {lease['trial']} is gone; what was done is dropped")
+        finally:
+            heart.end()
+            if isinstance(policy, RemotePolicy):
+                policy.close()
+        return 1
+
+    def _trial(self, lease: Mapping[str, Any], policy: Policy, heart: _Heart) -> TrialRecord:
+        from offbook.robots.trial import run_trial
+
+        return run_trial(
+            self.robot,
+            policy,
+            lease["scene"] or None,
+            lease["seed"],
+            sync=self.robot.spec.simulated,
+            # Neither scene nor seed can be read from it, and it is the same when the trial is attempted again.
+            session=f"trial-{lease['trial']}",
+            heartbeat=heart.beat,
+        )
+
+    def _policy(self, lease: Mapping[str, Any]) -> Policy:
+        wanted = lease["policy"]
+        if wanted["kind"] == "remote":
+            return RemotePolicy(self.arena.url, self.arena.token, f"{lease['trial']}.{lease['fence']}")
+        if wanted["kind"] == "anchor":
+            from offbook.sim.experts import RandomPolicy, make_expert
+
+            if wanted["anchor"] == "random":
+                return RandomPolicy(self.robot.spec.action, lease["seed"])
+            return make_expert(self.robot.spec.name)
+        sha256 = str(wanted["sha256"])
+        if sha256 not in self.known:
+            from offbook.learning.policies import load_policy
+
+            path = self.cache / f"{sha256}.safetensors"
+            if not path.exists():
+                self.arena.download(sha256, path)
+            self.known.clear()  # one at a time: a robot's computer need not hold every policy it ever played
+            self.known[sha256] = load_policy(path)
+        return self.known[sha256]
+
+    def _deliver(self, lease: Mapping[str, Any], record: TrialRecord) -> None:
+        """Encodes and uploads what was recorded, then reports; a robot's fault is reported without files."""
+        if record.outcome == "robot_fault":
+            self._end(lease, "fault", {"kind": "robot_fault", "reason": record.reason, "steps": record.steps})
+            return
+        files = recordings_of(record, self.robot.spec, self.scratch)
+        for file in files:
+            status, answer = self._insist(partial(self.arena.put, file))
+            if status == 507:
+                self._end(lease, "fault", {"kind": "needs_storage", "reason": answer.get("detail", "no room")})
+                return
+            if status != 201:
+                raise _refused(self.arena.url, status, answer)
+        latencies = sorted(value for value in record.latency_ms.tolist() if value == value)
+        body: dict[str, Any] = {
+            "steps": record.steps,
+            "latency_ms": latencies[len(latencies) // 2] if latencies else None,
+            "late_share": record.late_share,
+            "files": [file.reference for file in files],
+        }
+        if record.outcome == "done":
+            body |= {"score": record.score.value, "success": record.score.success}
+            self._end(lease, "result", body)
+        else:
+            self._end(lease, "fault", body | {"kind": "policy_fault", "reason": record.reason})
+
+    def _end(self, lease: Mapping[str, Any], what: str, body: Mapping[str, Any]) -> None:
+        """Reports the end of an attempt; the arena answers a repetition as it did the first time."""
+        answer = self._send(lease, what, body)
+        outcome = str(body.get("kind", "done"))
+        self.report.trials[outcome] = self.report.trials.get(outcome, 0) + 1
+        because = f" ({body['reason']})" if body.get("reason") else ""
+        self.say(f"{self.name}: trial {lease['trial']} {outcome.replace('_', ' ')}{because}, now {answer.get('state')}")
+
+    def _send(self, lease: Mapping[str, Any], what: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        path, message = f"/v1/trials/{lease['trial']}/{what}", {"fence": lease["fence"], **body}
+        if what == "start":
+            status, answer = self.arena.post(path, message)
+        else:
+            status, answer = self._insist(partial(self.arena.post, path, message))
+        if status in (404, 409):
+            raise _StaleLeaseError
+        if status != 200:
+            raise _refused(self.arena.url, status, answer)
+        return answer
+
+    def _insist(self, ask: Callable[[], tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+        """Repeats a request that got no answer or a server's error, as long as it can still matter."""
+        begin, pause = time.monotonic(), 0.2
+        while True:
+            try:
+                status, answer = ask()
+                if status < 500 or status == 507:
+                    return status, answer
+                got = f"HTTP status {status}"
+            except httpx.HTTPError as error:
+                got = type(error).__name__
+            # One that was told to stop does not keep its operator waiting.
+            patience = 2.0 if self.stopping.is_set() else REPORT_SECONDS
+            if time.monotonic() - begin > patience:
+                self.say(f"{self.name}: {got} for {patience:g} s: this attempt is given up")
+                raise _StaleLeaseError
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+
+def _refused(url: str, status: int, answer: Mapping[str, Any]) -> SubmissionError:
+    return SubmissionError(
+        f"arena at {url}",
+        expected="to take this worker's message",
+        got=f"{answer.get('detail') or 'no reason'} (status {status})",
+        fix=str(answer.get("hint") or "check address and token").rstrip("."),
+    )
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0][:1000] if str(error) else type(error).__name__

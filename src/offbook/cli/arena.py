@@ -1,0 +1,379 @@
+"""`offbook arena ...`: run an arena, lend it robots, submit policies to it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from offbook.cli.report import Report, table
+from offbook.client.submit import ArenaClient
+from offbook.errors import ConfigError, needs_extra
+
+URL = "http://127.0.0.1:8000"
+_TOKEN = "OFFBOOK_TOKEN"
+
+
+def init(
+    folder: tyro.conf.Positional[Path] = Path("arena"),
+    *,
+    benchmarks: tuple[str, ...] = ("pour", "pendulum"),
+    trials: int = 20,
+    seed: int = 0,
+    database: str = "",
+    blobs: str = "",
+    operator: str = "operator",
+) -> Report:
+    """Sets up an arena in a folder and prints the operator's token, once.
+
+    Run again on the same folder it adds missing benchmarks, and new versions of those whose protocol differs, and
+    makes another token; what is there stays.
+
+    Args:
+        folder: where settings, the embedded database and recordings will stand.
+        benchmarks: what policies are tried on: pour, pendulum.
+        trials: scenes in each split of a benchmark.
+        seed: from which scenes and seeds follow.
+        database: address of a PostgreSQL database; SQLite in the folder when empty.
+        blobs: folder or fsspec address for recordings and checkpoints; in the folder when empty.
+        operator: name of the user whose token is printed.
+
+    Examples:
+        offbook arena init
+        offbook arena init /srv/arena --database postgresql+psycopg://arena@localhost/arena --trials 40
+    """
+    with needs_extra("arena"):
+        from offbook.arena import accounts, submissions
+        from offbook.arena.database import Database
+        from offbook.arena.service import Settings
+        from offbook.arena.suites import make_suite
+    specs = [make_suite(name, trials, seed) for name in benchmarks]
+    fresh = not (folder / "arena.json").exists()
+    if not fresh and (database or blobs):
+        raise ConfigError(
+            str(folder), expected="a new folder for these settings", got="an arena", fix=f"edit {folder}/arena.json"
+        )
+    if fresh and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(str(folder), expected="a new or empty folder", got="something else", fix="choose another")
+    settings = Settings(folder=folder, database=database, blobs=blobs) if fresh else Settings.load(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Database(settings.database_url)
+    try:
+        store.migrate()
+        with store.write() as session:
+            made = [submissions.define_benchmark(session, spec) for spec in specs]
+            names = [{"name": each.name, "version": each.version, "robot": each.robot_class} for each in made]
+            user = accounts.find_user(session, operator, create=True)
+            token = accounts.issue_token(session, user, ["admin"], label="made by arena init", days=None)
+            accounts.record_audit(session, None, "token.create", f"{operator}: admin")
+    finally:
+        store.close()
+    if fresh:
+        settings.save()
+    listed = ", ".join(f"{each['name']} (version {each['version']})" for each in names)
+    text = (
+        f"An arena stands in {folder} with {listed or 'no benchmarks'}.\n\n"
+        f"The operator's token, shown this once:\n\n  {token}\n\n"
+        f"Next: offbook arena serve {folder}\n"
+        f"      {_TOKEN}={token[:11]}... offbook arena worker --robot {names[0]['robot'] if names else 'pour'}"
+    )
+    return Report(text=text, data={"folder": str(folder), "benchmarks": names, "user": operator, "token": token})
+
+
+def serve(folder: tyro.conf.Positional[Path] = Path("arena"), *, host: str = "127.0.0.1", port: int = 8000) -> Report:
+    """Runs an arena's service and pages until it is interrupted.
+
+    Args:
+        folder: of the arena.
+        host: address to listen on. Beyond this machine put a server with TLS in front; tokens travel in headers.
+        port: 0 for any free one.
+
+    Examples:
+        offbook arena serve
+        offbook arena serve /srv/arena --port 8080
+    """
+    with needs_extra("arena"):
+        from offbook.arena.service import Settings
+        from offbook.arena.serving import serve_arena
+    settings = Settings.load(folder)
+
+    def announce(url: str) -> None:
+        print(f"The arena is open at {url} (interrupt to close it).", file=sys.stderr, flush=True)
+
+    url = serve_arena(settings, host=host, port=port, announce=announce)
+    return Report(text=f"The arena at {url} is closed.", data={"url": url})
+
+
+def worker(
+    *,
+    robot: str = "pour",
+    url: str = URL,
+    name: str | None = None,
+    max_trials: int | None = None,
+    idle_exit: float | None = None,
+    token_file: Path | None = None,
+) -> Report:
+    """Lends a robot, real or simulated, to an arena. The token (scope worker) comes from OFFBOOK_TOKEN.
+
+    Args:
+        robot: pour, or a simulator as LIBRARY:NAME, such as gym:Pendulum-v1.
+        url: address of the arena.
+        name: of this robot on the arena's pages; host and process by default.
+        max_trials: end after so many trials.
+        idle_exit: end after so many seconds without work.
+        token_file: file that holds the token, instead of OFFBOOK_TOKEN.
+
+    Examples:
+        offbook arena worker
+        offbook arena worker --robot gym:Pendulum-v1 --url https://arena.example --name swing-1
+    """
+    with needs_extra("arena"):
+        from offbook.arena.worker import run_worker
+    report = run_worker(
+        url,
+        _token(token_file),
+        robot,
+        name=name,
+        max_trials=max_trials,
+        idle_exit=idle_exit,
+        on_event=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    played = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.trials.items())) or "none"
+    return Report(text=f"trials: {played}", data={"trials": report.trials, "dropped": report.dropped})
+
+
+def token(
+    action: tyro.conf.Positional[Literal["create", "list", "revoke"]],
+    prefix: tyro.conf.Positional[str] = "",
+    *,
+    folder: Path = Path("arena"),
+    user: str = "",
+    scopes: tuple[str, ...] = ("submit", "read"),
+    days: float = 90.0,
+    label: str = "",
+) -> Report:
+    """Gives out, lists or withdraws tokens, at the machine of the arena.
+
+    A token is printed once, when it is made; the arena keeps only its hash. One that is withdrawn is out at once.
+
+    Args:
+        action: create, list or revoke.
+        prefix: of the token to revoke: the eight characters after ob_.
+        folder: of the arena.
+        user: whose token it is; made when new.
+        scopes: what it allows: submit, worker, read, rate, admin.
+        days: until it expires; 0 for never.
+        label: a note to recognise it by.
+
+    Examples:
+        offbook arena token create --user ada
+        offbook arena token create --user lab --scopes worker --days 0 --label "robot in room 3"
+        offbook arena token list
+        offbook arena token revoke 3f9a1c02
+    """
+    with needs_extra("arena"):
+        from offbook.arena import accounts
+        from offbook.arena.database import Database
+        from offbook.arena.service import Settings
+    store = Database(Settings.load(folder).database_url)
+    try:
+        store.migrate()
+        with store.write() as session:
+            if action == "create":
+                owner = accounts.find_user(session, user, create=True)
+                made = accounts.issue_token(session, owner, scopes, label=label, days=days or None)
+                accounts.record_audit(session, None, "token.create", f"{user}: {','.join(scopes)}")
+                return Report(
+                    text=f"Token of {user} for {', '.join(scopes)}, shown this once:\n\n  {made}",
+                    data={"user": user, "scopes": list(scopes), "token": made},
+                )
+            if action == "revoke":
+                accounts.revoke_token(session, prefix)
+                accounts.record_audit(session, None, "token.revoke", prefix)
+                return Report(text=f"Token {prefix} is withdrawn.", data={"revoked": prefix})
+            rows = accounts.list_tokens(session)
+    finally:
+        store.close()
+    lines = [[row["prefix"], row["user"], ",".join(row["scopes"]), _standing(row), row["label"]] for row in rows]
+    return Report(text=table(["prefix", "user", "scopes", "standing", "label"], lines), data={"tokens": rows})
+
+
+def submit(
+    policy: tyro.conf.Positional[str],
+    *,
+    benchmark: str = "pour",
+    split: str | None = None,
+    name: str | None = None,
+    method: str = "",
+    imitates: str = "",
+    trials: int | None = None,
+    url: str = URL,
+    wait: bool = False,
+    timeout: float = 3600.0,
+    token_file: Path | None = None,
+) -> Report:
+    """Submits a policy for trials. The token (scope submit) comes from OFFBOOK_TOKEN.
+
+    Args:
+        policy: a run folder or checkpoint file, which is uploaded and checked; remote for a policy that dials in from
+            your machine; expert or random for the benchmark's anchors (scope admin).
+        benchmark: on which.
+        split: on which scenes; the benchmark's first by default.
+        name: label on the leaderboard; the name of the run folder by default.
+        method: how it was made, in a few words.
+        imitates: whose behaviour it learned, in a few words.
+        trials: only the first so many scenes.
+        url: address of the arena.
+        wait: stay until all trials are done.
+        timeout: longest time to wait, seconds.
+        token_file: file that holds the token, instead of OFFBOOK_TOKEN.
+
+    Examples:
+        offbook arena submit runs/bc --benchmark pour --split position --wait
+        offbook arena submit remote --name my-policy --benchmark pour
+    """
+    record: dict[str, Any] = {"benchmark": benchmark, "method": method, "imitates": imitates}
+    record |= {key: value for key, value in (("split", split), ("trials", trials)) if value is not None}
+    with ArenaClient(url, _token(token_file)) as arena:
+        if policy in ("expert", "random"):
+            record |= {"kind": "anchor", "anchor": policy, "name": name or policy}
+        elif policy == "remote":
+            if name is None:
+                raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
+            record |= {"kind": "remote", "name": name}
+        else:
+            with needs_extra("models"):
+                from offbook.learning.policies import policy_file
+            file = policy_file(policy)
+            record |= {"kind": "checkpoint", "blob": _upload(arena, file), "name": name or Path(policy).resolve().stem}
+        entry = arena.request("POST", "/v1/submissions", json=record)
+        if wait:
+            entry = arena.wait(entry["id"], timeout_s=timeout, progress=_show_progress)
+            print(file=sys.stderr)
+    return Report(text=_entry_text(entry, url), data=entry)
+
+
+def status(
+    submission: tyro.conf.Positional[str | None] = None,
+    *,
+    compare: str | None = None,
+    benchmark: str | None = None,
+    split: str | None = None,
+    url: str = URL,
+) -> Report:
+    """How far a submission is, how two compare, or the leaderboard of a benchmark.
+
+    Args:
+        submission: its id.
+        compare: another id on the same split: shows the paired difference.
+        benchmark: shows its leaderboard instead; with neither, all benchmarks are listed.
+        split: of the benchmark; the first by default.
+        url: address of the arena.
+
+    Examples:
+        offbook arena status 7
+        offbook arena status 7 --compare 4
+        offbook arena status --benchmark pour --split position
+    """
+    with ArenaClient(url) as arena:
+        if submission is not None and compare is not None:
+            pair = arena.request("GET", "/v1/compare", params={"a": submission, "b": compare})
+            return Report(text=_pair_text(pair), data=pair)
+        if submission is not None:
+            entry = arena.status(submission)
+            return Report(text=_entry_text(entry, url), data=entry)
+        if benchmark is not None:
+            board = arena.leaderboard(benchmark, split)
+            return Report(text=_board_text(board), data=board)
+        found = arena.benchmarks()
+    rows = [[each["name"], ", ".join(each["splits"]), each["entries"], each["trials_done"]] for each in found]
+    return Report(text=table(["benchmark", "splits", "entries", "trials"], rows), data={"benchmarks": found})
+
+
+def _token(path: Path | None) -> str:
+    text = os.environ.get(_TOKEN, "")
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"--token-file {path}", expected="a readable file", got=str(error.strerror), fix="check the path"
+            ) from error
+    if not text.strip():
+        raise ConfigError(
+            _TOKEN,
+            expected="a token in this environment variable, or --token-file",
+            got="neither",
+            fix=f"ask the arena's operator for one, then: export {_TOKEN}=ob_...",
+        )
+    return text.strip()
+
+
+def _upload(arena: ArenaClient, file: Path) -> str:
+    def progress(sent: int, total: int) -> None:
+        print(f"\r\033[Kuploaded {sent / total:.0%}", end="\n" if sent == total else "", file=sys.stderr, flush=True)
+
+    return arena.upload(file, progress)
+
+
+def _show_progress(entry: Mapping[str, Any]) -> None:
+    print(f"\r\033[K{entry['state_words']}", end="", file=sys.stderr, flush=True)
+
+
+def _standing(row: Mapping[str, Any]) -> str:
+    if row["revoked"] is not None:
+        return "withdrawn"
+    return "for good" if row["expires"] is None else "until it expires"
+
+
+def _interval(interval: Mapping[str, Any] | None) -> str:
+    if interval is None:
+        return "-"
+    if interval["low"] is None:
+        return f"{interval['value']:.3g}"
+    return f"{interval['value']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
+
+
+def _entry_text(entry: Mapping[str, Any], url: str) -> str:
+    lines = [
+        f"submission {entry['id']}: {entry['name']} on {entry['benchmark']['name']}, {entry['split']}",
+        entry["state_words"],
+    ]
+    if entry["score"]:
+        lines.append(f"score {_interval(entry['score'])} over {entry['n']} of {entry['wanted']} trials")
+    if entry["success"]:
+        lines.append(f"success {_interval(entry['success'])}")
+    lines += [f"trial {trial['slot']}: {trial['fault']}" for trial in entry["trials"] if trial["fault"]][:10]
+    lines.append(f"{url}/submissions/{entry['id']}")
+    if entry["kind"] == "remote" and entry["state"] == "open" and not entry["connected"]:
+        lines.append(f"connect it: {entry['command']}")
+    return "\n".join(lines)
+
+
+def _board_text(board: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            "anchor" if row["anchor"] else f"{row['rank'][0]}-{row['rank'][1]}" if row["rank"] else "-",
+            row["submission"],
+            row["name"],
+            row["owner"],
+            _interval(row["score"]),
+            _interval(row["success"]),
+            f"{row['n']} of {row['wanted']}",
+        ]
+        for row in board["rows"]
+    ]
+    head = ["rank", "id", "entry", "owner", f"score ({board['benchmark']['metric']})", "success", "trials"]
+    return f"{board['benchmark']['title']}, {board['split']}, 95% intervals\n\n{table(head, rows)}"
+
+
+def _pair_text(pair: Mapping[str, Any]) -> str:
+    p = "" if pair["mcnemar_p"] is None else f", successes by the exact McNemar test p = {pair['mcnemar_p']:.3g}"
+    return (
+        f"{pair['a']['name']} minus {pair['b']['name']} on {pair['benchmark']['name']}, {pair['split']}: "
+        f"{_interval(pair['difference'])} over {pair['pairs']} pairs{p}"
+    )
