@@ -8,6 +8,9 @@ from offbook.robots.base import Robot
 ROBOTS = {"pour": "offbook.robots.simulated:pour"}
 """Robots by name, each with the function that makes it."""
 
+ENVIRONMENTS = {"pour": "offbook:pour"}
+"""The environment of a simulated robot, for what goes by environments, such as scripted experts."""
+
 
 def make_robot(name: str) -> Robot:
     """A robot by its name in `ROBOTS`, or any simulator as `LIBRARY:NAME`, such as `gym:Pendulum-v1`.

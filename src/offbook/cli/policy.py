@@ -1,0 +1,215 @@
+"""`offbook policy serve` and `policy check`: a policy that plays for an arena, and its dry run at home."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from offbook.cli.report import Report, table
+from offbook.client.protocol import Policy
+from offbook.errors import ConfigError, OffbookError, needs_extra
+
+if TYPE_CHECKING:
+    from offbook.client.protocol import ActionSpec
+
+_POLICIES = "a run folder or checkpoint, expert, expert:GRADE, random, or MODULE:NAME"
+
+
+def serve(
+    target: tyro.conf.Positional[str],
+    *,
+    url: str = "http://127.0.0.1:8000",
+    submission: str,
+    token: str | None = None,
+    task: str | None = None,
+    images: Literal["raw", "jpeg", "png"] | None = None,
+    seed: int = 0,
+    once: bool = False,
+) -> Report:
+    """Lets a policy dial out to an arena and play the trials of one submission, until that is finished.
+
+    Nothing has to be reachable from outside. A lost connection is dialled again. Ctrl-C stops; trials that are running
+    then count as left by the policy.
+
+    Args:
+        target: run folder or checkpoint, expert or expert:GRADE, random, or MODULE:NAME, a policy of your own: an
+            object with meta, reset and infer, or a function without arguments that makes one.
+        url: address of the arena.
+        submission: id that the arena gave to the submission.
+        token: token with the scope submit; better in the environment variable OFFBOOK_TOKEN, where other users of
+            the machine do not see it.
+        task: robot or environment, for expert and random only.
+        images: how pictures travel; by default raw (exact) up to 64 KiB a step, else as JPEG.
+        seed: seed of expert and random.
+        once: end with the first connection instead of dialling again.
+
+    Examples:
+        OFFBOOK_TOKEN=ob_... offbook policy serve runs/bc --submission 3f9c2a
+        offbook policy serve my_policies:make_policy --url https://arena.example --submission 3f9c2a
+        offbook policy serve expert:0.5 --task offbook:pour --submission 3f9c2a --once
+    """
+    from offbook.client.serve import serve_policy
+
+    token = token or os.environ.get("OFFBOOK_TOKEN")
+    if not token:
+        fix = "set OFFBOOK_TOKEN; 'offbook arena token' makes one"
+        raise ConfigError("--token", expected="a token with the scope submit", got="none", fix=fix)
+    policy = find_policy(target, task, seed)
+    lines: list[str] = []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        print(f"offbook: {line}", file=sys.stderr, flush=True)
+
+    serve_policy(policy, url, token, submission, images=images, once=once, on_event=report)
+    trials = sum(line.endswith(": trial begins") for line in lines)
+    text = f"{policy.meta.name}: {trials} trial{'s' * (trials != 1)} played for submission {submission}."
+    return Report(text=text, data={"policy": policy.meta.name, "submission": submission, "trials": trials})
+
+
+def check(
+    target: tyro.conf.Positional[str],
+    *,
+    robot: str | None = None,
+    task: str | None = None,
+    seconds: float = 20.0,
+    seed: int = 0,
+) -> Report:
+    """Tries a policy on a simulated robot before an arena does: shapes, numbers, ranges, memory, speed.
+
+    One episode is played, no longer than the time allows; then parts of it are put to the policy again, alone, after a
+    reset and beside another episode, and the answers are compared. Exit code 1 when the policy would fail in an arena.
+
+    Args:
+        target: as for offbook policy serve.
+        robot: robot to try it on, such as pour; by default the world of the policy's recordings.
+        task: the same by the name of an environment, such as offbook:pour or gym:Hopper-v5.
+        seconds: longest duration.
+        seed: of the episode, and of expert and random.
+
+    Examples:
+        offbook policy check runs/bc
+        offbook policy check my_policies:make_policy --robot pour
+        offbook policy check expert --task offbook:pour --json
+    """
+    if seconds <= 0:
+        raise ConfigError("--seconds", expected="a positive number", got=str(seconds), fix="allow some time")
+    if robot and task:
+        raise ConfigError("--robot and --task", expected="one of them", got="both", fix="drop one")
+    name = robot or task or _recorded_in(target)
+    with needs_extra("sim"):
+        from offbook.robots import make_robot
+        from offbook.robots.rehearsal import rehearse
+    policy = find_policy(target, name, seed)
+    machine = make_robot(name)
+    try:
+        rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
+    finally:
+        machine.close()
+    rows = [[item.name, item.verdict, item.words] for item in rehearsal.checks]
+    verdict = "fine" if rehearsal.ok else "NOT FIT for an arena: " + "; ".join(rehearsal.failures)
+    lines = [f"{policy.meta.name} on {name}: {verdict}", "", table(["check", "verdict", ""], rows)]
+    if rehearsal.latency_ms:
+        lines += ["", rehearsal.histogram()]
+    data = {
+        "policy": policy.meta.name,
+        "robot": name,
+        "fit": rehearsal.ok,
+        "failures": rehearsal.failures,
+        "checks": [{"name": c.name, "verdict": c.verdict, "words": c.words} for c in rehearsal.checks],
+        "answers": len(rehearsal.latency_ms),
+        "latency_ms": rehearsal.percentiles(),
+        "period_ms": rehearsal.period_ms,
+    }
+    return Report(text="\n".join(lines), data=data, exit_code=0 if rehearsal.ok else 1)
+
+
+def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
+    """The policy that a word on the command line means.
+
+    Args:
+        target: run folder or checkpoint, `expert`, `expert:GRADE`, `random`, or `MODULE:NAME` (also of a module in the
+            current folder): a policy, or a function without arguments that makes one.
+        task: environment or robot, for expert and random.
+        seed: for expert and random.
+
+    Raises:
+        ConfigError: it means nothing, or something that is no policy.
+        CheckpointError: the checkpoint cannot be used.
+    """
+    kind, _, rest = target.partition(":")
+    if kind == "expert" or target == "random":
+        return _scripted(kind, rest, task, seed)
+    if not Path(target).exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
+        return _of_user(kind, rest)
+    with needs_extra("models"):
+        from offbook.learning.policies import load_policy
+    return load_policy(target)
+
+
+def _scripted(kind: str, grade: str, task: str | None, seed: int) -> Policy:
+    if task is None:
+        raise ConfigError("--task", expected="the world that it plays in", got="none", fix="add --task offbook:pour")
+    with needs_extra("sim"):
+        from offbook.robots import ENVIRONMENTS
+        from offbook.sim.experts import RandomPolicy, make_expert
+    env_id = ENVIRONMENTS.get(task, task)
+    if kind == "random":
+        return RandomPolicy(_actions_of(env_id), seed)
+    try:
+        return make_expert(env_id, float(grade or 1.0), seed)
+    except ValueError:
+        fix = "write expert or expert:0.5"
+        raise ConfigError("expert", expected="a grade from 0 to 1", got=repr(grade), fix=fix) from None
+
+
+def _actions_of(env_id: str) -> ActionSpec:
+    from offbook.robots import make_robot
+
+    robot = make_robot(env_id)
+    try:
+        return robot.spec.action
+    finally:
+        robot.close()
+
+
+def _of_user(module: str, name: str) -> Policy:
+    where = f"policy {module}:{name}"
+    # A console script does not look into the current folder by itself; there is where users keep their modules.
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+        policy = found() if isinstance(found, type) or not isinstance(found, Policy) else found
+    except OffbookError:
+        raise
+    except Exception as error:  # the module is user code
+        got = f"{type(error).__name__}: {error}".splitlines()[0]
+        fix = f"mend it, or pass {_POLICIES}"
+        raise ConfigError(where, expected="a policy or a function that makes one", got=got, fix=fix) from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not isinstance(policy, Policy):
+        got, fix = f"a {type(policy).__name__}", "give it meta, reset(sessions, prompts) and infer(observation)"
+        raise ConfigError(where, expected="a policy", got=got, fix=fix)
+    return policy
+
+
+def _recorded_in(target: str) -> str:
+    """The environment that a checkpoint's recordings are from."""
+    if Path(target).exists():
+        from offbook.runs.checkpoint import read_header
+
+        with needs_extra("models"):
+            from offbook.learning.policies import policy_file
+        environment = read_header(policy_file(target)).record.get("environment")
+        if isinstance(environment, str) and environment:
+            return environment
+    raise ConfigError(
+        "--robot", expected="a robot to try it on", got="none", fix="add --robot pour, or --task ENVIRONMENT"
+    )
