@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -239,3 +241,16 @@ def test_the_picture_for_people_is_larger_and_does_not_disturb_the_episode(env):
     )
     assert [picture.shape for picture in pictures] == [(240, 320, 3)] * 7
     np.testing.assert_array_equal(quiet.fields["front"], watched.fields["front"])
+
+
+def test_one_environment_can_be_played_from_several_threads_by_turns(env):
+    def first_picture(seed):
+        picture = env.reset(seed=seed)[0]["front"]
+        env.render()
+        return picture
+
+    here = first_picture(1)
+    for _ in range(2):
+        with ThreadPoolExecutor(1) as pool:
+            np.testing.assert_array_equal(pool.submit(first_picture, 1).result(), here)
+    np.testing.assert_array_equal(first_picture(1), here)

@@ -81,8 +81,16 @@ def close_at_exit() -> None:
     atexit.register(_close_all)
 
 
+def _let_go() -> None:
+    """Takes the context from this thread: it may be current in one thread at a time, and another may draw next."""
+    egl = sys.modules.get("mujoco.egl")
+    if egl is not None and egl.EGL_DISPLAY is not None:
+        api = egl.EGL
+        api.eglMakeCurrent(egl.EGL_DISPLAY, api.EGL_NO_SURFACE, api.EGL_NO_SURFACE, api.EGL_NO_CONTEXT)
+
+
 class Renderer:
-    """Draws one MuJoCo model at one size.
+    """Draws one MuJoCo model at one size; from any thread, though not from two at the same time.
 
     Args:
         model: a `mujoco.MjModel`. Its quality settings are overwritten: a renderer reads them when it is made.
@@ -119,6 +127,7 @@ class Renderer:
             self._renderer = mujoco.Renderer(model, height, width)
         except (ImportError, AttributeError, RuntimeError, mujoco.FatalError) as error:
             raise _no_graphics(str(error)) from error
+        _let_go()
         flags = self._renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = fine
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
@@ -134,6 +143,7 @@ class Renderer:
         """
         self._renderer.update_scene(data, camera)
         frame: np.ndarray = self._renderer.render()
+        _let_go()
         return frame
 
     def close(self) -> None:
