@@ -221,3 +221,17 @@ def test_a_way_to_draw_that_is_not_there_is_explained():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("MUJOCO_GL=nonsense")
     assert done.stdout.count("\n") == 1
+
+
+def test_an_installation_without_simulators_names_the_extra():
+    done = python(
+        "import sys\n"
+        "sys.modules['gymnasium'] = None\n"
+        "from offbook.errors import MissingExtraError\n"
+        "try:\n"
+        "    import offbook.sim.adapters\n"
+        "except MissingExtraError as error:\n"
+        "    print(error)\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "pip install 'offbook[sim]'" in done.stdout

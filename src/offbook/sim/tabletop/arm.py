@@ -1,6 +1,6 @@
 """A 7-joint arm with the Franka Panda's public kinematic offsets and joint limits, drawn from capsules.
 
-The kinematics are plain NumPy, so that a policy on a machine without a simulator can plan with them; `arm_xml` writes
+The kinematics are plain NumPy, so that a policy can plan with them without simulating anything; `arm_xml` writes
 the same arm as MuJoCo's MJCF. Joint angles are radians, positions metres in the frame of the arm's base.
 """
 
