@@ -1,6 +1,11 @@
 """`offbook policy serve` and `policy check` from the user's side."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 from loopback import TOKEN, arena, ask, greet, receive, send
@@ -63,6 +68,35 @@ def test_a_users_policy_plays_and_the_outcome_is_reported(cli, module, monkeypat
     assert "waiting for trials" in stderr
     assert answers[0]["chunk"].shape == (1, 2)
     assert TOKEN not in stdout + stderr
+
+
+def test_an_interrupt_ends_the_service_cleanly(module, tmp_path):
+    connected, closes = threading.Event(), []
+
+    def script(connection):
+        greet(connection)
+        connected.set()
+        with pytest.raises(Exception, match="1001"):
+            connection.recv(20)
+        closes.append(connection.protocol.close_reason)
+
+    with arena(script) as url:
+        command = [sys.executable, "-c", "import sys; from offbook.cli.main import main; sys.exit(main())"]
+        command += ["policy", "serve", f"{module}:policy", "--url", url, "--submission", "s1"]
+        environment = {**os.environ, "OFFBOOK_TOKEN": TOKEN}
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert connected.wait(30)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert stderr.splitlines()[-1] == "offbook: stopped"
+    assert stdout == "still: 0 trials played for submission s1.\n"
+    assert closes == ["the policy stops"]
 
 
 def test_a_wrong_token_ends_with_one_line(cli, module, monkeypatch):

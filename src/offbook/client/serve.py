@@ -120,7 +120,8 @@ class _Service:
             except ConnectionClosed as error:
                 code, lost = error.rcvd.code if error.rcvd else 1006, str(error)
                 if code == 1000:
-                    self.report(f"the arena is done with this policy: {lost}")
+                    reason = error.rcvd.reason if error.rcvd else ""
+                    self.report(f"the arena is done with this policy{': ' if reason else ''}{reason}")
                     return
                 if code in BLAMES_PEER:
                     raise self._error("to go on playing", lost, "read the reason in the arena's own words") from None

@@ -15,7 +15,7 @@ import httpx
 from offbook.errors import ConfigError, SubmissionError
 
 _CHUNK = 2**20
-FINISHED = frozenset({"done", "failed", "cancelled", "rejected"})
+FINISHED = frozenset({"done", "cancelled"})
 
 
 class ArenaClient:

@@ -113,7 +113,10 @@ class Score:
 
 @runtime_checkable
 class Robot(Protocol):
-    """A driver: a real arm, or a simulator that stands in for one. All calls come from one thread."""
+    """A driver: a real arm, or a simulator that stands in for one.
+
+    All calls come from one thread, but for `stop`, which a watchdog may call from another at any time.
+    """
 
     @property
     def spec(self) -> RobotSpec:
