@@ -177,7 +177,7 @@ def interval_chart(
     """
     ends = [row["score"][end] for row in rows if row.get("score") for end in ("low", "high")]
     axis = axis_for([*ends, *(anchor["value"] for anchor in anchors)])
-    left, right = 210, 150
+    left, right = 220, 200
     middle, height = width - left - right, 40 + _ROW * len(rows)
     parts = [Markup('<svg x="{}" width="{}" height="40">{}</svg>').format(left, middle, interval_axis(axis, anchors))]
     for i, row in enumerate(rows):

@@ -149,7 +149,7 @@ def compare(videos: dict[str, Any] | None = None) -> dict[str, Any]:
     scenes = []
     for slot in range(12):
         a, b = round(min(1, draw.random() + 0.3), 2), round(draw.random(), 2)
-        scene = {"name": f"bowl at {0.3 + 0.02 * slot:.2f} m", "light": "day"}
+        scene = {"bowl": [round(0.3 + 0.02 * slot, 3), -0.1], "cup_radius": 0.034, "light_from": [0.0, 1.0, 2.0]}
         scenes.append(
             {
                 "scene": scene,
@@ -161,7 +161,7 @@ def compare(videos: dict[str, Any] | None = None) -> dict[str, Any]:
                 "videos": videos,
             }
         )
-    scenes.append({"scene": {"name": "unfinished"}, "slot": 12, "a": 0.3, "b": None, "difference": None})
+    scenes.append({"scene": "unfinished", "slot": 12, "a": 0.3, "b": None, "difference": None})
     return {
         "benchmark": {"name": "pour", "title": "Pouring"},
         "split": "seen",
@@ -225,6 +225,7 @@ def submission(n: int = 40, done: int | None = 27) -> dict[str, Any]:
         "command": "offbook policy serve runs/bc --url http://127.0.0.1:8000 --submission 7",
         "commitment": "sha256:" + "9f31c0" * 10,
         "quota": {"used": 120, "limit": 400},
+        "opened": {"order": [3, 1, 2], "nonce": "c0ffee"},
         "score": interval(0.714, 0.11),
         "anchors": ANCHORS,
     }

@@ -71,7 +71,7 @@ def _environment() -> Environment:
 
 _FILTERS = (
     *("bounds", "duration", "figure", "finite", "leaders", "local", "mark", "number", "p_value", "percent"),
-    *("percent_bounds", "plain", "rank", "scene_name", "segment", "share", "state_in_words", "when"),
+    *("percent_bounds", "plain", "rank", "scene_labels", "segment", "share", "state_in_words", "when"),
 )
 
 
@@ -152,6 +152,7 @@ def present(trials: Sequence[Mapping[str, Any]]) -> list[str]:
 def by_scene(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """Trials grouped by scene in the order of slots; one nameless group when hardly any scene comes twice."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
+    labels = words.scene_labels(trials)
     for trial in sorted(trials, key=lambda trial: trial["slot"]):
-        groups.setdefault(words.scene_name(trial["scene"]), []).append(trial)
+        groups.setdefault(labels[trial["slot"]], []).append(trial)
     return list(groups.items()) if 2 * len(groups) <= len(trials) else [("", [t for g in groups.values() for t in g])]

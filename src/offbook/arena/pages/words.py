@@ -248,12 +248,29 @@ def when(time: str | float | datetime | None, style: str = "minute") -> Markup:
     )
 
 
-def scene_name(scene: object) -> str:
-    """A scene, which may be a name or a record of parameters, in a few words."""
-    if isinstance(scene, Mapping):
-        named = scene.get("name") or scene.get("id")
-        return str(named) if named else ", ".join(f"{key} {plain(value)}" for key, value in scene.items())
-    return str(scene)
+def scene_labels(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:
+    """A few words for the scene of each slot: its name or, of its parameters, the first that differ between the scenes.
+
+    Args:
+        rows: dicts with the keys slot and scene (a name or a record of parameters).
+
+    Example:
+        >>> scene_labels([{"slot": 0, "scene": {"x": 1, "cup": 3}}, {"slot": 1, "scene": {"x": 2, "cup": 3}}])
+        {0: 'x 1', 1: 'x 2'}
+    """
+    scenes = {row["slot"]: row["scene"] for row in rows}
+    records = [scene for scene in scenes.values() if isinstance(scene, Mapping)]
+    keys = dict.fromkeys(key for record in records for key in record)
+    telling = [key for key in keys if len({plain(record.get(key)) for record in records}) > 1]
+    labels = {}
+    for slot, scene in scenes.items():
+        if isinstance(scene, Mapping):
+            parts = [f"{str(key).replace('_', ' ')} {plain(scene.get(key))}" for key in telling]
+            name = scene.get("name") or ", ".join(parts[:2]) + (", …" if len(parts) > 2 else "")
+        else:
+            name = scene
+        labels[slot] = str(name) if name else f"scene {slot}"
+    return labels
 
 
 def plain(value: object) -> str:
