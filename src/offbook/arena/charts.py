@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,29 +199,29 @@ def interval_chart(
 def glyph(name: str, score: float | None = None) -> Markup:
     """The mark of one trial as a small drawing of its own, for cells, legends and lists; see `words.MARKS`."""
     size = f'width="{_CELL + 1}" height="{_TALL + 1}" viewBox="-.5 -.5 {_CELL + 1} {_TALL + 1}"'
-    drawing = Markup("").join(
-        Markup('<path class="m-{}" d="{}"/>').format(kind, path) for kind, path in _paths(name, score or 0, 0, 0)
-    )
+    drawing = Markup('<path class="m-{}" d="{}"/>').format(*_path(name, score or 0, 0, 0))
     return Markup('<svg class="glyph" {} aria-hidden="true">{}</svg>').format(Markup(size), drawing)
 
 
-def _paths(name: str, score: float, x: float, y: float) -> list[tuple[str, str]]:
-    """The strokes and fills of one mark at (x, y): pairs of a class and a path."""
-    middle, bottom = f"{x + _CELL / 2:g}", y + _TALL
-    if name in ("success", "done"):
-        return [("fill" if name == "success" else "done", f"M{middle} {bottom:g}V{y:g}")]
+_LEVELS = {"success": ("full", 6), "done": ("done", 6), "failure": ("low", _TALL - 1), "cancelled": ("gone", 6)}
+"""Marks that are one level stroke, at this height: dashes in the stylesheet part a run of them into cells."""
+
+
+def _path(name: str, score: float, x: float, y: float, cells: int = 1) -> tuple[str, str]:
+    """The class and the path of one mark at (x, y), or of a run of equal marks that are level strokes."""
+    bottom, length = y + _TALL, cells * _PITCH - (_PITCH - _CELL)
+    if name in _LEVELS:
+        kind, down = _LEVELS[name]
+        return kind, f"M{x:g} {y + down:g}h{length}"
     if name == "partial":
-        top = min(bottom - 2, y + round(_TALL * (1 - score)))
-        return [("fill", f"M{middle} {bottom:g}V{top:g}")]
+        return "part", f"M{x + _CELL / 2:g} {bottom:g}V{min(bottom - 2, y + round(_TALL * (1 - score))):g}"
     if name == "policy_fault":
-        return [("cross", f"M{x:g} {y + 2:g}l{_CELL} 8m0-8l-{_CELL} 8")]
+        return "cross", f"M{x:g} {y + 2:g}l{_CELL} 8m0-8l-{_CELL} 8"
     if name == "robot_fault":
-        return [("slash", f"M{x:g} {bottom:g}L{x + _CELL:g} {y:g}")]
+        return "slash", f"M{x:g} {bottom:g}L{x + _CELL:g} {y:g}"
     if name == "running":
-        return [("run", f"M{x:g} {y + 1:g}l{_CELL} 5-{_CELL} 5Z")]
-    if name == "failure":
-        return [("low", f"M{x:g} {bottom - 1:g}h{_CELL}")]
-    return [("wait", f"M{x + 2:g} {y + 6:g}h3" if name == "queued" else f"M{x:g} {y + 6:g}h{_CELL}")]
+        return "run", f"M{x:g} {y + 1:g}l{_CELL} 5-{_CELL} 5Z"
+    return "wait", f"M{x + 2:g} {y + 6:g}h3"
 
 
 def trial_strip(trials: Sequence[Mapping[str, Any]], *, columns: int = 20) -> Markup:
@@ -238,12 +239,18 @@ def trial_strip(trials: Sequence[Mapping[str, Any]], *, columns: int = 20) -> Ma
     columns = max(columns, math.ceil(len(trials) / 3))
     wide = max(1, min(columns, len(trials)))
     strokes: dict[str, list[str]] = {}
-    counts: dict[str, int] = {}
-    for i, trial in enumerate(trials):
-        name = mark(trial)
-        counts[name] = counts.get(name, 0) + 1
-        for kind, path in _paths(name, trial.get("score") or 0, i % columns * _PITCH, i // columns * (_TALL + 3)):
-            strokes.setdefault(kind, []).append(path)
+    names = [mark(trial) for trial in trials]
+    counts = Counter(names)
+    i = 0
+    while i < len(names):
+        # A run of equal level marks within a line is one stroke: a board holds thousands of cells.
+        end, last = i + 1, min(len(names), (i // columns + 1) * columns)
+        while names[i] in _LEVELS and end < last and names[end] == names[i]:
+            end += 1
+        x, y = i % columns * _PITCH, i // columns * (_TALL + 3)
+        kind, path = _path(names[i], trials[i].get("score") or 0, x, y, end - i)
+        strokes.setdefault(kind, []).append(path)
+        i = end
     lines = max(1, math.ceil(len(trials) / columns))
     width, height = wide * _PITCH - 1, lines * (_TALL + 3) - 2
     parts = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in MARKS if name in counts)

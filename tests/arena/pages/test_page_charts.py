@@ -56,7 +56,10 @@ def test_names_of_anchors_that_would_touch_step_apart():
 def test_a_strip_has_one_cell_a_trial_and_says_how_many_of_each():
     rows = trials(0.6, n=40, done=27)
     strip = ET.fromstring(charts.trial_strip(rows))
-    cells = sum(path.get("d").count("M") for path in strip.iter("path"))
+    cells = 0
+    for path in strip.iter("path"):
+        runs = re.findall(r"M[\d.]+ [\d.]+(?:h(\d+))?", path.get("d"))
+        cells += sum(round((int(length or 7) + 2) / 9) or 1 for length in runs)
     assert cells == 40
     assert strip.get("aria-label").startswith("40 trials: ")
     assert "12 queued" in strip.get("aria-label")

@@ -52,6 +52,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     environment.filters.update(
         {name: getattr(words, name) for name in _FILTERS},
         bands=bands,
@@ -114,8 +115,8 @@ def bands(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]
 def entry_record(row: Mapping[str, Any]) -> dict[str, Any]:
     """One entry of a leaderboard as a flat record, which is what a reader copies as CSV or JSON."""
     kept = ("submission", "name", "owner", "kind", "method", "imitates", "n", "latency_ms", "late_share", "date")
-    record: dict[str, Any] = dict(zip(("rank_low", "rank_high"), row.get("rank") or (None, None), strict=True))
-    record |= {key: row[key] for key in kept}
+    record: dict[str, Any] = {key: row[key] for key in kept}
+    record |= zip(("rank_low", "rank_high"), row.get("rank") or (None, None), strict=True)
     for name in ("score", "success"):
         interval = row[name] or {"value": None, "low": None, "high": None}
         record |= {name: interval["value"], f"{name}_low": interval["low"], f"{name}_high": interval["high"]}

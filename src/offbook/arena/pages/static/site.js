@@ -27,7 +27,13 @@
   tellTimes();
   document.addEventListener("refreshed", tellTimes);
 
-  const records = (name) => [...document.querySelectorAll(`[data-table="${name}"] [data-record]`)].map((row) => JSON.parse(row.dataset.record));
+  // A long table names its columns once; its rows are then lists of values.
+  const records = (name) => {
+    const table = document.querySelector(`[data-table="${name}"]`);
+    const columns = table.dataset.columns && JSON.parse(table.dataset.columns);
+    const rows = [...table.querySelectorAll("[data-record]")].map((row) => JSON.parse(row.dataset.record));
+    return columns ? rows.map((row) => Object.fromEntries(columns.map((column, i) => [column, row[i]]))) : rows;
+  };
   // A cell that begins like a formula would run in a spreadsheet.
   const cell = (value) => {
     let text = value === null || value === undefined ? "" : String(value);
