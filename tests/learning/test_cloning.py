@@ -168,7 +168,7 @@ def test_fields_that_are_not_there(store, tmp_path, change, message):
         train(store, tmp_path / "run", replace(BRIEF, **change))
 
 
-@pytest.mark.parametrize("bad", [{"chunk": 0}, {"execute": 9}, {"dropout": 1.0}, {"held_out": -0.1}, {"depth": 0}])
+@pytest.mark.parametrize("bad", [{"chunk": 0}, {"execute": 99}, {"dropout": 1.0}, {"held_out": -0.1}, {"depth": 0}])
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(ConfigError, match=f"--{next(iter(bad)).replace('_', '-')}"):
         CloningConfig(**bad)

@@ -36,7 +36,8 @@ class CloningConfig:
     Attributes:
         parts: state parts to look at, such as joints; None takes all that the recordings have.
         cameras: cameras to look at.
-        chunk: number H of future actions that the network predicts.
+        chunk: number H of future actions that the network predicts. With few, a network that sees the joints can go
+            by where the arm is already heading; with many it has to find out where to go.
         execute: how many of them are carried out before the next look, 1 to H.
         hidden: width of the layers behind the encoders.
         depth: number of those layers.
@@ -50,16 +51,16 @@ class CloningConfig:
 
     parts: tuple[str, ...] | None = None
     cameras: tuple[str, ...] = ()
-    chunk: int = 8
-    execute: int = 4
+    chunk: int = 40
+    execute: int = 8
     hidden: int = 256
     depth: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.0
     shift: int = 2
     success_only: bool = True
     held_out: float = 0.1
     validate_every: int = 250
-    fit: FitConfig = field(default_factory=lambda: FitConfig(ema=0.99))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_000, batch_size=64, learning_rate=2e-3, ema=0.99))
 
     def __post_init__(self) -> None:
         checks = {

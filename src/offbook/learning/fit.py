@@ -124,6 +124,30 @@ def ema_decay_at(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
+@contextmanager
+def main_process_first(device: Literal["auto", "cpu"] = "auto") -> Iterator[bool]:
+    """Runs a block in the main process, then in the others that `torchrun` started: to make a run's folder once.
+
+    Args:
+        device: as in the `FitConfig` that follows.
+
+    Example:
+        >>> with main_process_first() as first:
+        ...     first
+        True
+    """
+    with needs_extra("models"):
+        from accelerate import PartialState
+    state = PartialState(cpu=_on_cpu(device))
+    with state.main_process_first():
+        yield bool(state.is_main_process)
+
+
+def _on_cpu(device: Literal["auto", "cpu"]) -> bool:
+    # Unless told so, accelerate does not see torchrun's other processes on a machine without an accelerator.
+    return device == "cpu" or not torch.accelerator.is_available()
+
+
 def fit(
     module: nn.Module,
     batch_at: BatchAt,
@@ -229,9 +253,8 @@ class _Loop:
 
         # accelerate keeps the first precision of a process for good; each training here has its own.
         AcceleratorState._reset_state()
-        # Without `cpu` it would not see torchrun's other processes on a machine without an accelerator.
-        cpu = config.device == "cpu" or not torch.accelerator.is_available()
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if config.precision == "bf16" else "no")
+        precision = "bf16" if config.precision == "bf16" else "no"
+        self.accelerator = Accelerator(cpu=_on_cpu(config.device), mixed_precision=precision)
         self.config, self.run = config, run
         self.is_main = bool(self.accelerator.is_main_process)
         self.processes = int(self.accelerator.num_processes)

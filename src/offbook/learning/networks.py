@@ -102,11 +102,11 @@ class CloningNetwork(nn.Module):
 def _encoder() -> nn.Module:
     """Feature maps at a quarter of the resolution, one for each keypoint."""
     return nn.Sequential(
-        nn.Conv2d(3, 16, 5, stride=2, padding=2),
+        nn.Conv2d(3, 32, 6, stride=4, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 32, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(32, _KEYPOINTS, 3, padding=1),
+        nn.Conv2d(32, _KEYPOINTS, 1),
     )
 
 

@@ -1,0 +1,52 @@
+"""Pictures of results: what each policy did in each episode, and its mean with the interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from offbook.errors import needs_extra
+from offbook.evaluate.rollout import Evaluation
+from offbook.runs.directory import atomic_path
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, told apart by all
+_SHOWN = ("score", "return", "success")
+
+
+def draw_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
+    """Draws one panel for each known measure: a dot for each episode, beside it the mean with its 95% interval.
+
+    Args:
+        path: a PNG file, replaced atomically.
+        evaluations: one or more, of the same task.
+    """
+    with needs_extra("models"):
+        from matplotlib.figure import Figure
+    shown = [name for name in _SHOWN if all(name in evaluation.summary for evaluation in evaluations)]
+    # A score and a return that always agree are one thing to look at.
+    if "score" in shown and all(np.array_equal(e.values("score"), e.values("return")) for e in evaluations):
+        shown.remove("return")
+    figure = Figure(figsize=(1.5 + 3.2 * len(shown), 1.6 + 0.7 * len(evaluations)), layout="constrained")
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    spread = np.random.default_rng(0)
+    for axes, name in zip(panels, shown, strict=True):
+        for row, evaluation in enumerate(evaluations):
+            colour, interval = _COLOURS[row % len(_COLOURS)], evaluation.summary[name]
+            values = evaluation.values(name)
+            heights = row + spread.uniform(0.12, 0.38, len(values))
+            axes.scatter(values, heights, s=9, color=colour, alpha=0.35, linewidths=0)
+            ends = [interval.low, interval.high] if np.isfinite(interval.low) else [interval.value] * 2
+            axes.plot(ends, [row, row], color=colour, linewidth=3, solid_capstyle="round")
+            axes.plot([interval.value], [row], "o", color=colour, markeredgecolor="white", markersize=8)
+        axes.set(xlabel=name, ylim=(len(evaluations) - 0.4, -0.4))
+        axes.set_yticks(range(len(evaluations)), [evaluation.policy for evaluation in evaluations])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    count = len(evaluations[0].results)
+    figure.suptitle(f"{evaluations[0].environment}, {count} episodes each, mean with 95% interval", fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
