@@ -17,7 +17,7 @@ from offbook.runs.config import with_presets
 from offbook.runs.directory import RunDirectory
 
 with needs_extra("models"):
-    from offbook.learning.cloning import CloningConfig, train_cloning
+    from offbook.learning.cloning import CloningConfig, check_cloning, train_cloning
     from offbook.learning.fit import FitConfig, main_process_first
 
 
@@ -58,9 +58,9 @@ def bc(
         offbook train bc --data recordings/pour --out runs/bc --resume
     """
     store = EpisodeStore.open(data)
-    if config.parts is None:
-        # Written down, so that the run's folder says what it looks at.
-        config = replace(config, parts=tuple(name for name, _ in store.schema.observation_spec().state))
+    # Resolved and written down, so that the run's folder says what the policy looks at.
+    parts = tuple(name for name, _ in check_cloning(store, config).state)
+    config = replace(config, parts=parts)
     with main_process_first(config.fit.device) as first:
         run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
     began = time.monotonic()

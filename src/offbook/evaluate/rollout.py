@@ -168,7 +168,7 @@ def evaluate_policy(
         >>> result.summary["length"].value, result.metric
         (5.0, 'return')
     """
-    for name, value in (("episodes", episodes), ("parallel", parallel), ("max_steps", max_steps)):
+    for name, value in {"episodes": episodes, "parallel": parallel, "jobs": jobs, "max_steps": max_steps}.items():
         if value is not None and value < 1:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(flag, expected="1 or more", got=str(value), fix=f"change {flag}")

@@ -140,6 +140,18 @@ class ClonedPolicy:
         return cls(module, meta, {k: v for k, v in record.items() if k not in ("meta", "network")})
 
 
+def check_cloning(store: EpisodeStore, config: CloningConfig) -> ObservationSpec:
+    """What a policy trained in this way would look at; to be asked before anything is written.
+
+    Raises:
+        ConfigError: the recordings have no such part or camera, or nothing to look at is left.
+        DataError: no episode can be used.
+    """
+    chosen = _chosen(store, config)
+    _episodes(store, config, (*(name for name, _ in chosen.state), *chosen.cameras, *store.schema.actions))
+    return chosen
+
+
 def train_cloning(
     store: EpisodeStore, config: CloningConfig, run: RunDirectory, *, resume: bool = False
 ) -> ClonedPolicy:
