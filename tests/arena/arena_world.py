@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+from fastapi.testclient import TestClient
+from httpx2 import Response
 from sqlalchemy import literal
 from sqlalchemy.orm import Session
 
-from offbook.arena import scheduler, submissions, trials
+from offbook.arena import accounts, scheduler, submissions, trials
 from offbook.arena.accounts import Principal, find_user
+from offbook.arena.app import create_app
+from offbook.arena.database import Database
+from offbook.arena.service import Settings
 from offbook.arena.tables import Submission
 
 
@@ -72,3 +78,37 @@ def play(session: Session, given: dict[str, Any], report: trials.Report = DONE) 
     """Starts and ends a leased trial."""
     trials.start(session, given["trial"], given["fence"])
     return trials.end(session, given["trial"], given["fence"], report)
+
+
+class Client(TestClient):
+    """A visitor of an arena that runs in this process, with a token for each kind of visitor."""
+
+    tokens: ClassVar[dict[str, str]] = {}
+
+    def ask(self, method: str, path: str, role: str | None = None, **options: Any) -> Response:
+        """A request with the token of a role: admin, ada, bob, lab (a worker) or reader."""
+        headers = dict(options.pop("headers", {}))
+        if role is not None:
+            headers["Authorization"] = f"Bearer {self.tokens[role]}"
+        return self.request(method, path, headers=headers, **options)
+
+
+ROLES = {
+    "admin": ("root", "admin"),
+    "ada": ("ada", "submit"),
+    "bob": ("bob", "submit"),
+    "lab": ("lab", "worker"),
+    "reader": ("reader", "read"),
+}
+
+
+def open_arena(database: Database, folder: Path, **settings: Any) -> Client:
+    """An application on a database with the small benchmark and a token for each role."""
+    with database.write() as session:
+        submissions.define_benchmark(session, BENCHMARK)
+        tokens = {}
+        for role, (user, *scopes) in ROLES.items():
+            tokens[role] = accounts.issue_token(session, accounts.find_user(session, user, create=True), scopes)
+    client = Client(create_app(Settings(folder=folder, **settings), database), raise_server_exceptions=False)
+    client.tokens = tokens
+    return client

@@ -9,20 +9,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
 from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
-from arena_world import BENCHMARK, VirtualClock
-from fastapi.testclient import TestClient
-from httpx2 import Response
+from arena_world import Client, VirtualClock, open_arena
 from sqlalchemy import NullPool, create_engine, text
 
-from offbook.arena import accounts, submissions
-from offbook.arena.app import create_app
 from offbook.arena.database import Database
-from offbook.arena.service import Settings
 
 MakeDatabase = Callable[..., Database]
 
@@ -121,40 +115,6 @@ def _databases(request: pytest.FixtureRequest, folder: Path, kind: str) -> Itera
         database.close()
     for name in names if kind == "postgresql" else []:
         request.getfixturevalue("execute")(f"DROP DATABASE {name} WITH (FORCE)")
-
-
-class Client(TestClient):
-    """A visitor of an arena that runs in this process, with a token for each kind of visitor."""
-
-    tokens: ClassVar[dict[str, str]] = {}
-
-    def ask(self, method: str, path: str, role: str | None = None, **options: Any) -> Response:
-        """A request with the token of a role: admin, ada, bob, lab (a worker) or reader."""
-        headers = dict(options.pop("headers", {}))
-        if role is not None:
-            headers["Authorization"] = f"Bearer {self.tokens[role]}"
-        return self.request(method, path, headers=headers, **options)
-
-
-ROLES = {
-    "admin": ("root", "admin"),
-    "ada": ("ada", "submit"),
-    "bob": ("bob", "submit"),
-    "lab": ("lab", "worker"),
-    "reader": ("reader", "read"),
-}
-
-
-def open_arena(database: Database, folder: Path, **settings: Any) -> Client:
-    """An application on a database with the small benchmark and a token for each role."""
-    with database.write() as session:
-        submissions.define_benchmark(session, BENCHMARK)
-        tokens = {}
-        for role, (user, *scopes) in ROLES.items():
-            tokens[role] = accounts.issue_token(session, accounts.find_user(session, user, create=True), scopes)
-    client = Client(create_app(Settings(folder=folder, **settings), database), raise_server_exceptions=False)
-    client.tokens = tokens
-    return client
 
 
 @pytest.fixture

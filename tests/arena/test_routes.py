@@ -7,6 +7,7 @@ import json
 import re
 
 import pytest
+from arena_world import open_arena
 from sqlalchemy import select
 
 from offbook.arena.tables import Audit, Submission, Trial
@@ -153,7 +154,11 @@ def test_the_table_above_misses_no_route(client) -> None:
         ("GET", "/v1/submissions/1", 404),
         ("GET", "/v1/submissions/99999999999999999999", 404),
         ("GET", "/v1/submissions/-1", 404),
-        ("GET", "/v1/submissions/%00", 404),
+        ("GET", "/v1/submissions/%00", 400),
+        ("GET", "/robots/%00", 400),
+        ("GET", "/v1/leaderboard/reach?split=%00", 400),
+        ("GET", "/v1/compare?a=1", 422),
+        ("GET", "/v1/compare?a=x&b=1", 404),
         ("GET", "/v1/blobs/abc", 422),
         ("GET", f"/v1/blobs/{'0' * 64}", 404),
         ("GET", "/runs/1", 404),
@@ -174,7 +179,8 @@ def test_every_error_has_the_one_shape(client, method: str, path: str, status: i
 @pytest.mark.parametrize(
     "content",
     [b"", b"nonsense", b"[]", b'{"benchmark": 7}', b'{"benchmark": "reach", "name": "a", "surprise": 1}', b"\xff\xfe",
-     b'{"benchmark": "reach", "name": "a", "trials": 0}', b'{"a":' * 10_000],
+     b'{"benchmark": "reach", "name": "a", "trials": 0}', b'{"benchmark": "reach", "name": "a", "method": "\\u0000"}',
+     b'{"benchmark": "reach", "name": "a", "method": "\\ud800"}', b'{"a":' * 10_000],
 )  # fmt: skip
 def test_bodies_that_make_no_sense(client, content: bytes) -> None:
     answer = client.ask("POST", "/v1/submissions", "ada", content=content, headers={"Content-Type": "application/json"})
@@ -293,8 +299,6 @@ def test_a_checkpoint_is_opened_before_it_is_accepted(client, tmp_path) -> None:
 
 
 def test_uploads_have_a_cap_a_hash_and_a_type(make_sqlite, tmp_path) -> None:
-    from conftest import open_arena
-
     with open_arena(make_sqlite(), tmp_path, checkpoint_bytes=1000, artifact_bytes=5000) as client:
         big = (2).to_bytes(8, "little") + b"{}" + b"x" * 2000
         assert put(client, "ada", big).json()["error"] == "too_large"

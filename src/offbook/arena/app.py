@@ -200,6 +200,11 @@ class _Door:
                 self._count(scope, status, time.perf_counter() - began)
             await send(message)
 
+        if "\0" in scope["path"] or b"%00" in scope["query_string"] or "\ufffd" in scope["path"]:
+            hint = "Send UTF-8 text without NUL."
+            body = error_body(400, "bad_address", "The address holds a NUL or bytes that are no text.", hint)
+            await _shape(scope, body)(scope, receive, dressed)
+            return
         try:
             await self._app(scope, counted, dressed)
         except Exception:

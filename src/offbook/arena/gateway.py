@@ -116,12 +116,14 @@ class Relay:
         session: the name of the episode, once it was reset.
         ended: whether the policy was told that the episode is over.
         gone: set when the policy has left.
+        answers: sees to it that the policy's answers are in order; every attempt at a trial counts anew.
     """
 
     outbox: Outbox
     session: str = ""
     ended: bool = True
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    answers: wire.SequenceCheck = field(default_factory=wire.SequenceCheck)
 
 
 class Gateway:
@@ -223,7 +225,6 @@ class Gateway:
             return found.id
 
     async def _listen(self, seat: Seat) -> None:
-        check = wire.SequenceCheck()
         while True:
             frame = await _receive(seat.socket)
             message = wire.decode(frame, wire.FRAME_LIMIT, allowed=frozenset({"act", "error"}))
@@ -231,7 +232,7 @@ class Gateway:
             # What comes after a trial has ended was on its way when it ended; nobody waits for it.
             if relay is None or relay.ended or message.get("session", relay.session) != relay.session:
                 continue
-            check(message)
+            relay.answers(message)
             self._meters.frames.labels("policy").inc()
             with contextlib.suppress(GoneError):  # a worker that does not read is the worker's fault alone
                 relay.outbox.put(message["type"], frame)

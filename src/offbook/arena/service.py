@@ -169,7 +169,7 @@ class Arena:
     def __init__(self, settings: Settings, database: Database | None = None) -> None:
         self.settings = settings
         self.database = database or Database(settings.database_url)
-        self.blobs = BlobStore(settings.blobs or str(settings.folder.resolve() / "blobs"))
+        self.blobs = BlobStore(settings.blobs or str(settings.folder.resolve()))
         self.meters = Meters()
         self.turnstile = Turnstile()
         self.gateway = Gateway(self.database, self.meters, per_user=settings.policies_per_user)

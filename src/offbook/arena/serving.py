@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -64,6 +65,10 @@ class Server(uvicorn.Server):
         """Ends the streams that would never end by themselves, then everything else."""
         self._app.state.feed.close()
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal closes the arena; a second one does not wait for what is still open."""
+        self.force_exit, self.should_exit = self.should_exit, True
 
     def serve_here(self) -> None:
         """Serves until a signal, or until `should_exit` is set."""

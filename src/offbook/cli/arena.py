@@ -13,6 +13,8 @@ import tyro
 from offbook.cli.report import Report, table
 from offbook.client.submit import ArenaClient
 from offbook.errors import ConfigError, needs_extra
+from offbook.runs.checkpoint import read_header
+from offbook.runs.directory import RunDirectory
 
 URL = "http://127.0.0.1:8000"
 _TOKEN = "OFFBOOK_TOKEN"
@@ -60,9 +62,9 @@ def init(
     if fresh and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(str(folder), expected="a new or empty folder", got="something else", fix="choose another")
     settings = Settings(folder=folder, database=database, blobs=blobs) if fresh else Settings.load(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     store = Database(settings.database_url)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         store.migrate()
         with store.write() as session:
             made = [submissions.define_benchmark(session, spec) for spec in specs]
@@ -246,9 +248,9 @@ def submit(
                 raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
             record |= {"kind": "remote", "name": name}
         else:
-            with needs_extra("models"):
-                from offbook.learning.policies import policy_file
-            file = policy_file(policy)
+            file = Path(policy)
+            file = RunDirectory.open(file).checkpoint() if file.is_dir() else file
+            read_header(file)  # what the arena would refuse is said before it is sent
             record |= {"kind": "checkpoint", "blob": _upload(arena, file), "name": name or Path(policy).resolve().stem}
         entry = arena.request("POST", "/v1/submissions", json=record)
         if wait:

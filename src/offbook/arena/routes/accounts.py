@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from offbook.arena import accounts
 from offbook.arena.accounts import Principal
 from offbook.arena.refusal import error_body
-from offbook.arena.routes.doors import arena_of, identify, needs
+from offbook.arena.routes.doors import Text, arena_of, identify, needs
 from offbook.arena.tables import Trial
 
 router = APIRouter()
@@ -25,9 +25,9 @@ class TokenRequest(BaseModel):
     """What an operator says when a token is made."""
 
     model_config = ConfigDict(extra="forbid")
-    user: str = Field(max_length=64)
-    scopes: list[str] = Field(max_length=8)
-    label: str = Field(default="", max_length=200)
+    user: Text = Field(max_length=64)
+    scopes: list[Text] = Field(max_length=8)
+    label: Text = Field(default="", max_length=200)
     days: float | None = Field(default=90.0, allow_inf_nan=False)
 
 

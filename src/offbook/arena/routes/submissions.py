@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from offbook.arena import accounts, submissions, views
 from offbook.arena.accounts import Principal
 from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.routes.doors import arena_of, needs
+from offbook.arena.routes.doors import Text, arena_of, needs
 from offbook.arena.service import Arena
 from offbook.arena.tables import Robot, Submission
 from offbook.client.protocol import PolicyMeta, check_fit
@@ -25,14 +25,14 @@ class SubmissionRequest(BaseModel):
     """A submission as it is sent."""
 
     model_config = ConfigDict(extra="forbid")
-    benchmark: str = Field(max_length=60)
-    name: str = Field(max_length=200)
+    benchmark: Text = Field(max_length=60)
+    name: Text = Field(max_length=200)
     kind: Literal["remote", "checkpoint", "anchor"] = "remote"
-    split: str | None = Field(default=None, max_length=60)
-    blob: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
-    anchor: str | None = Field(default=None, max_length=20)
-    method: str = Field(default="", max_length=200)
-    imitates: str = Field(default="", max_length=200)
+    split: Text | None = Field(default=None, max_length=60)
+    blob: Text | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    anchor: Text | None = Field(default=None, max_length=20)
+    method: Text = Field(default="", max_length=200)
+    imitates: Text = Field(default="", max_length=200)
     trials: int | None = Field(default=None, ge=1, le=10_000)
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from offbook.arena import accounts, scheduler, trials
 from offbook.arena.accounts import Principal
 from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.routes.doors import arena_of, identify, needs
+from offbook.arena.routes.doors import SmallRecord, Text, arena_of, identify, needs
 from offbook.arena.routes.submissions import number
 from offbook.arena.tables import Attempt, Blob, Worker
 
@@ -31,10 +31,10 @@ class _Message(BaseModel):
 class LeaseRequest(_Message):
     """A worker that is free."""
 
-    robot: str = Field(min_length=1, max_length=80, description="the class of its robot, such as pour")
+    robot: Text = Field(min_length=1, max_length=80, description="the class of its robot, such as pour")
     worker: str = Field(pattern=r"^[\w][\w.@+-]{0,63}$", description="its name, which is also its robot's")
     instance: str = Field(pattern=r"^[\w-]{1,64}$", description="a random word for this start of the process")
-    capabilities: dict[str, Any] = Field(default_factory=dict, description="rate_hz, observation and action")
+    capabilities: SmallRecord = Field(default_factory=dict, description="rate_hz, observation and action")
 
 
 class Started(_Message):
@@ -55,7 +55,7 @@ class File(_Message):
 
     name: str = Field(pattern=r"^[\w][\w .-]{0,79}$")
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    media_type: str = Field(max_length=80)
+    media_type: Text = Field(max_length=80)
     size: int = Field(ge=0)
 
 
@@ -68,7 +68,7 @@ class Outcome(_Message):
     steps: int = Field(ge=0, le=10_000_000)
     latency_ms: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     late_share: Annotated[float | None, Field(ge=0, le=1)] = None
-    reason: str = Field(default="", max_length=2000)
+    reason: Text = Field(default="", max_length=2000)
     files: list[File] = Field(default_factory=list, max_length=32)
 
 
@@ -77,7 +77,7 @@ class Fault(_Message):
 
     fence: Fence
     kind: Literal["policy_fault", "robot_fault", "needs_human", "needs_storage", "released"]
-    reason: str = Field(max_length=2000)
+    reason: Text = Field(max_length=2000)
     steps: int = Field(default=0, ge=0, le=10_000_000)
     latency_ms: Annotated[float | None, Field(ge=0, allow_inf_nan=False)] = None
     late_share: Annotated[float | None, Field(ge=0, le=1)] = None

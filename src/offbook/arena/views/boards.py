@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from sqlalchemy import func, select
+from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
 from offbook.arena.database import now
@@ -98,20 +100,12 @@ def leaderboard(
     """
     benchmark = find_benchmark(session, name)
     split = find_split(session, benchmark, split_name)
-    found = session.execute(
-        select(*_COLUMNS, User.name.label("owner"))
-        .join(User, User.id == Submission.user_id)
-        .where(Submission.split_id == split.id, (Submission.state != "cancelled") | (Submission.n > 0))
-        .order_by(Submission.id)
-    ).all()
-    rows = [_row(row) for row in found]
-    _rank([row for row in rows if row["anchor"] is None and row["score"] is not None])
-    rows.sort(key=lambda row: -row["score"]["value"] if row["score"] else float("inf"))
+    rows = _standings(session, split.id)
     if shown is not None:
-        on_sheet = list(sheet(searched(rows, shown[0], *SEARCHED), shown[1])[0])
+        words, number = shown
+        on_sheet = sheet(searched(rows, words, *SEARCHED) if words else rows, number)[0]
         strips = _strips(session, [int(row["submission"]) for row in on_sheet])
-        for row in rows:
-            row["trials"] = strips.get(int(row["submission"]), [])
+        rows = [row | {"trials": strips.get(int(row["submission"]), [])} for row in rows]
     return {
         "benchmark": benchmark_view(session, benchmark),
         "split": split.name,
@@ -122,56 +116,80 @@ def leaderboard(
     }
 
 
-_COLUMNS = (
-    Submission.id,
-    Submission.name,
-    Submission.kind,
-    Submission.method,
-    Submission.imitates,
-    Submission.created,
-    Submission.anchor,
-    Submission.n,
-    Submission.wanted,
-    Submission.score,
-    Submission.score_low,
-    Submission.score_high,
-    Submission.successes,
-    Submission.judged,
-    Submission.latency_ms,
-    Submission.late_share,
-)
+_remembered: OrderedDict[tuple[Any, ...], list[dict[str, Any]]] = OrderedDict()
 
 
-def _row(row: Any) -> dict[str, Any]:
-    success = success_interval(row.successes, row.judged) if row.judged else None
-    return {
-        "submission": str(row.id),
-        "name": row.name,
-        "owner": row.owner,
-        "kind": row.kind,
-        "method": row.method,
-        "imitates": row.imitates,
-        "date": row.created,
-        "anchor": row.anchor,
-        "n": row.n,
-        "wanted": row.wanted,
-        "score": interval(row.score, row.score_low, row.score_high),
-        "success": interval(success.value, success.low, success.high) if success else None,
-        "rank": None,
-        "latency_ms": row.latency_ms,
-        "late_share": row.late_share,
-    }
+def _standings(session: Session, split_id: int) -> list[dict[str, Any]]:
+    """The rows of a split, best first, remembered until a submission or a result is added or one is withdrawn."""
+    counts = session.execute(
+        select(
+            func.count(Submission.id),
+            func.max(Submission.id),
+            func.sum(Submission.n),
+            func.sum(case((Submission.state == "cancelled", 1), else_=0)),
+        ).where(Submission.split_id == split_id)
+    ).one()
+    key = (session.get_bind().engine.url, split_id, *counts)
+    if key not in _remembered:
+        _remembered[key] = _read_standings(session, split_id)
+    _remembered.move_to_end(key)
+    while len(_remembered) > 16:
+        _remembered.popitem(last=False)
+    return _remembered[key]
+
+
+def _read_standings(session: Session, split_id: int) -> list[dict[str, Any]]:
+    found = session.execute(
+        select(
+            Submission.id, Submission.name, User.name, Submission.kind, Submission.method, Submission.imitates,
+            Submission.created, Submission.anchor, Submission.n, Submission.wanted, Submission.score,
+            Submission.score_low, Submission.score_high, Submission.successes, Submission.judged,
+            Submission.latency_ms, Submission.late_share,
+        )
+        .join(User, User.id == Submission.user_id)
+        .where(Submission.split_id == split_id, (Submission.state != "cancelled") | (Submission.n > 0))
+        .order_by(Submission.score.desc().nulls_last(), Submission.id)
+    )  # fmt: skip
+    rows = [
+        {
+            "submission": str(entry),
+            "name": name,
+            "owner": owner,
+            "kind": kind,
+            "method": method,
+            "imitates": imitates,
+            "date": created,
+            "anchor": anchor,
+            "n": n,
+            "wanted": wanted,
+            "score": interval(score, low, high),
+            "success": _success(successes, judged) if judged else None,
+            "rank": None,
+            "latency_ms": latency_ms,
+            "late_share": late_share,
+        }
+        for entry, name, owner, kind, method, imitates, created, anchor, n, wanted, score, low, high, successes,
+        judged, latency_ms, late_share in found
+    ]  # fmt: skip
+    _rank([row for row in rows if row["anchor"] is None and row["score"] is not None])
+    return rows
+
+
+@lru_cache(maxsize=10_000)
+def _success(successes: int, n: int) -> dict[str, Any]:
+    found = success_interval(successes, n)
+    return {"value": found.value, "low": found.low, "high": found.high}
 
 
 def _rank(rows: Sequence[dict[str, Any]]) -> None:
     """Gives each row the places that it may hold: better than it are those whose whole interval lies above its own."""
-    ends = [(row["score"]["low"], row["score"]["high"]) for row in rows]
-    lows = np.sort([-np.inf if low is None else low for low, _ in ends])
-    highs = np.sort([np.inf if high is None else high for _, high in ends])
-    for row, (low, high) in zip(rows, ends, strict=True):
-        above = len(rows) - int(np.searchsorted(lows, np.inf if high is None else high, side="right"))
-        below = int(np.searchsorted(highs, -np.inf if low is None else low, side="left"))
-        row["rank"] = [1 + above, len(rows) - below]
+    scores = [row["score"] for row in rows]
+    lows = np.array([-np.inf if score["low"] is None else score["low"] for score in scores])
+    highs = np.array([np.inf if score["high"] is None else score["high"] for score in scores])
+    above = len(rows) - np.searchsorted(np.sort(lows), highs, side="right")
+    below = np.searchsorted(np.sort(highs), lows, side="left")
+    for row, better, worse in zip(rows, above.tolist(), below.tolist(), strict=True):
+        row["rank"] = [1 + better, len(rows) - worse]
 
 
 def trial_outcome(state: str, faults: int, success: bool | None) -> str | None:

@@ -1,0 +1,172 @@
+"""`offbook arena ...` from the outside: what is printed, what is left behind, what is refused and with which code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from arena_server import Walker, running
+
+from offbook.arena.worker import run_worker
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture
+def folder(tmp_path, cli):
+    outcome = cli(["arena", "init", str(tmp_path / "arena"), "--benchmarks", "pendulum", "--trials", "2", "--json"])
+    assert outcome.exit_code == 0, outcome.stderr
+    return tmp_path / "arena"
+
+
+def test_init_makes_an_arena_and_prints_the_token_once(tmp_path, cli) -> None:
+    folder = tmp_path / "arena"
+    outcome = cli(["arena", "init", str(folder), "--benchmarks", "pendulum", "pour", "--trials", "3"])
+    assert outcome.exit_code == 0
+    token = next(word for word in outcome.stdout.split() if word.startswith("ob_"))
+    assert "pendulum (version 1), pour (version 1)" in outcome.stdout
+    kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert token.split("_", 2)[2].encode() not in kept
+    again = cli(["arena", "init", str(folder), "--benchmarks", "pendulum", "--trials", "3", "--json"])
+    assert json.loads(again.stdout)["benchmarks"][0]["version"] == 1
+    assert json.loads(again.stdout)["token"] != token
+    changed = cli(["arena", "init", str(folder), "--benchmarks", "pendulum", "--trials", "4", "--json"])
+    assert json.loads(changed.stdout)["benchmarks"][0]["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["arena", "init", "{tmp}/a", "--benchmarks", "poor"], "did you mean 'pour'?"),
+        (["arena", "init", "{tmp}/a", "--trials", "0"], "1 to 10000"),
+        (["arena", "init", "{tmp}"], "a new or empty folder"),
+        (["arena", "init", "{tmp}/a", "--database", "mysql://x"], "sqlite:///FILE"),
+        (["arena", "serve", "{tmp}"], "offbook arena init"),
+        (["arena", "token", "list", "--folder", "{tmp}"], "offbook arena init"),
+        (["arena", "worker", "--token-file", "{tmp}/none"], "No such file"),
+        (["arena", "submit", "remote"], "OFFBOOK_TOKEN"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_leaves_nothing(tmp_path, cli, monkeypatch, words, named) -> None:
+    monkeypatch.delenv("OFFBOOK_TOKEN", raising=False)
+    (tmp_path / "mine").write_text("precious")
+    outcome = cli([word.format(tmp=tmp_path) for word in words])
+    assert outcome.exit_code == 2
+    assert named in outcome.stderr
+    assert outcome.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [("{", "readable JSON"), ('{"leese_seconds": 3}', "did you mean 'lease_seconds'?"), ('{"fault_cap": "3"}', "a int"),
+     ('{"lease_seconds": 1.0}', "0 < watchdog_seconds < lease_seconds"), ("[]", "a known setting")],
+)  # fmt: skip
+def test_broken_settings_are_named(folder, cli, content: str, named: str) -> None:
+    (folder / "arena.json").write_text(content)
+    outcome = cli(["arena", "serve", str(folder)])
+    assert outcome.exit_code == 2
+    assert named in outcome.stderr
+
+
+def test_tokens_are_made_listed_and_withdrawn(folder, cli) -> None:
+    made = cli(["arena", "token", "create", "--user", "ada", "--label", "laptop", "--folder", str(folder), "--json"])
+    token = json.loads(made.stdout)["token"]
+    listed = cli(["arena", "token", "list", "--folder", str(folder)])
+    assert token.split("_")[1] in listed.stdout
+    assert token.split("_", 2)[2] not in listed.stdout
+    assert cli(["arena", "token", "revoke", token.split("_")[1], "--folder", str(folder)]).exit_code == 0
+    assert "withdrawn" in cli(["arena", "token", "list", "--folder", str(folder)]).stdout
+    assert cli(["arena", "token", "revoke", "00000000", "--folder", str(folder)]).exit_code == 1
+    wrong = cli(["arena", "token", "create", "--user", "ada", "--scopes", "root", "--folder", str(folder)])
+    assert wrong.exit_code == 1
+    assert "submit" in wrong.stderr
+
+
+def test_a_port_that_is_taken_is_said(folder, cli) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        outcome = cli(["arena", "serve", str(folder), "--port", str(taken.getsockname()[1])])
+    assert outcome.exit_code == 2
+    assert "in use" in outcome.stderr
+
+
+def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
+    with running(tmp_path, watchdog_seconds=10.0) as arena:
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["root"])
+        url = ["--url", arena.url]
+        first = cli(["arena", "submit", "random", "--benchmark", "reach", "--trials", "2", *url])
+        assert first.exit_code == 0
+        assert "Queued: waits for a robot of the class arm" in first.stdout
+        stop = threading.Event()
+        options = {"robot": Walker(), "name": "arm-1", "stop": stop}
+        thread = threading.Thread(target=lambda: run_worker(arena.url, arena.tokens["lab"], "arm", **options))
+        thread.start()
+        try:
+            words = [
+                "arena",
+                "submit",
+                "random",
+                "--benchmark",
+                "reach",
+                "--name",
+                "again",
+                "--wait",
+                "--timeout",
+                "30",
+            ]
+            second = cli([*words, *url, "--json"])
+        finally:
+            stop.set()
+            thread.join(20)
+        assert json.loads(second.stdout)["state"] == "done"
+        assert "Done: 4 trials" in second.stderr
+        assert "score" in cli(["arena", "status", "1", *url]).stdout
+        assert "over 2 pairs" in cli(["arena", "status", "1", "--compare", "2", *url]).stdout
+        board = cli(["arena", "status", "--benchmark", "reach", *url])
+        assert "random" in board.stdout
+        assert "anchor" in board.stdout
+        assert "reach" in cli(["arena", "status", *url]).stdout
+        missing = cli(["arena", "status", "99", *url])
+        assert (missing.exit_code, missing.stdout) == (1, "")
+        assert "not_found" in missing.stderr
+        pickled = tmp_path / "policy.pt"
+        pickled.write_bytes(b"PK\x03\x04" + b"\0" * 100)
+        refused = cli(["arena", "submit", str(pickled), "--benchmark", "reach", *url])
+        assert refused.exit_code == 1
+        assert "zip archive" in refused.stderr
+
+
+@pytest.mark.faults
+def test_serve_ends_cleanly_on_a_signal_while_a_page_listens(folder) -> None:
+    import httpx
+
+    program = "from offbook.cli.main import main; raise SystemExit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "arena", "serve", str(folder), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        line = process.stderr.readline()
+        url = next(word for word in line.split() if word.startswith("http"))
+        with httpx.stream("GET", f"{url}/v1/events", timeout=20, trust_env=False) as events:
+            pieces = events.iter_text()
+            assert next(pieces).startswith("retry")
+            process.send_signal(signal.SIGTERM)
+            assert list(pieces) == []
+        out, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+    assert "is closed" in out
+    assert "Traceback" not in errors

@@ -1,0 +1,275 @@
+"""Workers and policies meet in a real arena on loopback: trials, films, faults, lost leases, lost networks."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import threading
+import time
+
+import httpx
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from arena_server import ACTION, OBSERVATION, Walker, dialled_in, running, until
+from sqlalchemy import select
+
+from offbook.arena import trials, worker
+from offbook.arena.tables import Attempt, Result, Trial
+from offbook.arena.worker import run_worker
+from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
+from offbook.data.clips import read_clip
+from offbook.errors import SubmissionError
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory):
+    # The machine that tests run on may be busy: its watchdog is patient, unless a test is about it.
+    with running(tmp_path_factory.mktemp("arena"), watchdog_seconds=10.0) as arena:
+        yield arena
+
+
+def work(arena, robot: Walker, **options):
+    options = {"name": f"arm-{id(robot)}", "idle_exit": 1.0} | options
+    return run_worker(arena.url, arena.tokens["lab"], "arm", robot=robot, **options)
+
+
+def attempts(arena, entry: str) -> list[Attempt]:
+    with arena.database.read() as session:
+        query = select(Attempt).join(Trial, Trial.id == Attempt.trial_id).where(Trial.submission_id == int(entry))
+        return list(session.scalars(query.order_by(Attempt.id)))
+
+
+def test_a_remote_policy_is_tried_and_everything_of_it_is_kept(arena) -> None:
+    entry = arena.submit(trials=3)
+    assert "connect" in arena.status(entry)["state_words"]
+    robot = Walker()
+    with dialled_in(arena, entry) as lines:
+        report = work(arena, robot, max_trials=3)
+        until(lambda: any("no trial of this submission is left" in line for line in lines))
+    assert report.trials == {"done": 3}
+    view = arena.status(entry)
+    assert (view["state"], view["n"], view["score"]["value"], view["success"]["value"]) == ("done", 3, 1.0, 1.0)
+    order = [trial["scene"] for trial in sorted(view["trials"], key=lambda t: view["opened"]["order"].index(t["slot"]))]
+    assert [scene for scene, _ in robot.resets] == order
+    with arena.database.read() as session:
+        result = session.scalars(select(Result).where(Result.submission_id == int(entry)).limit(1)).one()
+    files = {file["name"]: file for file in result.files}
+    assert set(files) == {"video-scene.mp4", "poster-scene.jpg", "episode.parquet", "manifest.json"}
+
+    def fetch(name: str) -> bytes:
+        return httpx.get(f"{arena.url}/v1/blobs/{files[name]['sha256']}", trust_env=False).content
+
+    table = pq.read_table(io.BytesIO(fetch("episode.parquet")))
+    assert table.column_names == ["time", "state", "action", "reward", "late", "latency_ms"]
+    assert table["action"].to_pylist() == [[1.0]] * 5
+    assert table["state"].to_pylist() == [[float(i), float(i)] for i in range(5)]
+    manifest = json.loads(fetch("manifest.json"))
+    assert manifest["files"] == [files[name] for name in ("video-scene.mp4", "poster-scene.jpg", "episode.parquet")]
+    assert (manifest["steps"], len(manifest["traces"]["time"])) == (5, 5)
+    assert all(latency > 0 for latency in manifest["traces"]["latency_ms"])
+    film = arena.server.config.app.state.arena.settings.folder / "film.mp4"
+    film.write_bytes(fetch("video-scene.mp4"))
+    assert read_clip(film).shape == (4, 32, 48, 3)
+    page = httpx.get(f"{arena.url}/runs/{result.trial_id}", headers={"Accept": "text/html"}, trust_env=False).text
+    assert files["video-scene.mp4"]["sha256"] in page
+
+
+def test_a_policy_that_hangs_up_has_lost_the_trial_and_is_not_tried_again(arena) -> None:
+    entry = arena.submit()
+    robot = Walker(steps=2000, seconds=0.005)
+    with dialled_in(arena, entry):
+        thread = threading.Thread(target=lambda: work(arena, robot, max_trials=1))
+        thread.start()
+        until(lambda: robot.steps > 3)
+    thread.join(20)
+    view = arena.status(entry)
+    (trial,) = view["trials"]
+    assert (trial["state"], trial["outcome"], trial["score"], trial["attempts"]) == (
+        "policy_fault", "policy_fault", 0.0, 1,
+    )  # fmt: skip
+    assert "policy_gone" in trial["fault"]
+    assert robot.stops
+    assert (view["state"], view["score"]["value"], view["success"]["value"]) == ("done", 0.0, 0.0)
+
+
+def test_a_policy_that_answers_nan_is_named_with_its_step(arena) -> None:
+    entry = arena.submit()
+
+    def broken(state, images):
+        return np.array([np.nan if state[1] >= 2 else 1.0], np.float32)
+
+    with dialled_in(arena, entry, broken):
+        assert work(arena, Walker(20), max_trials=1).trials == {"policy_fault": 1}
+    (trial,) = arena.status(entry)["trials"]
+    assert "nan" in trial["fault"]
+    assert "step 4" in trial["fault"]
+
+
+def test_a_policy_that_raises_or_sends_the_wrong_shape_loses_too(arena) -> None:
+    for function, named in (
+        (lambda state, images: 1 / 0, "ZeroDivisionError"),
+        (lambda state, images: np.ones(3, np.float32), "shape"),
+    ):
+        entry = arena.submit()
+        with dialled_in(arena, entry, function):
+            assert work(arena, Walker(), max_trials=1).trials == {"policy_fault": 1}
+        assert named in arena.status(entry)["trials"][0]["fault"]
+
+
+def test_a_policy_for_another_robot_is_told_so_when_it_dials_in(arena) -> None:
+    work(arena, Walker(), idle_exit=0.0)
+    entry = arena.submit()
+    other = PolicyMeta(
+        name="boat",
+        observation=ObservationSpec(state=(("sail", 3),)),
+        action=ActionSpec(size=1, low=(0.0,), high=(1.0,)),
+    )
+    with dialled_in(arena, entry, meta=other) as lines:
+        until(lambda: any("does_not_fit" in line and "'sail'" in line for line in lines))
+    assert arena.status(entry)["trials"][0]["state"] == "queued"
+
+
+def test_a_robot_that_fails_is_not_the_policys_loss(arena) -> None:
+    entry = arena.submit()
+    robot = Walker()
+
+    def unplugged(step: int) -> None:
+        if step == 2 and len(robot.resets) == 1:
+            raise OSError("the cable")
+
+    robot.on_step = unplugged
+    with dialled_in(arena, entry):
+        assert work(arena, robot, max_trials=2).trials == {"robot_fault": 1, "done": 1}
+    (trial,) = arena.status(entry)["trials"]
+    assert (trial["state"], trial["attempts"], trial["score"]) == ("done", 2, 1.0)
+    assert robot.resets[0] == robot.resets[1]
+    assert [(a.outcome, "cable" in a.reason) for a in attempts(arena, entry)] == [
+        ("robot_fault", True),
+        ("done", False),
+    ]
+
+
+def test_the_anchor_random_is_made_by_the_worker(arena) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random", name="random", trials=2)
+    assert work(arena, Walker(), max_trials=2).trials == {"done": 2}
+    assert arena.status(entry)["anchor"] == "random"
+    assert arena.status(entry)["n"] == 2
+
+
+def test_an_uploaded_checkpoint_is_played_by_the_worker(arena, tmp_path) -> None:
+    from offbook.learning.cloning import ClonedPolicy
+
+    record = {
+        "meta": PolicyMeta(name="net", observation=OBSERVATION, action=ACTION).to_json(),
+        "network": {"chunk": 1, "hidden": 8, "depth": 1},
+    }
+    policy = ClonedPolicy.from_record(record)
+    policy.save(tmp_path / "net.safetensors")
+    with arena.client("ada") as client:
+        entry = client.submit("reach", "net", checkpoint=tmp_path / "net.safetensors")["id"]
+    assert work(arena, Walker(), max_trials=4).trials == {"done": 4}
+    view = arena.status(entry)
+    assert (view["state"], view["n"], view["kind"]) == ("done", 4, "checkpoint")
+    assert math.isfinite(view["score"]["value"])
+
+
+def test_a_stop_ends_the_trial_and_gives_it_back(arena) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random")
+    robot, stop = Walker(steps=5000, seconds=0.01), threading.Event()
+    thread = threading.Thread(target=lambda: work(arena, robot, stop=stop))
+    thread.start()
+    until(lambda: robot.steps > 2)
+    stop.set()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert robot.stops
+    (trial,) = arena.status(entry)["trials"]
+    assert (trial["state"], trial["outcome"]) == ("queued", "robot_fault")
+    assert "signal to stop" in trial["fault"]
+    with arena.client("root") as client:
+        client.cancel(entry)
+
+
+def test_a_lease_that_was_lost_stops_the_robot_and_drops_what_was_done(arena) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random")
+    robot, done = Walker(steps=5000, seconds=0.01), []
+    thread = threading.Thread(target=lambda: done.append(work(arena, robot, max_trials=1)))
+    thread.start()
+    until(lambda: robot.steps > 2)
+    with arena.database.write() as session:
+        trial = session.scalars(select(Trial).where(Trial.submission_id == int(entry))).one()
+        trials.end(session, trial.id, trial.fence, trials.Report(outcome="needs_human", reason="the operator looked"))
+    thread.join(10)
+    assert (done[0].trials, done[0].dropped) == ({}, 1)
+    assert robot.stops
+    assert arena.status(entry)["trials"][0]["state"] == "needs_human"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("hangs", [False, True])
+def test_without_answers_to_heartbeats_the_robot_stands_still_in_time(
+    arena, tmp_path, monkeypatch, hangs: bool
+) -> None:
+    with running(tmp_path, watchdog_seconds=2.0) as own:
+        own.submit("root", kind="anchor", anchor="random")
+        robot = Walker(steps=5000, seconds=0.01)
+        silent, since = threading.Event(), []
+        release = threading.Event()
+        post = worker._Arena.post
+
+        def partitioned(self, path, body, **options):
+            if silent.is_set():
+                raise httpx.ConnectTimeout("partition")
+            return post(self, path, body, **options)
+
+        def step(number: int) -> None:
+            if number == 5:
+                since.append(time.monotonic())
+                silent.set()
+                if hangs:
+                    release.wait(10)
+
+        robot.on_step = step
+        monkeypatch.setattr(worker._Arena, "post", partitioned)
+        monkeypatch.setattr(worker, "REPORT_SECONDS", 0.5)
+        thread = threading.Thread(target=lambda: work(own, robot, max_trials=1))
+        thread.start()
+        until(lambda: robot.stops)
+        stopped, reason = robot.stops[0]
+        release.set()
+        thread.join(20)
+        # The watchdog counts from the last answer, which came at most one beat before the silence.
+        assert stopped - since[0] < 2.0 + 0.5
+        assert "heartbeat" in reason
+        assert robot.moved < stopped + 0.2
+
+
+def test_a_worker_without_the_right_token_is_told_so(arena) -> None:
+    with pytest.raises(SubmissionError, match="scope 'worker'"):
+        run_worker(arena.url, arena.tokens["ada"], "arm", robot=Walker(), idle_exit=5)
+    with pytest.raises(SubmissionError, match="valid token"):
+        run_worker(arena.url, "ob_x", "arm", robot=Walker(), idle_exit=5)
+
+
+def test_a_worker_waits_for_an_arena_that_is_not_there() -> None:
+    lines: list[str] = []
+    report = run_worker("http://127.0.0.1:9", "t", "arm", robot=Walker(), idle_exit=0.3, on_event=lines.append)
+    assert report.trials == {}
+    assert any("no answer from http://127.0.0.1:9" in line for line in lines)
+
+
+def test_a_full_disk_pauses_the_trial_until_the_operator_made_room(arena, monkeypatch) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random")
+    put = worker._Arena.put
+    monkeypatch.setattr(worker._Arena, "put", lambda self, file: (507, {"detail": "No space left on device"}))
+    assert work(arena, Walker(), max_trials=1).trials == {"needs_storage": 1}
+    assert "disk is full" in arena.status(entry)["state_words"]
+    monkeypatch.setattr(worker._Arena, "put", put)
+    trial = arena.status(entry)["trials"][0]["id"]
+    with arena.client("root") as client:
+        client.request("POST", f"/v1/trials/{trial}/requeue")
+    assert work(arena, Walker(), max_trials=1).trials == {"done": 1}
