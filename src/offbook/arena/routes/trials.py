@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response, WebSocket
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -16,6 +16,8 @@ from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.routes.doors import SmallRecord, Text, arena_of, identify, needs
 from offbook.arena.routes.submissions import number
 from offbook.arena.tables import Attempt, Blob, Worker
+from offbook.client.protocol import PolicyMeta
+from offbook.errors import ConfigError
 
 router = APIRouter()
 
@@ -28,13 +30,25 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _described(record: dict[str, Any]) -> dict[str, Any]:
+    """What policies will be held against must be readable."""
+    if "observation" in record or "action" in record:
+        try:
+            PolicyMeta.from_json(record | {"name": "robot", "chunk": 1})
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return record
+
+
 class LeaseRequest(_Message):
     """A worker that is free."""
 
     robot: Text = Field(min_length=1, max_length=80, description="the class of its robot, such as pour")
     worker: str = Field(pattern=r"^[\w][\w.@+-]{0,63}$", description="its name, which is also its robot's")
     instance: str = Field(pattern=r"^[\w-]{1,64}$", description="a random word for this start of the process")
-    capabilities: SmallRecord = Field(default_factory=dict, description="rate_hz, observation and action")
+    capabilities: Annotated[SmallRecord, AfterValidator(_described)] = Field(
+        default_factory=dict, description="rate_hz, observation and action"
+    )
 
 
 class Started(_Message):
