@@ -10,10 +10,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import offbook
 from offbook.errors import ConfigError, MissingExtraError, OffbookError
+
+if TYPE_CHECKING:
+    from offbook.cli.report import Report
 
 # Verb -> (module:function, one line for the help), in the order of the help.
 VERBS: dict[str, tuple[str, str]] = {
@@ -132,31 +135,41 @@ def _help(group: str) -> str:
 
 
 def _run(verb: str, args: list[str], as_json: bool) -> int:
-    function = _load(verb)
-    # The import of tyro takes longer than all of the help above.
-    import tyro
-
-    from offbook.cli.report import Report
-    from offbook.cli.report import as_json as to_text
-    from offbook.runs.config import apply_presets
-
-    description = _description(function)
-    function, args = apply_presets(function, args)
     try:
         with _quiet(as_json), _plain_os_errors():
-            report: Any = tyro.cli(function, args=args, prog=f"offbook {verb}", description=description)
+            report = call(verb, args)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         if as_json and code:
             _print_error("usage", "the flags do not fit the verb", f"see: offbook {verb} --help", code)
         return code
-    if report is None:
-        report = Report(text="")
     if as_json:
+        from offbook.cli.report import as_json as to_text
+
         print(to_text({"ok": report.exit_code == 0, **report.data}))
     elif report.text:
         print(report.text)
-    return int(report.exit_code)
+    return report.exit_code
+
+
+def call(verb: str, args: Sequence[str]) -> Report:
+    """Runs one verb on the words after it and hands back what it reports, without printing it.
+
+    Raises:
+        OffbookError: the verb failed.
+        SystemExit: the words were a call for help, or do not fit the verb.
+    """
+    function = _load(verb)
+    # The import of tyro takes longer than all of the help above.
+    import tyro
+
+    from offbook.cli.report import Report
+    from offbook.runs.config import apply_presets
+
+    description = _description(function)
+    function, rest = apply_presets(function, args)
+    report: Report | None = tyro.cli(function, args=rest, prog=f"offbook {verb}", description=description)
+    return report or Report(text="")
 
 
 def _load(verb: str) -> Callable[..., Any]:

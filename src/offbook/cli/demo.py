@@ -1,0 +1,183 @@
+"""`offbook demo`: the whole way of the data in one page. Each stop is a command that you could have typed."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from offbook.cli.main import VERBS, call
+from offbook.cli.report import Report
+from offbook.client.submit import ArenaClient
+from offbook.errors import OffbookError, SubmissionError
+from offbook.runs.progress import track
+
+
+def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay: bool = False) -> Report:
+    """Records, trains, serves, submits, runs trials and ends on a leaderboard: the whole way, on this machine alone.
+
+    Run again on the same folder it keeps the recordings and policies that are there and holds the trials anew.
+
+    Args:
+        out: folder for everything that it makes.
+        episodes: how many to record.
+        trials: how many for each policy.
+        stay: leave the arena open at the end, to look around in a browser, until interrupted.
+
+    Examples:
+        offbook demo
+        offbook demo --stay
+    """
+    began = time.monotonic()
+    # Ended from outside, the processes beside this one shall end too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    _say("Record a scripted expert in the pouring world")
+    _do(f"data record offbook:pour --episodes {episodes} --jobs 2 --out {out}/recordings")
+
+    _say("Learn from the recordings: once from the state, once from pictures")
+    _do(f"train bc --data {out}/recordings --resume --out {out}/bc-state")
+    images = "--parts joints --cameras front --fit.steps 600"
+    _do(f"train bc --data {out}/recordings {images} --resume --out {out}/bc-images")
+
+    _say("Open an arena, and lend it two simulated robots")
+    token = _do(f"arena init {out}/arena --benchmarks pour --trials {trials}")["token"]
+    with ExitStack() as stack, _environment(OFFBOOK_TOKEN=token):
+        children = Children(out / "logs", stack)
+        children.start("arena", f"arena serve {out}/arena --port {url.rpartition(':')[2]}")
+        arena = stack.enter_context(ArenaClient(url))
+        while not _answers(arena):
+            children.check()
+        for name in ("left", "right"):
+            children.start(name, f"arena worker --robot pour --url {url} --name {name}")
+
+        _say("Submit: the two anchors, a checkpoint, and a policy that dials in")
+        entries = [_do(f"arena submit {name} --url {url}") for name in ("expert", "random")]
+        entries.append(_do(f"arena submit {out}/bc-state --name 'BC on state' --imitates expert --url {url}"))
+        entries.append(_do(f"arena submit remote --name 'BC on images' --imitates expert --url {url}"))
+        children.start("policy", f"policy serve {out}/bc-images --url {url} --submission {entries[-1]['id']}")
+
+        _say(f"Blind trials, {trials} for each, all on the same scenes")
+        for _ in track(_ended_trials(arena, [entry["id"] for entry in entries], children), "trials", 4 * trials):
+            pass
+        board = call("arena status", ["--benchmark", "pour", "--url", url])
+        minutes = (time.monotonic() - began) / 60
+        look = f"{url}/benchmarks/pour" if stay else f"offbook arena serve {out}/arena"
+        text = f"{board.text}\n\nIn {minutes:.1f} minutes. Look at the trials and their videos: {look}"
+        if stay:
+            print(text, flush=True)
+            _until_interrupted()
+    return Report(text="" if stay else text, data={**board.data, "minutes": minutes})
+
+
+def _say(text: str) -> None:
+    print(f"\n-- {text}", file=sys.stderr, flush=True)
+
+
+def _do(line: str) -> Mapping[str, Any]:
+    """Shows a command, runs it here, and hands back its data."""
+    print(f"$ offbook {line}", file=sys.stderr, flush=True)
+    words = shlex.split(line)
+    n = 2 if " ".join(words[:2]) in VERBS else 1
+    return call(" ".join(words[:n]), words[n:]).data
+
+
+class Children:
+    """The processes beside this one; each writes its own log and ends with the demo.
+
+    Args:
+        logs: folder for the logs.
+        stack: at whose end they are stopped.
+    """
+
+    def __init__(self, logs: Path, stack: ExitStack) -> None:
+        self._logs, self._stack = logs, stack
+        self._running: dict[Path, subprocess.Popen[bytes]] = {}
+        logs.mkdir(parents=True, exist_ok=True)
+
+    def start(self, name: str, line: str) -> None:
+        """Shows a command and runs it in a process of its own."""
+        print(f"$ offbook {line} &", file=sys.stderr, flush=True)
+        log = self._logs / f"{name}.log"
+        with log.open("wb") as file:
+            words = [sys.executable, "-m", "offbook.cli.main", *shlex.split(line)]
+            child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        self._running[log] = child
+        self._stack.callback(_stop, child)
+
+    def check(self) -> None:
+        """Waits half a second.
+
+        Raises:
+            OffbookError: one of the processes has failed; with the last line that it wrote.
+        """
+        for log, child in self._running.items():
+            if child.poll():
+                said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+                raise OffbookError(
+                    f"demo, process {log.stem!r}",
+                    expected="that it runs until the end",
+                    got=f"exit code {child.returncode}: {said[-1]}",
+                    fix=f"read {log}, mend the cause, and run the demo again: it goes on where it was",
+                )
+        time.sleep(0.5)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    child.terminate()
+    try:
+        child.wait(15)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _answers(arena: ArenaClient) -> bool:
+    with suppress(SubmissionError):
+        return bool(arena.benchmarks())
+    return False
+
+
+def _ended_trials(arena: ArenaClient, submissions: list[str], children: Children) -> Iterator[None]:
+    """Something for each trial that has ended, until all have."""
+    seen, going = 0, True
+    while going:
+        entries = [arena.status(each) for each in submissions]
+        going = any(entry["state"] == "open" for entry in entries)
+        ended = sum(trial["state"] in ("done", "policy_fault") for entry in entries for trial in entry["trials"])
+        yield from [None] * (ended - seen)
+        seen = ended
+        children.check()
+
+
+def _until_interrupted() -> None:
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        return
