@@ -8,14 +8,18 @@ from offbook.cli.demo import Children
 from offbook.errors import OffbookError
 
 
+def check_for(seconds, children):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        children.check()
+
+
 def test_a_process_that_fails_is_named_with_its_last_words(tmp_path, capfd):
     with ExitStack() as stack:
         children = Children(tmp_path / "logs", stack)
         children.start("arena", f"arena serve {tmp_path / 'nowhere'}")
-        began = time.monotonic()
         with pytest.raises(OffbookError, match=r"demo, process 'arena': .*exit code 2: .*offbook arena init"):
-            while time.monotonic() < began + 60:
-                children.check()
+            check_for(60, children)
     assert "$ offbook arena serve" in capfd.readouterr().err
     assert "offbook arena init" in (tmp_path / "logs" / "arena.log").read_text()
 
