@@ -51,16 +51,16 @@ class CloningConfig:
 
     parts: tuple[str, ...] | None = None
     cameras: tuple[str, ...] = ()
-    chunk: int = 40
+    chunk: int = 50
     execute: int = 8
     hidden: int = 256
     depth: int = 2
     dropout: float = 0.0
-    shift: int = 2
+    shift: int = 1
     success_only: bool = True
     held_out: float = 0.1
     validate_every: int = 250
-    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_000, batch_size=64, learning_rate=2e-3, ema=0.99))
+    fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_500, batch_size=64, learning_rate=2e-3, ema=0.99))
 
     def __post_init__(self) -> None:
         checks = {
