@@ -70,7 +70,7 @@ def lease(
             .where(condition, Submission.user_id == turn.user_id)
             .order_by(Submission.id)
             .limit(1)
-            .with_for_update(skip_locked=True, of=Submission)
+            .with_for_update(skip_locked=True, key_share=True, of=Submission)
         )
         if submission is None:
             continue
@@ -82,7 +82,7 @@ def lease(
 
 def _register(session: Session, applicant: Applicant) -> tuple[Robot, Worker]:
     present = now(session)
-    robot = session.scalar(select(Robot).where(Robot.name == applicant.worker).with_for_update())
+    robot = session.scalar(select(Robot).where(Robot.name == applicant.worker).with_for_update(key_share=True))
     if robot is None:
         robot = Robot(
             name=applicant.worker,

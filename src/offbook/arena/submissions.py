@@ -209,14 +209,14 @@ def commitment(order: Sequence[int], nonce: str) -> str:
 
     Example:
         >>> commitment([1, 0], "00")[:8]
-        '9eea5dac'
+        'db916ddb'
     """
     return hashlib.sha256(json.dumps([list(order), nonce], separators=(",", ":")).encode()).hexdigest()
 
 
 def cancel(session: Session, submission: Submission) -> int:
     """Withdraws a submission: what waits is cancelled, what moves is finished; returns how many were cancelled."""
-    session.execute(select(Submission.id).where(Submission.id == submission.id).with_for_update())
+    session.execute(select(Submission.id).where(Submission.id == submission.id).with_for_update(key_share=True))
     waiting = ("queued", "leased", "needs_human", "needs_storage")
     cancelled = session.execute(
         update(Trial)
@@ -284,7 +284,7 @@ def check_request(session: Session, who: Principal, request: Request) -> None:
 
 def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted: int) -> None:
     # The lock keeps two requests of one user from both fitting under the same rest.
-    user = session.scalars(select(User).where(User.id == who.user_id).with_for_update()).one()
+    user = session.scalars(select(User).where(User.id == who.user_id).with_for_update(key_share=True)).one()
     for limit, used, what in (
         (user.daily_trials, used_today(session, user.id), "all benchmarks"),
         (benchmark.daily_trials, used_today(session, user.id, benchmark.id), benchmark.name),

@@ -157,11 +157,12 @@ def settle(
     session: Session, trial_id: int, fence: int, report: Report, rules: Rules, *, alive: bool = True
 ) -> dict[str, Any] | None:
     """Ends an attempt; None when the lease is not (or no longer) the one that the report is about."""
-    # The submission first, as everywhere: two transactions that lock in one order cannot wait for each other.
+    # The submission first, as everywhere: two transactions that lock in one order cannot wait for each other. Row locks
+    # here let foreign keys be checked (key_share), or a new event would wait for a lease that waits for its trial.
     submission = session.scalar(
         select(Submission)
         .where(Submission.id == select(Trial.submission_id).where(Trial.id == trial_id).scalar_subquery())
-        .with_for_update()
+        .with_for_update(key_share=True)
     )
     faults = session.scalar(select(Trial.faults).where(Trial.id == trial_id)) or 0
     values: dict[str, Any] = {"lease_until": None, "progress": None}

@@ -81,6 +81,7 @@ class RunDirectory:
         >>> with TemporaryDirectory() as folder:
         ...     run = RunDirectory.create(Path(folder) / "a", {"steps": 2})
         ...     run.log(1, loss=0.5)
+        ...     run.close()
         ...     run.metrics()
         [{'step': 1, 'loss': 0.5}]
     """
