@@ -1,85 +1,100 @@
-"""The anchors of the pouring task: the scripted expert, the random policy, and what an episode costs.
+"""The pouring task: its anchors, and what behaviour cloning makes of 40 recordings of the expert.
 
 Limits: over 40 evaluation seeds the expert pours at least 0.9 of the grains into the bowl on average, the random policy
-at most 0.05; an expert's episode with a 64x64 picture at every step takes at most one second of one core's time.
+at most 0.05, on scenes like those of the recordings; there both clones stand clearly above the random policy and the
+clone of the pictures clearly below the expert (no intervals meet). Where everything varies at once, which no recording
+shows, both clones shall still be above the random policy. All four meet the same scenes. Nothing was tuned on the
+default seed of these episodes.
 """
 
-import time
-from functools import partial
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from offbook.evaluate.stats import Interval, bootstrap_mean, wilson
-from offbook.runs.benchmark import Options, median_metric
+from offbook.client.protocol import Policy
+from offbook.evaluate.rollout import evaluate_policy
+from offbook.evaluate.stats import Interval, bootstrap_mean
+from offbook.learning.cloning import CloningConfig, train_cloning
+from offbook.runs.benchmark import Options
+from offbook.runs.directory import RunDirectory
 from offbook.runs.ledger import Claim, Metric
-from offbook.runs.parallel import run_parallel
 from offbook.runs.seeding import evaluation_seeds
 from offbook.sim.adapters import make
 from offbook.sim.experts import make_expert, random_policy
-from offbook.sim.play import play
+from offbook.sim.recording import record
 
-EPISODES, JOBS, BLOCK = 40, 2, 10
+WORLD, EPISODES, RECORDINGS, JOBS = "offbook:pour", 40, 40, 2
+# The clone's settings were chosen while looking at episodes of evaluation seed 0; these are others.
+FRESH = 2026
+CLONES = {
+    "clone of the state": CloningConfig(parts=("joints", "objects")),
+    "clone of the pictures": CloningConfig(parts=("joints",), cameras=("front",)),
+}
 
 
-def play_block(policy_name: str, seeds: list[int]) -> list[tuple[float, bool, float]]:
-    """Score, success and seconds of CPU time of an episode for each seed."""
-    env = make("offbook:pour")
-    policy = make_expert("offbook:pour") if policy_name == "expert" else random_policy(env)
-    results = []
-    for seed in seeds:
-        start = time.process_time()
-        [played] = play([env], policy, [seed], keep=False)
-        results.append((float(played.score or 0.0), bool(played.success), time.process_time() - start))
+def policies(folder: Path, seed: int) -> dict[str, Policy]:
+    """Both anchors and both clones, by name."""
+    env = make(WORLD)
+    made: dict[str, Policy] = {"expert": make_expert(WORLD), "random": random_policy(env)}
     env.close()
-    return results
+    store = record(WORLD, RECORDINGS, folder / "recordings", seed=seed, jobs=JOBS)
+    for name, config in CLONES.items():
+        made[name] = train_cloning(store, config, RunDirectory.create(folder / name, config))
+    return made
 
 
-def measure(policy_name: str, seeds: list[int]) -> list[tuple[float, bool, float]]:
-    blocks = [seeds[i : i + BLOCK] for i in range(0, len(seeds), BLOCK)]
-    done = run_parallel(partial(play_block, policy_name), blocks, jobs=JOBS, label=f"pouring, {policy_name}")
-    return [result for block in done for result in block]
+def fraction(policy: Policy, split: str, seed: int) -> Interval:
+    results = evaluate_policy(
+        WORLD, policy, episodes=EPISODES, seed=seed, settings={"split": split}, parallel=4, jobs=JOBS
+    ).results
+    return bootstrap_mean([float(result.score or 0.0) for result in results], seed=seed)
 
 
-def metric(name: str, interval: Interval, higher_is_better: bool | None = True) -> Metric:
-    return Metric(
-        name=name,
-        value=interval.value,
-        n=interval.n,
-        interval=(interval.low, interval.high),
-        method=interval.method,
-        higher_is_better=higher_is_better,
+def claim(text: str, fractions: dict[str, Interval], baseline: Sequence[str], seeds: list[int], met: bool) -> Claim:
+    metrics = {
+        name: Metric(
+            name=f"fraction poured, {name}",
+            value=interval.value,
+            n=interval.n,
+            interval=(interval.low, interval.high),
+            method=interval.method,
+            higher_is_better=None if name == "random" else True,
+        )
+        for name, interval in fractions.items()
+    }
+    return Claim(
+        system="pouring",
+        claim=text,
+        metrics=tuple(metric for name, metric in metrics.items() if name not in baseline),
+        baseline_metrics=tuple(metrics[name] for name in baseline),
+        seeds=tuple(seeds),
+        verdict="met" if met else "missed",
     )
 
 
 def run(options: Options) -> list[Claim]:
-    seeds = evaluation_seeds(options.seed, EPISODES)
-    results = {name: measure(name, seeds) for name in ("expert", "random")}
-    fractions = {
-        name: bootstrap_mean([score for score, _, _ in episodes], seed=options.seed)
-        for name, episodes in results.items()
-    }
-    metrics = [
-        metric(f"fraction poured, {name}", interval, None if name == "random" else True)
-        for name, interval in fractions.items()
-    ]
-    metrics += [
-        metric(f"success, {name}", wilson(sum(success for _, success, _ in episodes), len(episodes)), None)
-        for name, episodes in results.items()
-    ]
-    apart = fractions["expert"].value >= 0.9 and fractions["random"].value <= 0.05
-    cost = median_metric("CPU time of an expert's episode", [spent for _, _, spent in results["expert"]], unit="s")
+    seed = options.seed or FRESH
+    seeds = evaluation_seeds(seed, EPISODES)
+    with TemporaryDirectory() as folder:
+        made = policies(Path(folder), options.seed)
+        seen, varied = (
+            {name: fraction(policy, split, seed) for name, policy in made.items()} for split in ("seen", "all")
+        )
+    anchors = {name: seen[name] for name in ("expert", "random")}
+    apart = seen["expert"].value >= 0.9 and seen["random"].value <= 0.05
+    above, still = ([on["random"].high < on[name].low for name in CLONES] for on in (seen, varied))
+    below = seen["clone of the pictures"].high < seen["expert"].low
     return [
-        Claim(
-            system="pouring",
-            claim="the scripted expert pours at least 0.9 of the grains, the random policy at most 0.05",
-            metrics=tuple(metrics),
-            seeds=tuple(seeds),
-            verdict="met" if apart else "missed",
+        claim(
+            "the scripted expert pours at least 0.9 of the grains, the random policy at most 0.05",
+            anchors, (), seeds, apart,
         ),
-        Claim(
-            system="pouring",
-            claim="an expert's episode with a 64x64 picture at every step takes at most 1 s of CPU time",
-            metrics=(cost,),
-            seeds=tuple(seeds),
-            verdict="met" if cost.value <= 1.0 else "missed",
-            note="an absolute time of one machine; under load it grows",
+        claim(
+            "on scenes like those of 40 recordings, clones are above random, that of the pictures below the expert",
+            seen, ("expert", "random"), seeds, all(above) and below,
         ),
-    ]
+        claim(
+            "where everything varies, which no recording shows, both clones are still above the random policy",
+            varied, ("expert", "random"), seeds, all(still),
+        ),
+    ]  # fmt: skip
