@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from offbook.arena.database import now
 from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import refresh_summary
-from offbook.arena.tables import IN_FLIGHT, Attempt, Benchmark, Event, Result, Robot, Split, Submission, Trial
+from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Benchmark, Event, Result, Robot, Split, Submission, Trial
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,7 +170,7 @@ def settle(
         values |= {"state": "queued" if faults + 1 < rules.fault_cap else "needs_human", "faults": faults + 1}
     else:
         values |= {"state": _NEXT[report.outcome]}
-    if values["state"] == "queued" and submission is not None and submission.state == "cancelled":
+    if submission is not None and submission.state == "cancelled" and values["state"] not in FINAL:
         values["state"] = "cancelled"
     allowed = _FROM.get(report.outcome, IN_FLIGHT)
     if submission is None or not move(session, trial_id, fence, allowed, values, alive=alive, expired=not alive):
