@@ -37,6 +37,7 @@ BENCHMARK = submissions.BenchmarkSpec(
     splits={
         "seen": [{"scene": {"mark": i}, "seed": 100 + i} for i in range(4)],
         "far": [{"scene": {"mark": i + 10}, "seed": 200 + i} for i in range(4)],
+        "long": [{"scene": {"mark": i + 20}, "seed": 300 + i} for i in range(8)],
     },
     trial_seconds=10.0,
     daily_trials=10_000,

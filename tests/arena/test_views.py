@@ -41,43 +41,44 @@ def finish(session, entry: Submission, scores: list[float]) -> None:
 def test_ranks_are_ranges_until_intervals_part(database: Database) -> None:
     with database.write() as session:
         for name, scores in (
-            ("best", [0.9, 0.92, 0.94, 0.91]),
-            ("good", [0.1, 0.9, 0.8, 0.3]),
-            ("fair", [0.7, 0.2, 0.3, 0.6]),
-            ("poor", [0.0, 0.01, 0.02, 0.0]),
-            ("expert", [1.0, 1.0, 1.0, 1.0]),
+            ("best", [0.9, 0.92, 0.94, 0.91] * 2),
+            ("good", [0.1, 0.9, 0.8, 0.3] * 2),
+            ("fair", [0.7, 0.2, 0.3, 0.6] * 2),
+            ("poor", [0.0, 0.01, 0.02, 0.0] * 2),
+            ("expert", [1.0, 1.0, 1.0, 1.0] * 2),
         ):
             kind = {"kind": "anchor", "anchor": "expert"} if name == "expert" else {"kind": "remote"}
-            finish(session, submit(session, name=name, **kind), scores)
-        submit(session, name="waits")
-        board = views.leaderboard(session, "reach")
+            finish(session, submit(session, name=name, split="long", **kind), scores)
+        submit(session, name="waits", split="long")
+        board = views.leaderboard(session, "reach", "long")
     rows = {row["name"]: row for row in board["rows"]}
     assert [row["name"] for row in board["rows"]] == ["expert", "best", "good", "fair", "poor", "waits"]
     assert {name: row["rank"] for name, row in rows.items()} == {
         "expert": None, "best": [1, 1], "good": [2, 3], "fair": [2, 3], "poor": [4, 4], "waits": None,
     }  # fmt: skip
     assert rows["best"]["score"]["value"] == pytest.approx(0.9175)
-    exact = stats.binomtest(2, 4).proportion_ci(method="exact")
+    exact = stats.binomtest(4, 8).proportion_ci(method="exact")
     assert rows["good"]["success"] == {"value": 0.5, "low": pytest.approx(exact.low), "high": pytest.approx(exact.high)}
     assert (rows["good"]["latency_ms"], rows["good"]["late_share"]) == (5.0, pytest.approx(0.1))
-    assert (rows["waits"]["score"], rows["waits"]["n"], rows["waits"]["wanted"]) == (None, 0, 4)
+    assert (rows["waits"]["score"], rows["waits"]["n"], rows["waits"]["wanted"]) == (None, 0, 8)
     assert board["anchors"] == [{"name": "expert", "value": 1.0}]
 
 
 def test_two_submissions_are_compared_on_the_scenes_that_both_met(database: Database) -> None:
     with database.write() as session:
-        a, b = submit(session, name="a"), submit(session, "bob", name="b", trials=3)
-        finish(session, a, [1.0, 0.8, 0.6, 0.4])
-        finish(session, b, [0.5, 0.3, 0.6, 0.0])
+        a = submit(session, name="a", split="long")
+        b = submit(session, "bob", name="b", split="long", trials=7)
+        finish(session, a, [1.0, 0.8, 0.6, 0.4, 1.0, 0.8, 0.6, 0.4])
+        finish(session, b, [0.5, 0.3, 0.6, 0.0, 0.5, 0.3, 0.6, 0.0])
         pair = views.compare(session, a.id, b.id)
-        assert pair["pairs"] == 3
-        assert pair["difference"]["value"] == pytest.approx(statistics.mean([0.5, 0.5, 0.0]))
-        assert pair["difference"]["low"] <= pair["difference"]["value"] <= pair["difference"]["high"]
-        assert pair["mcnemar_p"] == 1.0
-        assert [(s["slot"], s["a"], s["b"]) for s in pair["scenes"]] == [
-            (0, 1.0, 0.5), (1, 0.8, 0.3), (2, 0.6, 0.6), (3, 0.4, None),
+        assert pair["pairs"] == 7
+        assert pair["difference"]["value"] == pytest.approx(statistics.mean([0.5, 0.5, 0.0, 0.4, 0.5, 0.5, 0.0]))
+        assert pair["difference"]["low"] < pair["difference"]["value"] < pair["difference"]["high"]
+        assert pair["mcnemar_p"] == 0.5
+        assert [(s["slot"], s["a"], s["b"]) for s in sorted(pair["scenes"], key=lambda s: s["slot"])][:3] == [
+            (0, 1.0, 0.5), (1, 0.8, 0.3), (2, 0.6, 0.6),
         ]  # fmt: skip
-        assert pair["scenes"][3]["difference"] is None
+        assert [s["difference"] for s in pair["scenes"] if s["b"] is None] == [None]
         swapped = views.compare(session, b.id, a.id)
         assert swapped["difference"]["value"] == pytest.approx(-pair["difference"]["value"])
         other = submit(session, split="far")

@@ -355,3 +355,10 @@ def test_an_error_survives_the_way_between_processes():
     error = WireError(REFUSED, "field 'seq'", expected="a number above 4", got="4")
     back = pickle.loads(pickle.dumps(error))
     assert (back.code, back.reason, str(back)) == (error.code, error.reason, str(error))
+
+
+def test_text_that_a_terminal_would_obey_does_not_pass():
+    frame = wire.encode(wire.error("fault", "\x1b[31mred\0\nline"))
+    assert wire.decode(frame)["message"] == " [31mred  line"
+    with pytest.raises(wire.WireError, match="printable"):
+        wire.validate({"type": "error", "code": "fault", "message": "\x1b[2J"})

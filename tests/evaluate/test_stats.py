@@ -120,3 +120,17 @@ def test_one_episode_has_no_interval():
 def test_bad_input_is_refused(call):
     with pytest.raises(ConfigError):
         call()
+
+
+@pytest.mark.parametrize("n", [6, 10, 40])
+def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says(n):
+    rng = np.random.default_rng(0)
+    intervals = [stats.bootstrap_mean(rng.normal(size=n), seed=i, resamples=1_000) for i in range(300)]
+    # 95 % are promised; 300 draws of a bootstrap from few observations stay within a few percent of it.
+    assert np.mean([interval.low <= 0 <= interval.high for interval in intervals]) >= 0.91
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_too_few_observations_have_no_interval(n):
+    interval = stats.bootstrap_mean(np.arange(n) + 1.0)
+    assert (interval.low, interval.high, interval.n) == (-np.inf, np.inf, n)

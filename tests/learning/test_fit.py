@@ -254,3 +254,15 @@ def test_two_processes_equal_one_that_accumulates(tmp_path):
     assert [row["step"] for row in rows] == [2, 4, 6]
     for row, other in zip(rows, whole, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_a_module_with_a_parameter_that_nothing_uses_can_be_resumed(tmp_path):
+    config = FitConfig(steps=4, batch_size=16, warmup=1, checkpoint_every=2, log_every=1)
+    run = RunDirectory.create(tmp_path / "run", config)
+    module = nn.ModuleDict({"used": regression.network(), "spare": nn.Linear(3, 2)})
+
+    def used_only(module, batch, generator):
+        return regression.loss(module["used"], batch, generator)
+
+    fit(module, regression.batch_at, used_only, config, run)
+    assert fit(module, regression.batch_at, used_only, config, run, resume=True).step == 4

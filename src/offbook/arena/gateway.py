@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
@@ -159,10 +159,11 @@ class Gateway:
         except (wire.WireError, TimeoutError, GoneError) as error:
             await self._dismiss(socket, error)
             return
+        # The new seat stands before the former is dismissed, which takes time in which yet another may dial.
         former = self._seats.pop(seat.submission, None)
+        self._seats[seat.submission] = seat
         if former is not None:
             await self._leave(former, 1008, "another connection of this submission took its place")
-        self._seats[seat.submission] = seat
         await _say(socket, wire.ready(seat.images))
         sending = asyncio.create_task(seat.outbox.run())
         receiving = asyncio.create_task(self._listen(seat))
@@ -182,7 +183,8 @@ class Gateway:
             hello = wire.decode(await _receive(socket), wire.FRAME_LIMIT, allowed=frozenset({"hello"}))
         meta = PolicyMeta.from_json(hello["meta"])
         submission = await run_in_threadpool(self._check_hello, who, hello["submission"], meta)
-        if sum(seat.user == who.user_id for seat in self._seats.values()) >= self._per_user:
+        others = (seat for seat in self._seats.values() if seat.submission != submission)
+        if sum(seat.user == who.user_id for seat in others) >= self._per_user:
             raise RefusedError(
                 429,
                 "too_many_policies",
@@ -246,7 +248,7 @@ class Gateway:
 
     async def relay(self, socket: WebSocket, who: accounts.Principal, name: str) -> None:
         """A worker's connection for the trial that it holds; `name` is `TRIAL.FENCE` as its lease says."""
-        submission = await run_in_threadpool(self._check_lease, who, name)
+        submission, label = await run_in_threadpool(self._check_lease, who, name)
         await socket.accept()
         seat = self._seats.get(submission)
         if seat is None:
@@ -256,7 +258,7 @@ class Gateway:
         if seat.relay is not None:
             seat.relay.gone.set()
         relay = seat.relay = Relay(outbox=Outbox(socket))
-        await _say(socket, wire.ready(seat.images, seat.meta))
+        await _say(socket, wire.ready(seat.images, replace(seat.meta, name=label)))
         sending = asyncio.create_task(relay.outbox.run())
         receiving = asyncio.create_task(self._carry(socket, seat, relay))
         leaving = asyncio.create_task(relay.gone.wait())
@@ -277,21 +279,22 @@ class Gateway:
                 with contextlib.suppress(GoneError):
                     seat.outbox.put("end", wire.encode(wire.end(relay.session, "robot_fault")))
 
-    def _check_lease(self, who: accounts.Principal, name: str) -> int:
+    def _check_lease(self, who: accounts.Principal, name: str) -> tuple[int, str]:
+        """The submission behind a lease, and the label under which the worker may know it."""
         who.require("worker")
         trial, _, fence = name.partition(".")
         numbers = trial.isascii() and trial.isdigit() and fence.isascii() and fence.isdigit() and len(name) < 20
         with self._database.read() as session:
-            submission = None
+            found = None
             if numbers:
-                submission = session.scalar(
-                    select(Trial.submission_id)
+                found = session.execute(
+                    select(Trial.submission_id, Trial.blind_label)
                     .join(Attempt, (Attempt.trial_id == Trial.id) & (Attempt.fence == Trial.fence))
                     .join(Worker, Worker.id == Attempt.worker_id)
                     .where(Trial.id == int(trial), Trial.fence == int(fence), Trial.state.in_(IN_FLIGHT))
                     .where(Trial.lease_until > now(session), Worker.user_id == who.user_id)
-                )
-        if submission is None:
+                ).one_or_none()
+        if found is None:
             raise RefusedError(
                 409,
                 "stale_fence",
@@ -300,7 +303,7 @@ class Gateway:
                 got="none such",
                 fix="ask for a new lease",
             )
-        return submission
+        return found.submission_id, found.blind_label
 
     async def _carry(self, socket: WebSocket, seat: Seat, relay: Relay) -> None:
         check, limit = wire.SequenceCheck(), wire.frame_limit(seat.images)

@@ -79,7 +79,8 @@ class Settings:
         """Writes `arena.json`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {name: value for name, value in asdict(self).items() if name != "folder"}
-        write_atomic(self.folder / _FILE, json.dumps(record, indent=2) + "\n")
+        # The database's address may hold a password.
+        write_atomic(self.folder / _FILE, json.dumps(record, indent=2) + "\n", mode=0o600)
 
     @classmethod
     def load(cls, folder: Path | str) -> Settings:

@@ -98,7 +98,8 @@ def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
     if latest is not None:
         rows = session.execute(select(Split.name, Split.digest).where(Split.benchmark_id == latest.id))
         known = {row.name: row.digest for row in rows}
-        if known == digests and latest.robot_class == spec.robot_class:
+        protocol = ("robot_class", "task", "metric", "fault_score")
+        if known == digests and all(getattr(latest, name) == getattr(spec, name) for name in protocol):
             return latest
     benchmark = Benchmark(
         name=spec.name,

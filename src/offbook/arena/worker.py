@@ -317,6 +317,12 @@ class _Worker:
             if isinstance(policy, RemotePolicy):
                 policy.close(record.outcome)
             self._deliver(lease, record)
+        except (OffbookError, OSError, httpx.HTTPError) as error:
+            # One trial's trouble is not the worker's end; what concerns every trial, the next lease will say.
+            self.say(f"{self.name}: trial {lease['trial']} could not be reported: {_line(error)}")
+            with contextlib.suppress(OffbookError, OSError, httpx.HTTPError, _StaleLeaseError):
+                self._end(lease, "fault", {"kind": "robot_fault", "reason": "its result could not be reported"})
+            self.stopping.wait(1.0)
         except _StaleLeaseError:
             self.report.dropped += 1
             self.say(f"{self.name}: the lease of trial {lease['trial']} is gone; what was done is dropped")

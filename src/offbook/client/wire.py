@@ -152,7 +152,7 @@ def ready(images: str, meta: PolicyMeta | None = None) -> dict[str, Any]:
 
 def reset(session: str, prompt: str) -> dict[str, Any]:
     """An episode begins."""
-    return {"type": "reset", "session": session, "prompt": prompt}
+    return {"type": "reset", "session": session, "prompt": _plain(prompt)[:2000]}
 
 
 def obs(session: str, seq: int, observation: Observation, *, deadline_ms: float, images: str) -> dict[str, Any]:
@@ -180,8 +180,13 @@ def end(session: str, outcome: str) -> dict[str, Any]:
 
 def error(code: str, message: str, session: str = "") -> dict[str, Any]:
     """A refusal or failure, in one line; of one session only where it is named. Never a traceback."""
-    record = {"type": "error", "code": code, "message": message[:400]}
+    record = {"type": "error", "code": code, "message": _plain(message)[:400]}
     return record | {"session": session} if session else record
+
+
+def _plain(text: str) -> str:
+    """One line without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def read_observation(message: Mapping[str, Any], meta: PolicyMeta) -> Observation:
@@ -231,8 +236,8 @@ def _fail(where: str, expected: str, value: Any) -> None:
 
 def _text(longest: int, *, empty: bool = True) -> Check:
     def check(where: str, value: Any) -> None:
-        if not isinstance(value, str) or len(value) > longest or not (value or empty):
-            _fail(where, f"text of {'0' if empty else '1'} to {longest} characters", value)
+        if not isinstance(value, str) or len(value) > longest or not (value or empty) or not value.isprintable():
+            _fail(where, f"{'0' if empty else '1'} to {longest} printable characters", value)
 
     return check
 

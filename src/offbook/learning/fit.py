@@ -389,6 +389,8 @@ class _Loop:
             if self.averaged is not None:
                 self._load(self.averaged, "average.", take)
             for name, parameter in self.named.items():
+                if f"step.{name}" not in take:
+                    continue  # it never had a gradient
                 state = {key: take.pop(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 device = parameter.device
                 moments = {k: v.reshape(parameter.shape).to(device) for k, v in state.items() if k != "step"}

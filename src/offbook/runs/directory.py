@@ -29,13 +29,14 @@ _FORMAT = 1
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, mode: int = 0o666) -> Iterator[Path]:
     """Gives a temporary path in the same folder; when the block ends well, that file replaces `path` durably.
 
     A reader sees the old file or the new one, never a part, and after a crash one of the two is there whole.
 
     Args:
         path: the file to write; its folder is made where it is missing.
+        mode: its rights, less those that the process masks.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
@@ -47,7 +48,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         # mkstemp makes files private; give the rights that an ordinary new file would have.
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
+        temporary.chmod(mode & ~mask)
         temporary.replace(path)
         _sync(path.parent)
     finally:
@@ -62,14 +63,15 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
+def write_atomic(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     """Writes a whole file so that a crash leaves the old content or the new, never a mixture.
 
     Args:
         path: the file; its folder is made where it is missing.
         content: bytes, or text for UTF-8.
+        mode: its rights, less those that the process masks.
     """
-    with atomic_path(path) as temporary:
+    with atomic_path(path, mode) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -84,10 +84,10 @@ def check_magic(head: bytes) -> None:
         b"\x1f\x8b": "a gzip archive",
         b"\x89HDF": "an HDF5 file",
     }
-    got = next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
-    length = int.from_bytes(head[:8], "little")
-    if got is None and len(head) >= 9 and head[8:9] == b"{" and 2 <= length <= 100_000_000:
+    # The first eight bytes are the header's length, which may look like magic bytes: 640 is 80 02 in hexadecimal.
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000:
         return
+    got = next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
     raise RefusedError(
         415,
         "not_safetensors",

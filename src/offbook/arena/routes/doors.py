@@ -54,7 +54,6 @@ async def identify(connection: HTTPConnection) -> Principal:
     """
     arena = arena_of(connection)
     address = connection.client.host if connection.client else "unknown"
-    arena.turnstile.check(address)
 
     def look() -> Principal:
         with arena.database.read() as session:
@@ -63,6 +62,8 @@ async def identify(connection: HTTPConnection) -> Principal:
     try:
         return await run_in_threadpool(look)
     except RefusedError:
+        # Only failures are counted and slowed down: a stranger shall not lock out those behind the same address.
+        arena.turnstile.check(address)
         arena.turnstile.fail(address)
         raise
 
