@@ -273,3 +273,22 @@ def test_a_full_disk_pauses_the_trial_until_the_operator_made_room(arena, monkey
     with arena.client("root") as client:
         client.request("POST", f"/v1/trials/{trial}/requeue")
     assert work(arena, Walker(), max_trials=1).trials == {"done": 1}
+
+
+def test_a_result_that_cannot_be_made_is_one_trials_trouble_and_not_the_workers_end(arena, monkeypatch) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random", name="random", trials=2)
+    made = worker.recordings_of
+    broken = iter([True])
+
+    def once_full(*args, **options):
+        if next(broken, False):
+            raise OSError("no film today")
+        return made(*args, **options)
+
+    monkeypatch.setattr(worker, "recordings_of", once_full)
+    said: list[str] = []
+    work(arena, Walker(), max_trials=3, on_event=said.append)
+    view = arena.status(entry)
+    assert (view["state"], view["n"]) == ("done", 2)
+    assert sorted(attempt.outcome for attempt in attempts(arena, entry)) == ["done", "done", "robot_fault"]
+    assert any("could not be reported: no film today" in line for line in said)
