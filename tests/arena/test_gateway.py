@@ -55,7 +55,8 @@ def closed(socket: ClientConnection) -> tuple[int, str]:
         try:
             socket.recv(timeout=10)
         except ConnectionClosed as error:
-            return error.rcvd.code, error.rcvd.reason
+            # No closing frame at all: the line broke, which websockets call 1006.
+            return (error.rcvd.code, error.rcvd.reason) if error.rcvd else (1006, "")
 
 
 def lease(arena, worker: str = "arm-1") -> dict:
@@ -111,7 +112,8 @@ def test_a_first_frame_that_is_no_hello(arena, frame, code: int) -> None:
     with dial(arena) as socket:
         with contextlib.suppress(ConnectionClosed):  # it may be refused by its first bytes
             socket.send(frame)
-        assert closed(socket)[0] == code
+        # While a large frame is still being sent, its refusal may be lost with the connection.
+        assert closed(socket)[0] in ((code, 1006) if code == 1009 else (code,))
 
 
 def test_a_peer_that_says_nothing_is_sent_away(arena, monkeypatch) -> None:

@@ -241,6 +241,8 @@ def test_interrupt_of_a_real_process_is_quiet() -> None:
     code = (
         "import signal, os, sys, types\nfrom offbook.cli import main\n"
         "module = types.ModuleType('fake')\n"
+        # A job in the background of a script is born deaf to interrupts.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def wait():\n    'Waits.'\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
         "module.wait = wait\nsys.modules['fake'] = module\nmain.VERBS['wait'] = ('fake:wait', '')\n"
         "sys.exit(main.main(['wait']))\n"

@@ -221,8 +221,8 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = 10_000,
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
 
     Example:
-        >>> print(bootstrap_mean([1.0, 2.0, 3.0, 4.0]))
-        2.5 [1.5, 3.5] (n=4)
+        >>> print(bootstrap_mean([1.0, 2.0, 3.0, 4.0] * 3))
+        2.5 [1.75, 3.25] (n=12)
     """
     matrix = _matrix(values, "bootstrap_mean").reshape(-1, 1)
     return _resampled(
@@ -251,8 +251,8 @@ def paired_bootstrap(
         ConfigError: the lengths differ, or a number is not finite.
 
     Example:
-        >>> print(paired_bootstrap([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]))
-        0.5 [0.5, 0.5] (n=3)
+        >>> print(paired_bootstrap([1.0, 2.0, 3.0] * 3, [0.5, 1.5, 2.0] * 3))
+        0.667 [0.5, 0.889] (n=9)
     """
     if len(first) != len(second):
         raise ConfigError(

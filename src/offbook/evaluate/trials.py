@@ -69,7 +69,7 @@ def compare(first: Evaluation, second: Evaluation) -> Comparison:
         ...         for i, s in enumerate(scores)
         ...     ]
         ...     return Evaluation(environment="a:b", settings={}, policy=name, scenes=None, results=tuple(results))
-        >>> compare(evaluated("x", [0.6, 0.8, 1.0]), evaluated("y", [0.4, 0.6, 0.8])).verdict
+        >>> compare(evaluated("x", [0.6, 0.8, 1.0] * 3), evaluated("y", [0.4, 0.6, 0.8] * 3)).verdict
         'x better'
     """
     _check_paired(first, second)

@@ -184,7 +184,7 @@ def fit(
         >>> x = torch.linspace(-1, 1, 64)[:, None]
         >>> def loss(module, batch, generator):
         ...     return (module(batch["x"]) - batch["y"]).square().mean(), {}
-        >>> config = FitConfig(steps=50, warmup=0, learning_rate=0.1)
+        >>> config = FitConfig(steps=200, warmup=0, learning_rate=0.1)
         >>> with TemporaryDirectory() as folder:
         ...     run = RunDirectory.create(f"{folder}/run", config)
         ...     result = fit(nn.Linear(1, 1), lambda index: {"x": x, "y": 2 * x + 1}, loss, config, run)
