@@ -73,12 +73,28 @@ def test_discrete_actions_are_indices_whatever_the_space_starts_with():
 
 
 def test_spaces_that_cannot_be_used_are_named():
-    with pytest.raises(ConfigError, match="Tuple"):
-        observation_leaves(spaces.Tuple([spaces.Discrete(2)]))
+    for space in (spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.OneOf([spaces.Discrete(2)])):
+        with pytest.raises(ConfigError, match=f"'door': expected numbers .*, got {type(space).__name__}"):
+            observation_leaves(spaces.Dict(door=space))
     with pytest.raises(ConfigError, match="MultiDiscrete"):
         action_spec(spaces.MultiDiscrete([2, 2]))
     with pytest.raises(ConfigError, match="MultiDiscrete"):
         to_env_action(spaces.MultiDiscrete([2, 2]), np.zeros(2, np.float32))
+
+
+def test_tuples_and_keys_with_dots_are_followed_as_they_are_written():
+    space = spaces.Dict({"a.b": spaces.Discrete(9), "a": spaces.Tuple([spaces.Discrete(9), spaces.Dict(c=NESTED)])})
+    assert [leaf.name for leaf in observation_leaves(space)][:2] == ["a.0", "a.1.c.robot.joints"]
+    observation = space.sample()
+    values = flatten(space, observation)
+    assert values["a.b"] == observation["a.b"]
+    np.testing.assert_array_equal(values["a.1.c.front"], observation["a"][1]["c"]["front"])
+
+
+def test_parts_that_would_get_one_name_are_refused():
+    space = spaces.Dict({"a.b": spaces.Discrete(2), "a": spaces.Dict(b=spaces.Discrete(2))})
+    with pytest.raises(ConfigError, match=r"\('a', 'b'\) and \('a.b',\), both called 'a.b'; rename"):
+        observation_leaves(space)
 
 
 def test_an_environment_that_breaks_its_own_space_is_refused():

@@ -1,12 +1,12 @@
 """Gymnasium spaces as named leaves, specifications and store schemas; one rule for every environment.
 
-An observation space is flattened to *leaves* in its own order: a bare space is one leaf "observation", a Dict gives its
-keys, nested ones joined by a dot. A leaf of uint8 with shape (H, W, 3), H and W at least 16, is a camera; every other
-leaf is a part of the state.
+An observation space is flattened to *leaves* in its own order: a bare space is one leaf "observation", Dict and Tuple
+give their keys, nested ones joined by a dot. A leaf of uint8 with shape (H, W, 3), H and W at least 16, is a camera;
+every other leaf is a part of the state.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,14 @@ from gymnasium import Env, Space, spaces
 from jaxtyping import Float32, Shaped
 
 from offbook.client.protocol import ActionSpec, ObservationSpec
+from offbook.data.formats.spaces import Keys, is_kept, leaves, value_at
+from offbook.data.formats.spaces import action_spec as any_action_spec
 from offbook.data.schema import FieldSpec, Schema
 from offbook.errors import ConfigError, PolicyError
 
 ACTION, REWARD = "action", "reward"
 """Names of the store fields that hold what was done and what it earned."""
+_ARRAYS = (spaces.Box, spaces.Discrete, spaces.MultiBinary, spaces.MultiDiscrete)
 
 
 @dataclass(frozen=True)
@@ -46,30 +49,24 @@ def observation_leaves(space: Space[Any]) -> tuple[Leaf, ...]:
     """The leaves of an observation space, in its order.
 
     Raises:
-        ConfigError: a part of the space is not an array of numbers.
+        ConfigError: a part of the space is not an array of numbers, or two parts get the same name.
 
     Example:
         >>> camera, joints = spaces.Box(0, 255, (32, 32, 3), np.uint8), spaces.Box(-1, 1, (7,))
         >>> [(leaf.name, leaf.camera) for leaf in observation_leaves(spaces.Dict(front=camera, joints=joints))]
         [('front', True), ('joints', False)]
     """
-    return tuple(_leaves(space, ""))
+    return tuple(leaf for leaf, _ in _leaves_and_keys(space))
 
 
-def _leaves(space: Space[Any], name: str) -> list[Leaf]:
-    if isinstance(space, spaces.Dict):
-        prefix = f"{name}." if name else ""
-        return [leaf for key, part in space.spaces.items() for leaf in _leaves(part, f"{prefix}{key}")]
-    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete):
-        # An empty Box says nothing and cannot be stored; gymnasium-robotics has some.
-        shape = tuple(space.shape or ())
-        return [] if 0 in shape else [Leaf(name or "observation", shape, np.dtype(space.dtype).name)]
-    raise ConfigError(
-        f"observation {name or 'space'}",
-        expected="arrays of numbers (Box, Discrete, MultiBinary, MultiDiscrete), or a Dict of them",
-        got=type(space).__name__,
-        fix="wrap the environment so that it shows numbers",
-    )
+def _leaves_and_keys(space: Space[Any]) -> Iterator[tuple[Leaf, Keys]]:
+    for name, keys, part in leaves(space, "observation"):
+        if not isinstance(part, _ARRAYS):
+            kinds, got = ", ".join(kind.__name__ for kind in _ARRAYS), type(part).__name__
+            fix = "wrap the environment so that it shows numbers"
+            raise ConfigError(f"observation {name!r}", expected=f"numbers ({kinds})", got=got, fix=fix)
+        if is_kept(part):  # gymnasium-robotics has empty ones
+            yield Leaf(name, tuple(part.shape or ()), np.dtype(part.dtype).name), keys
 
 
 def flatten(space: Space[Any], observation: Any) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -87,37 +84,29 @@ def flatten(space: Space[Any], observation: Any) -> dict[str, Shaped[np.ndarray,
         {'observation': array(2)}
     """
     values = {}
-    for leaf in observation_leaves(space):
-        value = observation
-        if isinstance(space, spaces.Dict):
-            for key in leaf.name.split("."):
-                value = value[key]
-        array = np.array(value, leaf.dtype)
+    for leaf, keys in _leaves_and_keys(space):
+        array = np.array(value_at(observation, keys), leaf.dtype)
         if array.shape != leaf.shape:
-            raise ConfigError(
-                f"observation {leaf.name!r} of the environment",
-                expected=f"shape {leaf.shape}",
-                got=f"shape {array.shape}",
-                fix="mend the environment's observation_space",
-            )
+            where, fix = f"observation {leaf.name!r} of the environment", "mend the environment's observation_space"
+            raise ConfigError(where, expected=f"shape {leaf.shape}", got=f"shape {array.shape}", fix=fix)
         values[leaf.name] = array
     return values
 
 
 def observation_spec(space: Space[Any]) -> ObservationSpec:
     """What an environment offers to policies."""
-    leaves = observation_leaves(space)
+    found = observation_leaves(space)
     return ObservationSpec(
-        state=tuple((leaf.name, math.prod(leaf.shape)) for leaf in leaves if not leaf.camera),
-        cameras={leaf.name: (leaf.shape[0], leaf.shape[1]) for leaf in leaves if leaf.camera},
+        state=tuple((leaf.name, math.prod(leaf.shape)) for leaf in found if not leaf.camera),
+        cameras={leaf.name: (leaf.shape[0], leaf.shape[1]) for leaf in found if leaf.camera},
     )
 
 
-def state_vector(leaves: Mapping[str, np.ndarray], wanted: ObservationSpec) -> Float32[np.ndarray, " state"]:
+def state_vector(values: Mapping[str, np.ndarray], wanted: ObservationSpec) -> Float32[np.ndarray, " state"]:
     """The state parts that a policy wants, flattened and joined in its order."""
     if not wanted.state:
         return np.zeros(0, np.float32)
-    return np.concatenate([leaves[name].ravel() for name, _ in wanted.state]).astype(np.float32)
+    return np.concatenate([values[name].ravel() for name, _ in wanted.state]).astype(np.float32)
 
 
 def action_spec(space: Space[Any]) -> ActionSpec:
@@ -130,21 +119,15 @@ def action_spec(space: Space[Any]) -> ActionSpec:
         >>> action_spec(spaces.Discrete(4))
         ActionSpec(size=1, low=(0.0,), high=(3.0,), choices=4)
     """
-    if isinstance(space, spaces.Box):
-        low, high = (tuple(float(x) for x in np.ravel(bound)) for bound in (space.low, space.high))
-        return ActionSpec(size=len(low), low=low, high=high)
-    if isinstance(space, spaces.Discrete):
-        return ActionSpec(size=1, low=(0.0,), high=(float(space.n - 1),), choices=int(space.n))
-    raise _unsupported(space)
+    spec = any_action_spec(space) if isinstance(space, spaces.Box | spaces.Discrete) else None
+    if spec is None:
+        raise _unsupported(space)
+    return spec
 
 
 def _unsupported(space: Space[Any]) -> ConfigError:
-    return ConfigError(
-        "action space",
-        expected="a Box (continuous) or Discrete",
-        got=type(space).__name__,
-        fix="wrap the environment so that it takes one of them",
-    )
+    fix = "wrap the environment so that it takes one of them"
+    return ConfigError("action space", expected="a Box (continuous) or Discrete", got=type(space).__name__, fix=fix)
 
 
 def to_env_action(space: Space[Any], vector: Float32[np.ndarray, " action"]) -> Any:
@@ -164,9 +147,8 @@ def to_env_action(space: Space[Any], vector: Float32[np.ndarray, " action"]) -> 
     if isinstance(space, spaces.Discrete):
         choice = int(np.rint(vector[0]))
         if not 0 <= choice < space.n:
-            raise PolicyError(
-                "discrete action", expected=f"0 to {space.n - 1}", got=str(choice), fix="return the index of a choice"
-            )
+            fix = "return the index of a choice"
+            raise PolicyError("discrete action", expected=f"0 to {space.n - 1}", got=str(choice), fix=fix)
         return choice + int(space.start)
     if isinstance(space, spaces.Box):
         return np.clip(vector.reshape(space.shape), space.low, space.high).astype(space.dtype)
@@ -190,8 +172,8 @@ def schema_for(env: Env[Any, Any], env_id: str, *, source: str = "", extra: Mapp
         extra: further JSON-able facts.
     """
     spec = action_spec(env.action_space)
-    leaves = observation_leaves(env.observation_space)
-    fields = [FieldSpec(leaf.name, leaf.dtype, leaf.shape, "observation") for leaf in leaves]
+    found = observation_leaves(env.observation_space)
+    fields = [FieldSpec(leaf.name, leaf.dtype, leaf.shape, "observation") for leaf in found]
     fields.append(FieldSpec(ACTION, "float32" if spec.choices is None else "int64", (spec.size,), "action"))
     fields.append(FieldSpec(REWARD, "float64", (), "reward"))
     rate = env.metadata.get("control_hz")

@@ -12,6 +12,7 @@ import numpy as np
 
 from offbook.client.protocol import ActionSpec
 from offbook.data.schema import FieldSpec
+from offbook.errors import ConfigError
 
 Keys = tuple[str | int, ...]
 
@@ -23,19 +24,33 @@ def leaves(space: Any, root: str) -> list[tuple[str, Keys, Any]]:
         space: any Gymnasium space.
         root: `"observation"` or `"action"`.
 
+    Raises:
+        ConfigError: two leaves get the same name, as in `{"a.b": ..., "a": {"b": ...}}`.
+
     Example:
         >>> from gymnasium import spaces
         >>> space = spaces.Dict({"arm": spaces.Dict({"joints": spaces.Box(-1, 1, (7,))}), "door": spaces.Discrete(2)})
         >>> [name for name, _, _ in leaves(space, "observation")]
         ['arm.joints', 'door']
     """
-    found = list(_walk(space, ()))
     prefix = "action." if root == "action" else ""
-    return [(prefix + ".".join(map(str, keys)) if keys else root, keys, leaf) for keys, leaf in found]
+    found: dict[str, tuple[str, Keys, Any]] = {}
+    for keys, leaf in _walk(space, ()):
+        name = prefix + ".".join(map(str, keys)) if keys else root
+        if name in found:
+            got = f"{found[name][1]} and {keys}, both called {name!r}"
+            raise ConfigError(f"{root} space", expected="parts with different names", got=got, fix="rename one of them")
+        found[name] = name, keys, leaf
+    return list(found.values())
+
+
+def _inner(space: Any) -> Any:
+    """The parts of a Dict or Tuple space, None for others; a OneOf has parts, but its values have only one."""
+    return None if type(space).__name__ == "OneOf" else getattr(space, "spaces", None)
 
 
 def _walk(space: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
-    inner = getattr(space, "spaces", None)
+    inner = _inner(space)
     if inner is None:
         yield keys, space
         return
@@ -55,7 +70,7 @@ def nested(space: Any, root: str, value: Callable[[str, Any], Any]) -> Any:
     names = {keys: name for name, keys, _ in leaves(space, root)}
 
     def build(part: Any, keys: Keys) -> Any:
-        inner = getattr(part, "spaces", None)
+        inner = _inner(part)
         if inner is None:
             return value(names[keys], part)
         if isinstance(inner, Mapping):
