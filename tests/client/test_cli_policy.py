@@ -99,11 +99,12 @@ def test_an_interrupt_ends_the_service_cleanly(module, tmp_path):
     assert closes == ["the policy stops"]
 
 
-def test_a_wrong_token_ends_with_one_line(cli, module, monkeypatch):
+def test_a_wrong_token_ends_with_one_line(cli, module, monkeypatch, tmp_path):
     monkeypatch.delenv("OFFBOOK_TOKEN", raising=False)
+    (tmp_path / "token").write_text("ob_wrong_hunter2\n")
     with arena(lambda connection: None) as url:
         serve = ["policy", "serve", f"{module}:policy", "--url", url, "--submission", "s1"]
-        code, _, stderr = cli([*serve, "--token", "ob_wrong_hunter2"])
+        code, _, stderr = cli([*serve, "--token-file", str(tmp_path / "token")])
         assert code == 1
         assert "HTTP status 401; check the token" in stderr
         assert "hunter2" not in stderr

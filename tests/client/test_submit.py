@@ -81,7 +81,8 @@ def test_a_remote_policy_is_submitted_with_the_token_in_the_header_only(tiny, cl
     tiny.answers["POST", "/v1/submissions"] = [(201, {"id": "s1", "state": "waiting"})]
     assert client.submit("pour", "mine", method="BC")["id"] == "s1"
     (request,) = tiny.requests
-    assert json.loads(request["body"]) == {"benchmark": "pour", "name": "mine", "method": "BC", "kind": "remote"}
+    record = {"benchmark": "pour", "name": "mine", "method": "BC", "imitates": "", "kind": "remote"}
+    assert json.loads(request["body"]) == record
     assert request["headers"]["Authorization"] == "Bearer ob_user_secret"
     assert "secret" not in request["path"]
 
@@ -101,6 +102,7 @@ def test_a_checkpoint_is_streamed_under_its_digest_and_then_submitted(tiny, clie
         "benchmark": "pour",
         "name": "mine",
         "method": "",
+        "imitates": "",
         "kind": "checkpoint",
         "blob": digest,
         "split": "seen",
@@ -120,6 +122,31 @@ def test_an_upload_does_not_grow_memory_and_reports_progress(tiny, client, tmp_p
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024
     assert sent[-1] == (96 * 2**20, 96 * 2**20)
     assert len(sent) == 96
+
+
+def test_an_anchor_goes_without_a_file(tiny, client):
+    tiny.answers["POST", "/v1/submissions"] = [(201, {"id": "s3"})]
+    client.submit("pour", "best", anchor="expert", imitates="nobody", trials=4)
+    record = json.loads(tiny.requests[0]["body"])
+    assert (record["kind"], record["anchor"], record["imitates"], record["trials"]) == ("anchor", "expert", "nobody", 4)
+
+
+def test_answers_are_handed_out_whatever_they_say(tiny, client):
+    tiny.answers["POST", "/v1/leases"] = [(204, b""), (409, {"error": "stale"}), (502, b"<html>")]
+    asked = [client.ask("POST", "/v1/leases", json={}) for _ in range(3)]
+    assert asked == [(204, {}), (409, {"error": "stale"}), (502, None)]
+
+
+def test_a_download_appears_when_it_is_whole_and_right(tiny, client, tmp_path):
+    content = b"weights" * 300_000
+    sha256 = hashlib.sha256(content).hexdigest()
+    tiny.answers["GET", f"/v1/blobs/{sha256}"] = [(200, content[:-1]), (404, {"error": "gone"}), (200, content)]
+    for words in ("expected file", "status 404"):
+        with pytest.raises(SubmissionError, match=words):
+            client.download(sha256, tmp_path / "policy.safetensors")
+        assert list(tmp_path.iterdir()) == []
+    client.download(sha256, tmp_path / "policy.safetensors")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("policy.safetensors", content)]
 
 
 @pytest.mark.faults

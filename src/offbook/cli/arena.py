@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any, Literal
 
 import tyro
 
+from offbook.cli.access import TOKEN, URL, read_token
 from offbook.cli.report import Report, table
 from offbook.client.submit import ArenaClient
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.checkpoint import read_header
 from offbook.runs.directory import RunDirectory
 
-URL = "http://127.0.0.1:8000"
-_TOKEN = "OFFBOOK_TOKEN"
+_ANCHORS = ("expert", "random")
 
 
 def init(
@@ -81,7 +80,7 @@ def init(
         f"An arena stands in {folder} with {listed or 'no benchmarks'}.\n\n"
         f"The operator's token, shown this once:\n\n  {token}\n\n"
         f"Next: offbook arena serve {folder}\n"
-        f"      {_TOKEN}={token[:11]}... offbook arena worker --robot {names[0]['robot'] if names else 'pour'}"
+        f"      {TOKEN}={token[:11]}... offbook arena worker --robot {names[0]['robot'] if names else 'pour'}"
     )
     return Report(text=text, data={"folder": str(folder), "benchmarks": names, "user": operator, "token": token})
 
@@ -137,7 +136,7 @@ def worker(
         from offbook.arena.worker import run_worker
     report = run_worker(
         url,
-        _token(token_file),
+        read_token(token_file),
         robot,
         name=name,
         max_trials=max_trials,
@@ -238,21 +237,25 @@ def submit(
         offbook arena submit runs/bc --benchmark pour --split position --wait
         offbook arena submit remote --name my-policy --benchmark pour
     """
-    record: dict[str, Any] = {"benchmark": benchmark, "method": method, "imitates": imitates}
-    record |= {key: value for key, value in (("split", split), ("trials", trials)) if value is not None}
-    with ArenaClient(url, _token(token_file)) as arena:
-        if policy in ("expert", "random"):
-            record |= {"kind": "anchor", "anchor": policy, "name": name or policy}
-        elif policy == "remote":
-            if name is None:
-                raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
-            record |= {"kind": "remote", "name": name}
-        else:
-            file = Path(policy)
-            file = RunDirectory.open(file).checkpoint() if file.is_dir() else file
-            read_header(file)  # what the arena would refuse is said before it is sent
-            record |= {"kind": "checkpoint", "blob": _upload(arena, file), "name": name or Path(policy).resolve().stem}
-        entry = arena.request("POST", "/v1/submissions", json=record)
+    token = read_token(token_file)
+    given, file = policy in ("remote", *_ANCHORS), Path(policy)
+    if policy == "remote" and name is None:
+        raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
+    if not given:
+        file = RunDirectory.open(file).checkpoint() if file.is_dir() else file
+        read_header(file)  # what the arena would refuse is said before it is sent
+    with ArenaClient(url, token) as arena:
+        entry = arena.submit(
+            benchmark,
+            name or (policy if given else Path(policy).resolve().stem),
+            checkpoint=None if given else file,
+            anchor=policy if policy in _ANCHORS else None,
+            split=split,
+            trials=trials,
+            method=method,
+            imitates=imitates,
+            progress=_show_upload,
+        )
         if wait:
             entry = arena.wait(entry["id"], timeout_s=timeout, progress=_show_progress)
             print(file=sys.stderr)
@@ -296,30 +299,8 @@ def status(
     return Report(text=table(["benchmark", "splits", "entries", "trials"], rows), data={"benchmarks": found})
 
 
-def _token(path: Path | None) -> str:
-    text = os.environ.get(_TOKEN, "")
-    if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"--token-file {path}", expected="a readable file", got=str(error.strerror), fix="check the path"
-            ) from error
-    if not text.strip():
-        raise ConfigError(
-            _TOKEN,
-            expected="a token in this environment variable, or --token-file",
-            got="neither",
-            fix=f"ask the arena's operator for one, then: export {_TOKEN}=ob_...",
-        )
-    return text.strip()
-
-
-def _upload(arena: ArenaClient, file: Path) -> str:
-    def progress(sent: int, total: int) -> None:
-        print(f"\r\033[Kuploaded {sent / total:.0%}", end="\n" if sent == total else "", file=sys.stderr, flush=True)
-
-    return arena.upload(file, progress)
+def _show_upload(sent: int, total: int) -> None:
+    print(f"\r\033[Kuploaded {sent / total:.0%}", end="\n" if sent == total else "", file=sys.stderr, flush=True)
 
 
 def _show_progress(entry: Mapping[str, Any]) -> None:

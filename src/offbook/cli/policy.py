@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from offbook.cli.access import URL, read_token
 from offbook.cli.report import Report, table
 from offbook.client.protocol import Policy
 from offbook.errors import ConfigError, OffbookError, needs_extra
@@ -24,9 +24,9 @@ _POLICIES = "a run folder or checkpoint, expert, expert:GRADE, random, or MODULE
 def serve(
     target: tyro.conf.Positional[str],
     *,
-    url: str = "http://127.0.0.1:8000",
+    url: str = URL,
     submission: str,
-    token: str | None = None,
+    token_file: Path | None = None,
     task: str | None = None,
     images: Literal["raw", "jpeg", "png"] | None = None,
     seed: int = 0,
@@ -35,15 +35,14 @@ def serve(
     """Lets a policy dial out to an arena and play the trials of one submission, until that is finished.
 
     Nothing has to be reachable from outside. A lost connection is dialled again. Ctrl-C stops; trials that are running
-    then count as left by the policy.
+    then count as left by the policy. The token (scope submit) comes from OFFBOOK_TOKEN.
 
     Args:
         target: run folder or checkpoint, expert or expert:GRADE, random, or MODULE:NAME, a policy of your own: an
             object with meta, reset and infer, or a function without arguments that makes one.
         url: address of the arena.
         submission: id that the arena gave to the submission.
-        token: token with the scope submit; better in the environment variable OFFBOOK_TOKEN, where other users of
-            the machine do not see it.
+        token_file: file that holds the token, instead of OFFBOOK_TOKEN.
         task: robot or environment, for expert and random only.
         images: how pictures travel; by default raw (exact) up to 64 KiB a step, else as JPEG.
         seed: seed of expert and random.
@@ -56,10 +55,7 @@ def serve(
     """
     from offbook.client.serve import serve_policy
 
-    token = token or os.environ.get("OFFBOOK_TOKEN")
-    if not token:
-        fix = "set OFFBOOK_TOKEN; 'offbook arena token' makes one"
-        raise ConfigError("--token", expected="a token with the scope submit", got="none", fix=fix)
+    token = read_token(token_file)
     policy = find_policy(target, task, seed)
     lines: list[str] = []
 

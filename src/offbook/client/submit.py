@@ -39,11 +39,11 @@ class ArenaClient:
             fix = "pass the address that the arena printed when it started"
             raise ConfigError("arena address", expected="http(s)://HOST[:PORT]", got=repr(url.split("@")[-1]), fix=fix)
         loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        self.url = url.rstrip("/")
+        self.url, self.token = url.rstrip("/"), token
         self._http = httpx.Client(
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"} if token else {},
-            timeout=timeout_s,
+            timeout=httpx.Timeout(timeout_s, connect=min(timeout_s, 5.0)),
             trust_env=not loopback,  # a proxy of the environment cannot reach this machine's own arena
         )
 
@@ -69,17 +69,25 @@ class ArenaClient:
         name: str,
         *,
         checkpoint: Path | str | None = None,
+        anchor: str | None = None,
         split: str | None = None,
+        trials: int | None = None,
         method: str = "",
+        imitates: str = "",
+        progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, Any]:
-        """Submits a policy: a checkpoint that the arena runs, or, without one, a remote policy that will dial in.
+        """Submits a policy: a checkpoint that the arena runs, an anchor, or else a remote policy that will dial in.
 
         Args:
             benchmark: name of the benchmark.
             name: label on the leaderboard.
             checkpoint: safetensors file written by training; it is uploaded first, streamed.
+            anchor: `expert` or `random`, the benchmark's own; wants the scope admin.
             split: scenes to be played; the benchmark's own default when None.
+            trials: only the first so many scenes.
             method: how the policy was made, in a few words.
+            imitates: whose behaviour it learned, in a few words.
+            progress: called with bytes uploaded and bytes in all.
 
         Returns:
             The submission as the arena shows it, with its `id`.
@@ -87,10 +95,14 @@ class ArenaClient:
         Raises:
             SubmissionError: the arena refuses or cannot be reached.
         """
-        record: dict[str, Any] = {"benchmark": benchmark, "name": name, "method": method}
-        record |= {"kind": "remote"} if checkpoint is None else {"kind": "checkpoint", "blob": self.upload(checkpoint)}
-        if split is not None:
-            record["split"] = split
+        record: dict[str, Any] = {"benchmark": benchmark, "name": name, "method": method, "imitates": imitates}
+        record |= {key: value for key, value in (("split", split), ("trials", trials)) if value is not None}
+        if anchor is not None:
+            record |= {"kind": "anchor", "anchor": anchor}
+        elif checkpoint is not None:
+            record |= {"kind": "checkpoint", "blob": self.upload(checkpoint, progress)}
+        else:
+            record["kind"] = "remote"
         return self.request("POST", "/v1/submissions", json=record)
 
     def upload(self, path: Path | str, progress: Callable[[int, int], None] | None = None) -> str:
@@ -165,12 +177,9 @@ class ArenaClient:
             if record["state"] in FINISHED:
                 return record
             if time.monotonic() + every_s > end:
-                raise SubmissionError(
-                    f"submission {submission}",
-                    expected=f"a result within {timeout_s:g} s",
-                    got=f"state {record['state']!r}",
-                    fix="wait longer; a remote policy must be connected and a worker must run",
-                )
+                where, expected = f"submission {submission}", f"a result within {timeout_s:g} s"
+                fix = "wait longer; a remote policy must be connected and a worker must run"
+                raise SubmissionError(where, expected=expected, got=f"state {record['state']!r}", fix=fix)
             time.sleep(every_s)
 
     def request(self, method: str, path: str, **options: Any) -> dict[str, Any]:
@@ -179,25 +188,66 @@ class ArenaClient:
         Raises:
             SubmissionError: no answer, a refusal, or something else than JSON.
         """
+        status, record = self.ask(method, path, **options)
+        if 200 <= status < 300 and record is not None:
+            return record
+        raise self.refusal(method, path, status, record)
+
+    def ask(self, method: str, path: str, **options: Any) -> tuple[int, dict[str, Any] | None]:
+        """Status and JSON object of one answer, for who tells refusals apart by their status; None for other content.
+
+        Args:
+            method: of HTTP.
+            path: such as `/v1/leases`.
+            options: as `httpx.Client.request` takes them: `json`, `params`, `content`, `headers`, `timeout`.
+
+        Raises:
+            SubmissionError: no answer.
+        """
         try:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
-            refused = isinstance(error, httpx.ConnectError)
-            fix = "start one with: offbook arena serve" if refused else "try again"
-            got = f"{type(error).__name__} ({error})"
-            raise SubmissionError(f"arena at {self.url}", expected="an answer", got=got, fix=fix) from error
+            raise self._silent(error) from error
         try:
             record = response.json() if response.content else {}
         except ValueError:
             record = None
-        if response.is_success and isinstance(record, dict):
-            return record
-        raise self._refusal(method, path, response.status_code, record)
+        return response.status_code, record if isinstance(record, dict) else None
 
-    def _refusal(self, method: str, path: str, status: int, record: Any) -> SubmissionError:
+    def download(self, sha256: str, path: Path) -> None:
+        """Streams a file of the arena's store to a path, where it appears when it is whole.
+
+        Raises:
+            SubmissionError: no answer, a refusal, or other content than was asked for.
+        """
+        part, digest, url = path.with_name(f"{path.name}.part"), hashlib.sha256(), f"/v1/blobs/{sha256}"
+        try:
+            with self._http.stream("GET", url) as answer, part.open("wb") as file:
+                if not answer.is_success:
+                    raise self.refusal("GET", url, answer.status_code, None)
+                for piece in answer.iter_bytes():
+                    file.write(piece)
+                    digest.update(piece)
+            if digest.hexdigest() != sha256:
+                got = f"one of sha256 {digest.hexdigest()}"
+                raise SubmissionError(
+                    f"arena at {self.url}", expected=f"file {sha256}", got=got, fix="ask for it again"
+                )
+            part.replace(path)
+        except httpx.HTTPError as error:
+            raise self._silent(error) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _silent(self, error: httpx.HTTPError) -> SubmissionError:
+        fix = "start one with: offbook arena serve" if isinstance(error, httpx.ConnectError) else "try again"
+        got = f"{type(error).__name__} ({error})"
+        return SubmissionError(f"arena at {self.url}", expected="an answer", got=got, fix=fix)
+
+    def refusal(self, method: str, path: str, status: int, record: Mapping[str, Any] | None) -> SubmissionError:
         """The arena's `{ok, error, detail, hint, status}` as one sentence."""
         where = f"arena at {self.url}, {method} {path}"
-        if not isinstance(record, dict) or "error" not in record:
+        if record is None or "error" not in record:
             got = f"HTTP status {status} without the arena's own JSON"
             return SubmissionError(where, expected="an arena's answer", got=got, fix="check the address")
         got = ": ".join(str(part).rstrip(".") for part in (record["error"], record.get("detail")) if part)
