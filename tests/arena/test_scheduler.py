@@ -279,20 +279,6 @@ def test_users_take_turns_and_recent_use_weighs(database: Database, clock: Virtu
     assert set(later) == {"ada", "bob", "eve"}
 
 
-def test_a_larger_share_is_served_more_often(database: Database) -> None:
-    with database.write() as session:
-        for user in ("ada", "ada", "bob", "bob"):
-            submit(session, user, kind="anchor", anchor="expert")
-        session.scalars(select(User).where(User.name == "ada")).one().share = 3.0
-        served = Counter()
-        for _ in range(8):
-            given = lease(session)
-            owner = select(User.name).join(Submission).join(Trial).where(Trial.id == given["trial"])
-            served[session.scalars(owner).one()] += 1
-            play(session, given)
-    assert served == {"ada": 6, "bob": 2}
-
-
 def test_quotas_count_trials_of_a_day_and_withdrawn_ones_do_not_count(database: Database, clock: VirtualClock) -> None:
     with database.write() as session:
         ada = who(session, "ada", "submit")

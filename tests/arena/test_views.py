@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 from arena_world import BENCHMARK, FAULT, LEFT, lease, open_arena, play, submit, who
@@ -13,6 +14,7 @@ from sqlalchemy import insert, select
 
 from offbook.arena import submissions, trials, views
 from offbook.arena.database import Database
+from offbook.arena.pages import render
 from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import Attempt, Result, Robot, Submission, Trial
 
@@ -62,6 +64,48 @@ def test_ranks_are_ranges_until_intervals_part(database: Database) -> None:
     assert (rows["good"]["latency_ms"], rows["good"]["late_share"]) == (5.0, pytest.approx(0.1))
     assert (rows["waits"]["score"], rows["waits"]["n"], rows["waits"]["wanted"]) == (None, 0, 8)
     assert board["anchors"] == [{"name": "expert", "value": 1.0}]
+
+
+def test_who_met_only_some_scenes_stands_below_and_has_no_rank(database: Database) -> None:
+    with database.write() as session:
+        finish(session, submit(session, name="whole", split="long"), [0.1, 0.3, 0.2, 0.4] * 2)
+        finish(session, submit(session, "bob", name="short", split="long", trials=6), [1.0] * 8)
+        board = views.leaderboard(session, "reach", "long")
+        assert [(row["name"], row["rank"], row["n"], row["wanted"]) for row in board["rows"]] == [
+            ("whole", [1, 1], 8, 8), ("short", None, 6, 8),
+        ]  # fmt: skip
+        finish(session, submit(session, "bob", name="short", trials=3), [1.0] * 4)
+        assert views.index(session)["benchmarks"][0]["leader"] is None
+        finish(session, submit(session, name="whole"), [0.1] * 4)
+        assert views.index(session)["benchmarks"][0]["leader"]["name"] == "whole"
+        shown = views.leaderboard(session, "reach", "long", shown=(None, None))
+    page = render("leaderboard", shown)
+    assert "6 of 8 trials" in page
+    assert "<b>short</b>" not in page
+
+
+def test_equal_scores_have_an_interval_where_their_range_is_known(database: Database) -> None:
+    with database.write() as session:
+        submissions.define_benchmark(session, replace(BENCHMARK, name="share", score_range=(0.0, 1.0)))
+        entries = {}
+        for benchmark in ("share", "reach"):
+            for name, score in (("all", 1.0), ("none", 0.0)):
+                entries[benchmark, name] = entry = submit(session, name=name, benchmark=benchmark, split="long")
+                finish(session, entry, [score] * 8)
+        scores = {key: (entry.score, entry.score_low, entry.score_high) for key, entry in entries.items()}
+        exact = stats.binomtest(8, 8).proportion_ci(method="exact").low
+        assert scores["share", "all"] == (1.0, pytest.approx(exact, abs=0.03), 1.0)
+        assert scores["share", "none"] == (0.0, 0.0, pytest.approx(1 - exact, abs=0.03))
+        assert scores["reach", "all"] == (1.0, None, None)
+        pairs = {name: views.compare(session, entries[name, "all"].id, entries[name, "none"].id)["difference"]
+                 for name in ("share", "reach")}  # fmt: skip
+        assert pairs["share"] == {"value": 1.0, "low": pytest.approx(2 * exact - 1, abs=0.06), "high": 1.0}
+        assert pairs["reach"] == {"value": 1.0, "low": None, "high": None}
+        finish(session, submit(session, name="half", benchmark="share", split="long", trials=1), [0.5] * 8)
+        given = submit(session, name="bad", benchmark="share") and lease(session, connected=range(99))
+        trials.start(session, given["trial"], given["fence"])
+        with pytest.raises(RefusedError, match=r"expected 0 to 1, got 1\.5"):
+            trials.end(session, given["trial"], given["fence"], trials.Report(outcome="done", score=1.5))
 
 
 def test_two_submissions_are_compared_on_the_scenes_that_both_met(database: Database) -> None:

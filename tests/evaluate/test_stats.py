@@ -134,3 +134,44 @@ def test_the_interval_of_a_mean_covers_it_about_as_often_as_it_says(n):
 def test_too_few_observations_have_no_interval(n):
     interval = stats.bootstrap_mean(np.arange(n) + 1.0)
     assert (interval.low, interval.high, interval.n) == (-np.inf, np.inf, n)
+
+
+SCORES = {
+    "binary": lambda rng, n: (rng.binomial(1, 0.9, n).astype(float), 0.9),
+    "rare": lambda rng, n: (rng.binomial(1, 0.05, n).astype(float), 0.05),
+    "all one": lambda rng, n: (np.ones(n), 1.0),
+    "all the same": lambda rng, n: (np.full(n, 0.4), 0.4),
+    "most in the bowl": lambda rng, n: (rng.beta(4.0, 0.4, n), 4.0 / 4.4),
+    "all or nothing": lambda rng, n: (rng.beta(0.2, 0.3, n), 0.4),
+    "around the middle": lambda rng, n: (rng.beta(3.0, 3.0, n), 0.5),
+}
+
+
+@pytest.mark.parametrize("n", [10, 40])
+@pytest.mark.parametrize("name", SCORES)
+def test_the_interval_of_a_bounded_mean_covers_the_truth(name, n):
+    rng = np.random.default_rng(4)
+    covered = 0
+    for trial in range(200):
+        values, truth = SCORES[name](rng, n)
+        interval = stats.bounded_mean(values, 0.0, 1.0, seed=trial, resamples=300)
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+        assert interval.high > interval.low
+        covered += interval.low <= truth <= interval.high
+    assert covered / 200 >= 0.93
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 10), (3, 10), (10, 10), (37, 40), (1, 1)])
+def test_of_ones_and_zeros_the_bounded_mean_is_clopper_and_pearsons(successes, n):
+    exact = stats.clopper_pearson(successes, n)
+    ours = stats.bounded_mean([1.0] * successes + [0.0] * (n - successes), 0.0, 1.0, resamples=40_000)
+    assert (ours.low, ours.high) == pytest.approx((exact.low, exact.high), abs=0.01)
+    # Any other range is the same interval, moved and stretched.
+    scaled = stats.bounded_mean([10.0] * successes + [-30.0] * (n - successes), -30.0, 10.0, resamples=40_000)
+    assert (scaled.low, scaled.high) == pytest.approx((40 * ours.low - 30, 40 * ours.high - 30))
+
+
+@pytest.mark.parametrize(("values", "low", "high"), [([], 0, 1), ([1.1], 0, 1), ([np.nan], 0, 1), ([1.0], 1, 1)])
+def test_scores_outside_their_range_are_refused(values, low, high):
+    with pytest.raises(ConfigError):
+        stats.bounded_mean(values, float(low), float(high))

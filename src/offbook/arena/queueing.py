@@ -2,7 +2,7 @@
 
 Each attempt carries two tags in virtual robot seconds. A user's next attempt starts at S = max(V, F), where V is the
 start tag of the attempt that was leased last and F the finish tag of this user's last attempt; it finishes at
-F = S + cost / weight, with weight = share / (1 + hours of robot time used in the last 7 days). The smallest S is
+F = S + cost / weight, with weight = 1 / (1 + hours of robot time used in the last 7 days). The smallest S is
 served. A newcomer starts at V: neither behind those who queue for days, nor with credit for time not asked for.
 
 Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1997), section 2; for several robots at once Jin, Chase and
@@ -29,7 +29,6 @@ class Turn:
 
     user_id: int
     start_tag: float
-    share: float
     submission_id: int
 
 
@@ -49,15 +48,15 @@ def turns(session: Session, robot_class: str, condition: ColumnElement[bool]) ->
     """Users with a submission that meets the condition, those who are next first."""
     last = _finish_tag(robot_class)
     query = (
-        select(User.id, User.share, last, func.min(Submission.id))
+        select(User.id, last, func.min(Submission.id))
         .join(Submission, Submission.user_id == User.id)
         .where(condition)
-        .group_by(User.id, User.share)
+        .group_by(User.id)
     )
     virtual = virtual_time(session, robot_class)
     found = [
-        Turn(user_id=user, start_tag=max(virtual, finish or 0.0), share=share, submission_id=oldest)
-        for user, share, finish, oldest in session.execute(query)
+        Turn(user_id=user, start_tag=max(virtual, finish or 0.0), submission_id=oldest)
+        for user, finish, oldest in session.execute(query)
     ]
     return sorted(found, key=lambda turn: (turn.start_tag, turn.submission_id))
 
@@ -88,8 +87,8 @@ def finish_tag(turn: Turn, cost: float, used: float) -> float:
     """F for an attempt of `cost` expected seconds by a user who has used `used` seconds.
 
     Example:
-        >>> turn = Turn(user_id=1, start_tag=10.0, share=2.0, submission_id=1)
+        >>> turn = Turn(user_id=1, start_tag=10.0, submission_id=1)
         >>> finish_tag(turn, cost=30.0, used=3600.0)
-        40.0
+        70.0
     """
-    return turn.start_tag + cost * (1.0 + used / 3600.0) / turn.share
+    return turn.start_tag + cost * (1.0 + used / 3600.0)

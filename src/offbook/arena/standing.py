@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from offbook.arena.tables import Result, Submission
-from offbook.evaluate.stats import Interval, bootstrap_mean, clopper_pearson
+from offbook.arena.tables import Benchmark, Result, Submission
+from offbook.evaluate.stats import Interval, bootstrap_mean, bounded_mean, clopper_pearson, paired_bootstrap
 
 
-def refresh_summary(session: Session, submission: Submission) -> None:
-    """Computes mean score with its bootstrap interval, successes, median latency and late share from the results."""
+def refresh_summary(session: Session, submission: Submission, benchmark: Benchmark) -> None:
+    """Computes mean score with its interval, successes, median latency and late share from the results."""
     rows = session.execute(
         select(Result.score, Result.success, Result.latency_ms, Result.late_share)
         .where(Result.submission_id == submission.id)
@@ -21,21 +23,37 @@ def refresh_summary(session: Session, submission: Submission) -> None:
     ).all()
     if not rows:
         return
-    score = bootstrap_mean([row.score for row in rows], resamples=2000)
+    score = mean_score([row.score for row in rows], benchmark)
     judged = [row.success for row in rows if row.success is not None]
     latencies = sorted(row.latency_ms for row in rows if row.latency_ms is not None)
     late = [row.late_share for row in rows if row.late_share is not None]
     submission.n = len(rows)
-    submission.score = score.value
-    submission.score_low, submission.score_high = _finite(score.low), _finite(score.high)
+    submission.score, submission.score_low, submission.score_high = score["value"], score["low"], score["high"]
     submission.judged = len(judged)
     submission.successes = sum(judged) if judged else None
     submission.latency_ms = latencies[len(latencies) // 2] if latencies else None
     submission.late_share = sum(late) / len(late) if late else None
 
 
-def _finite(end: float) -> float | None:
-    return end if math.isfinite(end) else None
+def mean_score(scores: Sequence[float], benchmark: Benchmark) -> dict[str, Any]:
+    """The mean with its 95 % interval, `{value, low, high}`; ends that nothing is known of are None."""
+    if benchmark.least is not None and benchmark.most is not None:
+        return _ends(bounded_mean(scores, benchmark.least, benchmark.most, resamples=4000))
+    return _ends(bootstrap_mean(scores, resamples=4000))
+
+
+def mean_difference(first: Sequence[float], second: Sequence[float], benchmark: Benchmark) -> dict[str, Any]:
+    """The same for the paired difference first - second."""
+    if benchmark.least is not None and benchmark.most is not None:
+        width, differences = benchmark.most - benchmark.least, [a - b for a, b in zip(first, second, strict=True)]
+        return _ends(bounded_mean(differences, -width, width, resamples=4000))
+    return _ends(paired_bootstrap(first, second, resamples=4000))
+
+
+def _ends(found: Interval) -> dict[str, Any]:
+    # Resampling equal numbers finds no spread, which is not to say that there is none.
+    known = math.isfinite(found.low) and found.low < found.high
+    return {"value": found.value, "low": found.low if known else None, "high": found.high if known else None}
 
 
 @lru_cache(maxsize=10_000)

@@ -40,6 +40,7 @@ class BenchmarkSpec:
         daily_trials: trials that one user may ask of this benchmark in a day.
         trial_seconds: about how long one trial takes.
         fault_score: what a trial lost by the policy counts: the worst possible score.
+        score_range: least and largest score that are possible, where there are such: intervals rest on it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class BenchmarkSpec:
     daily_trials: int = 400
     trial_seconds: float = 10.0
     fault_score: float = 0.0
+    score_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,11 +97,13 @@ def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
         select(Benchmark).where(Benchmark.name == spec.name).order_by(Benchmark.version.desc()).limit(1)
     )
     digests = {name: _digest(cases) for name, cases in spec.splits.items()}
+    least, most = spec.score_range or (None, None)
     if latest is not None:
         rows = session.execute(select(Split.name, Split.digest).where(Split.benchmark_id == latest.id))
         known = {row.name: row.digest for row in rows}
-        protocol = ("robot_class", "task", "metric", "fault_score")
-        if known == digests and all(getattr(latest, name) == getattr(spec, name) for name in protocol):
+        protocol = {name: getattr(spec, name) for name in ("robot_class", "task", "metric", "fault_score")}
+        protocol |= {"least": least, "most": most}
+        if known == digests and all(getattr(latest, name) == value for name, value in protocol.items()):
             return latest
     benchmark = Benchmark(
         name=spec.name,
@@ -111,6 +115,8 @@ def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
         daily_trials=spec.daily_trials,
         trial_seconds=spec.trial_seconds,
         fault_score=spec.fault_score,
+        least=least,
+        most=most,
         created=now(session),
     )
     session.add(benchmark)

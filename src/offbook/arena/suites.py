@@ -25,6 +25,7 @@ def pour(trials: int, seed: int) -> BenchmarkSpec:
             for split in SPLITS
         },
         trial_seconds=6.0,
+        score_range=(0.0, 1.0),
     )
 
 
@@ -41,6 +42,7 @@ def pendulum(trials: int, seed: int) -> BenchmarkSpec:
         splits={"all": [{"scene": {}, "seed": s} for s in evaluation_seeds(seed, trials)]},
         trial_seconds=1.0,
         fault_score=worst,
+        score_range=(worst, 0.0),
     )
 
 

@@ -53,12 +53,11 @@ class Table(DeclarativeBase):
 
 
 class User(Table):
-    """Somebody who submits policies or runs robots; `share` is their weight in the queue."""
+    """Somebody who submits policies or runs robots."""
 
     __tablename__ = "users"
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(unique=True)
-    share: Mapped[float] = mapped_column(default=1.0)
     daily_trials: Mapped[int]
     created: Mapped[float]
 
@@ -108,7 +107,8 @@ class Benchmark(Table):
     """A task with a fixed protocol. Changing the protocol makes a new version; results never mix versions.
 
     `fault_score` is what a trial lost by the policy counts: 0, or the worst return where returns are negative.
-    `trial_seconds` is about how long one trial takes, for the queue.
+    `least` and `most` are the ends of the score's range, where it has one. `trial_seconds` is about how long one trial
+    takes, for the queue.
     """
 
     __tablename__ = "benchmarks"
@@ -123,6 +123,8 @@ class Benchmark(Table):
     daily_trials: Mapped[int]
     trial_seconds: Mapped[float]
     fault_score: Mapped[float]
+    least: Mapped[float | None]
+    most: Mapped[float | None]
     created: Mapped[float]
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -195,14 +196,14 @@ def settle(
 
 
 def _add_result(session: Session, trial: Trial, submission: Submission, report: Report) -> None:
-    score = report.score
-    if report.outcome == "policy_fault" or score is None:
-        score = session.scalars(
-            select(Benchmark.fault_score)
-            .join(Split, Split.benchmark_id == Benchmark.id)
-            .where(Split.id == submission.split_id)
-        ).one()
-    lost = report.outcome == "policy_fault"
+    query = select(Benchmark).join(Split, Split.benchmark_id == Benchmark.id).where(Split.id == submission.split_id)
+    benchmark, lost = session.scalars(query).one(), report.outcome == "policy_fault"
+    score = benchmark.fault_score if lost or report.score is None else report.score
+    least, most = (-math.inf if benchmark.least is None else benchmark.least,
+                   math.inf if benchmark.most is None else benchmark.most)  # fmt: skip
+    if not least <= score <= most:
+        raise RefusedError(422, "bad_score", f"score of trial {trial.id}", expected=f"{least:g} to {most:g}",
+                           got=f"{score:g}", fix="correct the robot's driver")  # fmt: skip
     session.add(
         Result(
             trial_id=trial.id,
@@ -220,7 +221,7 @@ def _add_result(session: Session, trial: Trial, submission: Submission, report: 
         )
     )
     session.flush()
-    refresh_summary(session, submission)
+    refresh_summary(session, submission, benchmark)
 
 
 def _words(trial: Trial, report: Report) -> str:

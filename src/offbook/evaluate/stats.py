@@ -230,6 +230,51 @@ def bootstrap_mean(values: ArrayLike, *, seed: int = 0, resamples: int = 10_000,
     )
 
 
+def bounded_mean(
+    values: ArrayLike, low: float, high: float, *, seed: int = 0, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """The mean of scores from a known range; unlike a bootstrap it has width when all scores are equal, or few.
+
+    An end is a quantile of the mean of the n scores and, as one score more, that end of the range, under weights drawn
+    from Dirichlet(1, ..., 1). For scores that are all 0 or 1 it is Clopper and Pearson's, up to the noise of drawing.
+
+    Args:
+        values: one number in [low, high] for each independent episode, shape (n,).
+        low: least score that is possible.
+        high: largest score that is possible.
+        seed: of the weights; the same seed gives the same interval.
+        resamples: number of weightings.
+        level: confidence level in (0, 1).
+
+    Raises:
+        ConfigError: no values, or one that is not finite or outside the range.
+
+    Source: Gaffke's bound, as in Learned-Miller and Thomas, "A New Confidence Interval for the Mean of a Bounded Random
+        Variable" (2019), section 2: it covers at its level in all cases that they prove or simulate.
+
+    Example:
+        >>> print(bounded_mean([1.0] * 10, 0.0, 1.0))
+        1 [0.696, 1] (n=10)
+    """
+    _check_level(level)
+    array = _matrix(values, "bounded_mean").reshape(-1)
+    if not (low < high and low <= array.min() and array.max() <= high):
+        got, fix = f"{array.min():g} to {array.max():g}", "correct the range or the scores"
+        raise ConfigError("bounded_mean", expected=f"scores within {low:g} to {high:g}", got=got, fix=fix)
+    rng, n, block = np.random.default_rng(seed), len(array), max(1, _BLOCK // (len(array) + 1))
+    parts = []
+    for start in range(0, resamples, block):
+        weights = rng.standard_exponential((min(block, resamples - start), n + 1))
+        weights /= weights.sum(axis=1, keepdims=True)
+        parts.append((weights[:, :n] @ array, weights[:, n]))
+    mean, extra = (np.concatenate(each) for each in zip(*parts, strict=True))
+    tail = (1 - level) / 2
+    ends = np.quantile(mean + low * extra, tail), np.quantile(mean + high * extra, 1 - tail)
+    value, (first, last) = float(array.mean()), (float(np.clip(end, low, high)) for end in ends)
+    # Rounding must not push the estimate out of its own interval.
+    return Interval(value=value, low=min(first, value), high=max(last, value), n=n, method=f"bounded mean {level:g}")
+
+
 def paired_bootstrap(
     first: Sequence[float] | NDArray[Any],
     second: Sequence[float] | NDArray[Any],

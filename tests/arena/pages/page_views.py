@@ -14,6 +14,7 @@ BENCHMARK = {
     "title": "Pouring",
     "task": "Pour the grains from the cup into the bowl, wherever the bowl stands.",
     "metric": "mean share of grains in the bowl",
+    "range": [0.0, 1.0],
     "splits": ["seen", "position", "object", "lighting", "all"],
 }
 

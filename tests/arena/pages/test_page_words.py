@@ -34,7 +34,7 @@ def test_the_last_digit_shown_is_between_a_thirtieth_and_the_whole_of_the_half_w
 
 
 def test_an_interval_without_ends_is_said_in_words():
-    assert words.bounds({"value": 0.5, "low": None, "high": None}) == "too few trials for an interval"
+    assert words.bounds({"value": 0.5, "low": None, "high": None}) == "no interval: too few or equal scores"
     assert words.bounds(None) == "no result yet"
     assert words.figure({"value": 0.5, "low": None, "high": None}) == "0.50"
 

@@ -148,7 +148,7 @@ def bounds(interval: Mapping[str, Any] | None) -> str:
     if interval is None:
         return "no result yet"
     if not known(interval):
-        return "too few trials for an interval"
+        return "no interval: too few or equal scores"
     digits = _digits(interval)
     low, high = number(interval["low"], digits), number(interval["high"], digits)
     return f"{low} to {high}" if MINUS in low else f"{low}{DASH}{high}"

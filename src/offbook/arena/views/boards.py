@@ -14,10 +14,10 @@ from sqlalchemy.orm import Session
 from offbook.arena.database import now
 from offbook.arena.pages import searched, sheet
 from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.standing import success_interval
+from offbook.arena.standing import mean_difference, success_interval
 from offbook.arena.submissions import find_benchmark, find_split
 from offbook.arena.tables import Benchmark, Result, Split, Submission, Trial, User
-from offbook.evaluate.stats import mcnemar_exact, paired_bootstrap
+from offbook.evaluate.stats import mcnemar_exact
 
 SEARCHED = ("name", "owner", "method", "kind", "imitates")
 
@@ -36,6 +36,7 @@ def benchmark_view(session: Session, benchmark: Benchmark) -> dict[str, Any]:
         "title": benchmark.title,
         "task": benchmark.task,
         "metric": benchmark.metric,
+        "range": None if benchmark.least is None else [benchmark.least, benchmark.most],
         "robot": benchmark.robot_class,
         "splits": list(splits),
     }
@@ -57,15 +58,16 @@ def index(session: Session) -> dict[str, Any]:
     newest = select(func.max(Benchmark.id)).group_by(Benchmark.name)
     views = []
     for benchmark in session.scalars(select(Benchmark).where(Benchmark.id.in_(newest)).order_by(Benchmark.name)):
-        splits = session.scalars(select(Split.id).where(Split.benchmark_id == benchmark.id).order_by(Split.id)).all()
+        splits = session.scalars(select(Split).where(Split.benchmark_id == benchmark.id).order_by(Split.id)).all()
         entries, done = session.execute(
             select(func.count(Submission.id), func.coalesce(func.sum(Submission.n), 0)).where(
-                Submission.split_id.in_(splits), Submission.anchor.is_(None)
+                Submission.split_id.in_([split.id for split in splits]), Submission.anchor.is_(None)
             )
         ).one()
         first = session.scalars(
             select(Submission)
-            .where(Submission.split_id == splits[0], Submission.anchor.is_(None), Submission.score.is_not(None))
+            .where(Submission.split_id == splits[0].id, Submission.anchor.is_(None))
+            .where(Submission.n >= len(splits[0].cases), Submission.score.is_not(None))
             .order_by(Submission.score.desc())
             .limit(1)
         ).one_or_none()
@@ -75,7 +77,7 @@ def index(session: Session) -> dict[str, Any]:
             leader = {"submission": str(first.id), "name": first.name, "score": score}
         views.append(
             benchmark_view(session, benchmark)
-            | {"entries": entries, "trials_done": done, "leader": leader, "anchors": anchors(session, splits[0])}
+            | {"entries": entries, "trials_done": done, "leader": leader, "anchors": anchors(session, splits[0].id)}
         )
     return {"benchmarks": views, "generated": session.scalar(select(now(session)))}
 
@@ -87,7 +89,7 @@ def leaderboard(
     *,
     shown: tuple[str | None, str | None] | None = None,
 ) -> dict[str, Any]:
-    """All submissions on one split with their intervals and the ranks that these allow, best first.
+    """All submissions on one split with their intervals and, on the whole split, the ranks that these allow.
 
     Args:
         session: any session.
@@ -100,7 +102,7 @@ def leaderboard(
     """
     benchmark = find_benchmark(session, name)
     split = find_split(session, benchmark, split_name)
-    rows = _standings(session, split.id)
+    rows = _standings(session, split)
     if shown is not None:
         words, number = shown
         on_sheet = sheet(searched(rows, words, *SEARCHED) if words else rows, number)[0]
@@ -119,7 +121,7 @@ def leaderboard(
 _remembered: OrderedDict[tuple[Any, ...], list[dict[str, Any]]] = OrderedDict()
 
 
-def _standings(session: Session, split_id: int) -> list[dict[str, Any]]:
+def _standings(session: Session, split: Split) -> list[dict[str, Any]]:
     """The rows of a split, best first, remembered until a submission or a result is added or one is withdrawn."""
     counts = session.execute(
         select(
@@ -127,28 +129,29 @@ def _standings(session: Session, split_id: int) -> list[dict[str, Any]]:
             func.max(Submission.id),
             func.sum(Submission.n),
             func.sum(case((Submission.state == "cancelled", 1), else_=0)),
-        ).where(Submission.split_id == split_id)
+        ).where(Submission.split_id == split.id)
     ).one()
-    key = (session.get_bind().engine.url, split_id, *counts)
+    key = (session.get_bind().engine.url, split.id, *counts)
     if key not in _remembered:
-        _remembered[key] = _read_standings(session, split_id)
+        _remembered[key] = _read_standings(session, split.id, len(split.cases))
     _remembered.move_to_end(key)
     while len(_remembered) > 16:
         _remembered.popitem(last=False)
     return _remembered[key]
 
 
-def _read_standings(session: Session, split_id: int) -> list[dict[str, Any]]:
+def _read_standings(session: Session, split_id: int, whole: int) -> list[dict[str, Any]]:
+    # Who has not met the whole split stands below who has, and has no rank: fewer scenes are an easier choice of them.
     found = session.execute(
         select(
             Submission.id, Submission.name, User.name, Submission.kind, Submission.method, Submission.imitates,
-            Submission.created, Submission.anchor, Submission.n, Submission.wanted, Submission.score,
+            Submission.created, Submission.anchor, Submission.n, Submission.score,
             Submission.score_low, Submission.score_high, Submission.successes, Submission.judged,
             Submission.latency_ms, Submission.late_share,
         )
         .join(User, User.id == Submission.user_id)
         .where(Submission.split_id == split_id, (Submission.state != "cancelled") | (Submission.n > 0))
-        .order_by(Submission.score.desc().nulls_last(), Submission.id)
+        .order_by(Submission.n < whole, Submission.score.desc().nulls_last(), Submission.id)
     )  # fmt: skip
     rows = [
         {
@@ -161,17 +164,17 @@ def _read_standings(session: Session, split_id: int) -> list[dict[str, Any]]:
             "date": created,
             "anchor": anchor,
             "n": n,
-            "wanted": wanted,
+            "wanted": whole,
             "score": interval(score, low, high),
             "success": _success(successes, judged) if judged else None,
             "rank": None,
             "latency_ms": latency_ms,
             "late_share": late_share,
         }
-        for entry, name, owner, kind, method, imitates, created, anchor, n, wanted, score, low, high, successes,
+        for entry, name, owner, kind, method, imitates, created, anchor, n, score, low, high, successes,
         judged, latency_ms, late_share in found
     ]  # fmt: skip
-    _rank([row for row in rows if row["anchor"] is None and row["score"] is not None])
+    _rank([row for row in rows if row["anchor"] is None and row["n"] >= whole])
     return rows
 
 
@@ -241,8 +244,8 @@ def compare(session: Session, first: int, second: int) -> dict[str, Any]:
     both = sorted(sides[0].keys() & sides[1].keys())
     difference = None
     if both:
-        spread = paired_bootstrap(*([side[slot].score for slot in both] for side in sides), resamples=4000).to_json()
-        difference = interval(spread["value"], spread["low"], spread["high"])
+        ours, theirs = ([side[slot].score for slot in both] for side in sides)
+        difference = mean_difference(ours, theirs, a.split.benchmark)
     judged = [(sides[0][slot].success, sides[1][slot].success) for slot in both]
     judged = [(x, y) for x, y in judged if x is not None and y is not None]
     p = mcnemar_exact(sum(x and not y for x, y in judged), sum(y and not x for x, y in judged)) if judged else None

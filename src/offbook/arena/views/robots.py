@@ -93,13 +93,13 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
     left = func.count(Trial.id)
     rows = session.execute(
         select(Submission.id, Submission.name, Submission.kind, Submission.robot_class, Submission.user_id,
-               User.name.label("owner"), User.share, Benchmark.trial_seconds, left.label("left"))
+               User.name.label("owner"), Benchmark.trial_seconds, left.label("left"))
         .join(Trial, (Trial.submission_id == Submission.id) & (Trial.state == "queued"))
         .join(User, User.id == Submission.user_id)
         .join(Split, Split.id == Submission.split_id)
         .join(Benchmark, Benchmark.id == Split.benchmark_id)
         .where(Submission.state == "open")
-        .group_by(Submission.id, User.name, User.share, Benchmark.trial_seconds)
+        .group_by(Submission.id, User.name, Benchmark.trial_seconds)
         .order_by(Submission.id)
     ).all()  # fmt: skip
     waiting: list[dict[str, Any]] = []
@@ -113,7 +113,7 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
         places = []
         for row in own:
             places.append((tags[row.user_id], row))
-            tags[row.user_id] += row.trial_seconds * (1 + used[row.user_id] / 3600) / row.share
+            tags[row.user_id] += row.trial_seconds * (1 + used[row.user_id] / 3600)
         alive = session.scalar(
             select(func.count(Robot.id)).where(
                 Robot.robot_class == robot_class, Robot.seen > now(session) - ALIVE_SECONDS
