@@ -57,6 +57,33 @@ def test_several_are_compared_on_the_same_episodes(cli, tmp_path):
     assert "not separated" in text.stdout or "better" in text.stdout
 
 
+def test_runs_whose_names_look_alike_keep_their_own_videos(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/bc", "runs-bc"):
+        saved(tmp_path / run, line_world.NAME)
+    done = cli(["evaluate", "runs/bc", "runs-bc", "--episodes", "1", "--videos", "1", "--out", "out"])
+    assert done.exit_code == 0, done.stderr
+    videos = [path.relative_to(tmp_path).parts for path in tmp_path.glob("out/videos/*/*.mp4")]
+    assert sorted(folder for _, _, folder, _ in videos) == ["runs-bc", "runs-bc-2"]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_policy_of_ones_own_is_tested_in_other_processes_too(cli, tmp_path, monkeypatch, jobs):
+    monkeypatch.chdir(tmp_path)
+    module = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(
+        "import numpy as np\nfrom offbook.client import *\n"
+        "def act(state, images):\n    return np.ones(1)\n"
+        "SEEN, DONE = ObservationSpec(state=(('observation', 3),)), ActionSpec(size=1, low=(-2.0,), high=(2.0,))\n"
+        "policy = FunctionPolicy(PolicyMeta(name='one', observation=SEEN, action=DONE), act)\n"
+    )
+    words = ["--task", "gym:Pendulum-v1", "--episodes", "2", "--max-steps", "3", "--jobs", jobs, "--json"]
+    done = cli(["evaluate", f"{module}:policy", *words])
+    assert done.exit_code == 0, done.stderr
+    (result,) = json.loads(done.stdout)["policies"]
+    assert (result["policy"], [episode["steps"] for episode in result["episodes"]]) == ("one", [3, 3])
+
+
 def test_one_episode_admits_that_it_knows_nothing(cli):
     done = cli(["evaluate", "random", "--task", line_world.NAME, "--episodes", "1"])
     assert done.exit_code == 0, done.stderr

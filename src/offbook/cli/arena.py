@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 from offbook.cli.access import TOKEN, URL, read_token
-from offbook.cli.report import Report, table
+from offbook.cli.report import Report, interval_text, table
 from offbook.client.submit import ArenaClient
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.checkpoint import read_header
@@ -313,23 +313,15 @@ def _standing(row: Mapping[str, Any]) -> str:
     return "for good" if row["expires"] is None else "until it expires"
 
 
-def _interval(interval: Mapping[str, Any] | None) -> str:
-    if interval is None:
-        return "-"
-    if interval["low"] is None:
-        return f"{interval['value']:.3g}"
-    return f"{interval['value']:.3g} [{interval['low']:.3g}, {interval['high']:.3g}]"
-
-
 def _entry_text(entry: Mapping[str, Any], url: str) -> str:
     lines = [
         f"submission {entry['id']}: {entry['name']} on {entry['benchmark']['name']}, {entry['split']}",
         entry["state_words"],
     ]
     if entry["score"]:
-        lines.append(f"score {_interval(entry['score'])} over {entry['n']} of {entry['wanted']} trials")
+        lines.append(f"score {interval_text(entry['score'])} over {entry['n']} of {entry['wanted']} trials")
     if entry["success"]:
-        lines.append(f"success {_interval(entry['success'])}")
+        lines.append(f"success {interval_text(entry['success'])}")
     lines += [f"trial {trial['slot']}: {trial['fault']}" for trial in entry["trials"] if trial["fault"]][:10]
     lines.append(f"{url}/submissions/{entry['id']}")
     if entry["kind"] == "remote" and entry["state"] == "open" and not entry["connected"]:
@@ -344,8 +336,8 @@ def _board_text(board: Mapping[str, Any]) -> str:
             row["submission"],
             row["name"],
             row["owner"],
-            _interval(row["score"]),
-            _interval(row["success"]),
+            interval_text(row["score"]),
+            interval_text(row["success"]),
             f"{row['n']} of {row['wanted']}",
         ]
         for row in board["rows"]
@@ -358,5 +350,5 @@ def _pair_text(pair: Mapping[str, Any]) -> str:
     p = "" if pair["mcnemar_p"] is None else f", successes by the exact McNemar test p = {pair['mcnemar_p']:.3g}"
     return (
         f"{pair['a']['name']} minus {pair['b']['name']} on {pair['benchmark']['name']}, {pair['split']}: "
-        f"{_interval(pair['difference'])} over {pair['pairs']} pairs{p}"
+        f"{interval_text(pair['difference'])} over {pair['pairs']} pairs{p}"
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
@@ -14,9 +15,7 @@ from offbook.cli.access import URL, read_token
 from offbook.cli.report import Report, table
 from offbook.client.protocol import Policy
 from offbook.errors import ConfigError, OffbookError, needs_extra
-
-if TYPE_CHECKING:
-    from offbook.client.protocol import ActionSpec
+from offbook.runs.checkpoint import read_header
 
 _POLICIES = "a run folder or checkpoint, expert, expert:GRADE, random, or MODULE:NAME"
 
@@ -98,16 +97,16 @@ def check(
         raise ConfigError("--seconds", expected="a positive number", got=str(seconds), fix="allow some time")
     if robot and task:
         raise ConfigError("--robot and --task", expected="one of them", got="both", fix="drop one")
-    name = robot or task or _recorded_in(target)
+    name = robot or task or recorded_in(target)
+    if name is None:
+        fix = "add --robot pour, or --task ENVIRONMENT"
+        raise ConfigError("--robot", expected="a robot to try it on", got="none", fix=fix)
     with needs_extra("sim"):
         from offbook.robots import make_robot
         from offbook.robots.rehearsal import rehearse
-    policy = find_policy(target, name, seed)
-    machine = make_robot(name)
-    try:
+    with closing(make_robot(name)) as machine:
+        policy = find_policy(target, name, seed)
         rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
-    finally:
-        machine.close()
     rows = [[item.name, item.verdict, item.words] for item in rehearsal.checks]
     verdict = "fine" if rehearsal.ok else "NOT FIT for an arena: " + "; ".join(rehearsal.failures)
     lines = [f"{policy.meta.name} on {name}: {verdict}", "", table(["check", "verdict", ""], rows)]
@@ -126,6 +125,11 @@ def check(
     return Report(text="\n".join(lines), data=data, exit_code=0 if rehearsal.ok else 1)
 
 
+def scripted(target: str) -> bool:
+    """Whether a word on the command line means an expert or random actions, whatever files there are."""
+    return target == "random" or target.partition(":")[0] == "expert"
+
+
 def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
     """The policy that a word on the command line means.
 
@@ -139,46 +143,58 @@ def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
         ConfigError: it means nothing, or something that is no policy.
         CheckpointError: the checkpoint cannot be used.
     """
-    kind, _, rest = target.partition(":")
-    if kind == "expert" or target == "random":
-        return _scripted(kind, rest, task, seed)
-    if not Path(target).exists() and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target):
-        return _of_user(kind, rest)
+    if scripted(target):
+        return _scripted(target, task, seed)
+    if _of_module(target):
+        return _of_user(*target.split(":"))
     with needs_extra("models"):
         from offbook.learning.policies import load_policy
     return load_policy(target)
 
 
-def _scripted(kind: str, grade: str, task: str | None, seed: int) -> Policy:
+def recorded_in(target: str) -> str | None:
+    """The environment that a checkpoint's recordings are from, where it says so; None for other policies.
+
+    Raises:
+        CheckpointError: the word means a checkpoint, and there is none or it cannot be used.
+    """
+    if scripted(target) or _of_module(target):
+        return None
+    with needs_extra("models"):
+        from offbook.learning.policies import policy_file
+    environment = read_header(policy_file(target)).record.get("environment")
+    return environment if isinstance(environment, str) and environment else None
+
+
+def _of_module(target: str) -> bool:
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target) is not None and not Path(target).exists()
+
+
+def _scripted(target: str, task: str | None, seed: int) -> Policy:
     if task is None:
         raise ConfigError("--task", expected="the world that it plays in", got="none", fix="add --task offbook:pour")
     with needs_extra("sim"):
         from offbook.robots import ENVIRONMENTS
+        from offbook.sim.adapters import make
         from offbook.sim.experts import RandomPolicy, make_expert
+        from offbook.sim.spaces import action_spec
     env_id = ENVIRONMENTS.get(task, task)
-    if kind == "random":
-        return RandomPolicy(_actions_of(env_id), seed)
+    if target == "random":
+        with closing(make(env_id)) as env:
+            return RandomPolicy(action_spec(env.action_space), seed)
+    grade = target.partition(":")[2]
     try:
         return make_expert(env_id, float(grade or 1.0), seed)
     except ValueError:
-        fix = "write expert or expert:0.5"
-        raise ConfigError("expert", expected="a grade from 0 to 1", got=repr(grade), fix=fix) from None
-
-
-def _actions_of(env_id: str) -> ActionSpec:
-    from offbook.robots import make_robot
-
-    robot = make_robot(env_id)
-    try:
-        return robot.spec.action
-    finally:
-        robot.close()
+        raise ConfigError("expert", expected="a grade from 0 to 1", got=repr(grade), fix="write expert:0.5") from None
 
 
 def _of_user(module: str, name: str) -> Policy:
     where = f"policy {module}:{name}"
-    # A console script does not look into the current folder by itself; there is where users keep their modules.
-    sys.path.insert(0, str(Path.cwd()))
+    # A console script does not look into the current folder by itself; there is where users keep their modules. It
+    # stays on the path, for worker processes that get the policy must find its module too.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
         policy = found() if isinstance(found, type) or not isinstance(found, Policy) else found
@@ -188,24 +204,7 @@ def _of_user(module: str, name: str) -> Policy:
         got = f"{type(error).__name__}: {error}".splitlines()[0]
         fix = f"mend it, or pass {_POLICIES}"
         raise ConfigError(where, expected="a policy or a function that makes one", got=got, fix=fix) from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
     if not isinstance(policy, Policy):
         got, fix = f"a {type(policy).__name__}", "give it meta, reset(sessions, prompts) and infer(observation)"
         raise ConfigError(where, expected="a policy", got=got, fix=fix)
     return policy
-
-
-def _recorded_in(target: str) -> str:
-    """The environment that a checkpoint's recordings are from."""
-    if Path(target).exists():
-        from offbook.runs.checkpoint import read_header
-
-        with needs_extra("models"):
-            from offbook.learning.policies import policy_file
-        environment = read_header(policy_file(target)).record.get("environment")
-        if isinstance(environment, str) and environment:
-            return environment
-    raise ConfigError(
-        "--robot", expected="a robot to try it on", got="none", fix="add --robot pour, or --task ENVIRONMENT"
-    )

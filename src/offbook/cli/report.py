@@ -73,3 +73,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         for columns in (zip(row, widths, right, strict=True) for row in cells)
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def interval_text(interval: Mapping[str, Any] | None) -> str:
+    """A value with its ends, as `Interval.to_json` and the arena give them.
+
+    Example:
+        >>> interval_text({"value": 0.8125, "low": 0.5, "high": 0.95}), interval_text(None)
+        ('0.812 [0.5, 0.95]', '-')
+    """
+    if interval is None:
+        return "-"
+    ends = "unknown" if interval["low"] is None else f"{interval['low']:.3g}, {interval['high']:.3g}"
+    return f"{interval['value']:.3g} [{ends}]"
