@@ -57,6 +57,26 @@ def test_a_linear_expert_is_cloned(store, tmp_path):
     assert held_out[-1] < 0.1
 
 
+def test_what_never_varied_is_ignored_and_given_back_exactly(store, tmp_path):
+    from offbook.data.normalise import Normalizer
+    from offbook.learning.networks import CloningNetwork
+
+    observed, action = store.schema.observation_spec(), store.schema.action_spec()
+    network = CloningNetwork(observed, action, chunk=2, hidden=8, depth=1, dropout=0.0)
+    parts, name = [part for part, _ in observed.state], store.schema.actions[0]
+    fitted = Normalizer.fit(store, [*parts, name])
+    fitted.std[parts[0]][0], fitted.std[name][1] = 0, 0
+    network.standardise(fitted, parts, name)
+    state = torch.rand(3, observed.state_size, generator=torch.Generator().manual_seed(0))
+    images = {camera: torch.zeros(3, *size, 3, dtype=torch.uint8) for camera, size in observed.cameras.items()}
+    answer = network.act(state, images)
+    assert (answer[..., 1] == np.float32(fitted.mean[name][1])).all()
+    assert answer[..., 0].std() > 0
+    assert torch.isfinite(network.targets(answer)).all()
+    state[:, 0] += 1e6
+    assert torch.equal(network.act(state, images), answer)
+
+
 @pytest.mark.learning
 def test_the_goal_is_found_in_the_picture(store, tmp_path):
     # With the goal hidden from the state, only the camera can tell where to go.

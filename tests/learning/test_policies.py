@@ -183,11 +183,12 @@ def test_a_folder_means_its_newest_policy(sound, tmp_path):
         load_policy(tmp_path / "empty")
 
 
-def test_zero_deviation_gives_a_policy_error_not_a_wild_action(sound, tmp_path):
+def test_overflow_gives_a_policy_error_not_a_wild_action(sound, tmp_path):
     from offbook.client.protocol import Observation, check_chunk
     from offbook.errors import PolicyError
 
-    policy = load_policy(changed(sound, tmp_path / "zero.safetensors", tensors=lambda v: v["state_std"].zero_()))
+    huge = changed(sound, tmp_path / "huge.safetensors", tensors=lambda v: [value.mul_(1e36) for value in v.values()])
+    policy = load_policy(huge)
     seen = Observation(
         sessions=("a",),
         state=np.zeros((1, 3), np.float32),

@@ -66,12 +66,9 @@ def write_clip(
     """
     path = Path(path)
     if not fps > 0 or not 0 <= crf <= 51 or path.suffix != ".mp4":
-        raise ConfigError(
-            f"clip {path}",
-            expected="a name ending in .mp4, a positive rate and a quality of 0 to 51",
-            got=f"rate {fps}, quality {crf}",
-            fix="correct the one that is out of range",
-        )
+        fix = "correct the one that is out of range"
+        expected = "a name ending in .mp4, a positive rate and a quality of 0 to 51"
+        raise ConfigError(f"clip {path}", expected=expected, got=f"rate {fps}, quality {crf}", fix=fix)
     if not frames.size:
         raise DataError(f"clip {path}", expected="frames", got=f"shape {frames.shape}", fix="give one or more")
     _, height, width, _ = frames.shape

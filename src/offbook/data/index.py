@@ -108,12 +108,9 @@ class Index:
         compacted = table.num_rows
         new = [(number, row) for number, row in lines if number >= compacted]
         if [number for number, _ in new] != list(range(compacted, compacted + len(new))):
-            raise DataError(
-                str(folder / JOURNAL),
-                expected=f"episode {compacted} and those after it in order",
-                got=f"episodes {new[0][0]} to {new[-1][0]}",
-                fix=_DAMAGED,
-            )
+            expected = f"episode {compacted} and those after it in order"
+            got = f"episodes {new[0][0]} to {new[-1][0]}"
+            raise DataError(str(folder / JOURNAL), expected=expected, got=got, fix=_DAMAGED)
         if new:
             table = pa.concat_tables([table, pa.Table.from_pylist([row for _, row in new], schema=_COLUMNS)])
         return Index(table, compacted, size)
@@ -179,12 +176,9 @@ def _read_journal(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
         row = _parse_line(line)
         if row is None:
             if any(_parse_line(later) for later in lines[i + 1 :]):
-                raise DataError(
-                    f"{path}, line {i + 1}",
-                    expected="a line that agrees with its checksum",
-                    got="a damaged one before sound ones",
-                    fix=_DAMAGED,
-                )
+                expected = "a line that agrees with its checksum"
+                got = "a damaged one before sound ones"
+                raise DataError(f"{path}, line {i + 1}", expected=expected, got=got, fix=_DAMAGED)
             break
         rows.append(row)
         size += len(line)

@@ -19,22 +19,21 @@ class Normalizer:
     """Mean and standard deviation of each entry of each field.
 
     An entry that hardly varies is divided by a floor instead, 1e-3 times the root mean square of its field, so that
-    noise is not blown up; a constant one is decoded to exactly its value.
+    noise is not blown up. One that never varied tells nothing, whatever it is later: any value is encoded to 0, and
+    anything is decoded to exactly the constant.
 
     Attributes:
         mean: by field, float64, shape of one step's value.
-        std: by field, float64, of the same shape; never 0.
-        floored: by field, how many entries were given the floor; for a message to the user.
+        std: by field, float64, of the same shape; 0 for a constant.
 
     Example:
-        >>> normalizer = Normalizer(mean={"x": np.array([1.0])}, std={"x": np.array([2.0])}, floored={"x": 0})
-        >>> normalizer.encode("x", np.array([[5.0]])).tolist()
-        [[2.0]]
+        >>> normalizer = Normalizer(mean={"x": np.array([1.0, 4.0])}, std={"x": np.array([2.0, 0.0])})
+        >>> normalizer.encode("x", np.array([[5.0, 9.0]])).tolist(), normalizer.decode("x", np.array([2, 3])).tolist()
+        ([[2.0, 0.0]], [5.0, 4.0])
     """
 
     mean: Mapping[str, Float64[np.ndarray, "..."]]
     std: Mapping[str, Float64[np.ndarray, "..."]]
-    floored: Mapping[str, int]
 
     @staticmethod
     def fit(
@@ -50,17 +49,19 @@ class Normalizer:
         Raises:
             DataError: a value is NaN or infinite, no episode has the field, or it is not one of numbers.
         """
-        mean, std, floored = {}, {}, {}
-        for name in fields:
-            mean[name], std[name], floored[name] = _statistics(store, name, episodes)
-        return Normalizer(mean=mean, std=std, floored=floored)
+        both = {name: _statistics(store, name, episodes) for name in fields}
+        return Normalizer(
+            mean={name: mean for name, (mean, _) in both.items()}, std={name: std for name, (_, std) in both.items()}
+        )
 
     def __contains__(self, name: object) -> bool:
         return name in self.mean
 
     def encode(self, name: str, values: Num[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
         """Normalises values of a field; any axes may stand before the field's own."""
-        return np.asarray((values - self._of(name, self.mean)) / self._of(name, self.std), np.float32)
+        std = self._of(name, self.std)
+        # Dividing by infinity feeds zero for a constant.
+        return np.asarray((values - self.mean[name]) / np.where(std > 0, std, np.inf), np.float32)
 
     def decode(self, name: str, values: Num[np.ndarray, "..."]) -> Float64[np.ndarray, "..."]:
         """The inverse of `encode`, in the field's own unit and in float64."""
@@ -68,49 +69,40 @@ class Normalizer:
 
     def _of(self, name: str, statistic: Mapping[str, np.ndarray]) -> np.ndarray:
         if name not in statistic:
-            raise DataError(
-                f"normalisation of {name!r}",
-                expected=f"one of {', '.join(statistic) or 'no field'}",
-                got="a field that was not fitted",
-                fix="fit the normaliser with this field",
-            )
+            fix = "fit the normaliser with this field"
+            expected = f"one of {', '.join(statistic) or 'no field'}"
+            raise DataError(f"normalisation of {name!r}", expected=expected, got="a field that was not fitted", fix=fix)
         return statistic[name]
 
     def to_json(self) -> dict[str, Any]:
         """The statistics as plain JSON types; they come back bit for bit."""
-        return {
-            name: {"mean": self.mean[name].tolist(), "std": self.std[name].tolist(), "floored": self.floored[name]}
-            for name in self.mean
-        }
+        return {name: {"mean": self.mean[name].tolist(), "std": self.std[name].tolist()} for name in self.mean}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "Normalizer":
         """Reads what `to_json` wrote.
 
         Raises:
-            CheckpointError: the record is something else, or a deviation is not a positive number.
+            CheckpointError: the record is something else, or a deviation is negative or not finite.
         """
         try:
             mean = {name: np.asarray(of["mean"], np.float64) for name, of in record.items()}
             std = {name: np.asarray(of["std"], np.float64) for name, of in record.items()}
-            floored = {name: int(of["floored"]) for name, of in record.items()}
             for name in mean:
                 sound = mean[name].shape == std[name].shape and np.isfinite(mean[name]).all()
-                if not sound or not (np.isfinite(std[name]) & (std[name] > 0)).all():
+                if not sound or not (np.isfinite(std[name]) & (std[name] >= 0)).all():
                     raise ValueError(f"unusable numbers for {name!r}")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                "normalisation",
-                expected="a mean and a positive standard deviation for each field",
-                got=f"{type(error).__name__} {error}",
-                fix="use a checkpoint that is whole",
-            ) from error
-        return Normalizer(mean=mean, std=std, floored=floored)
+            fix = "use a checkpoint that is whole"
+            expected = "a mean and a standard deviation for each field"
+            got = f"{type(error).__name__} {error}"
+            raise CheckpointError("normalisation", expected=expected, got=got, fix=fix) from error
+        return Normalizer(mean=mean, std=std)
 
 
 def _statistics(
     store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray]:
     spec = store.schema[name]
     shape = spec.shape
     count, total = 0, np.zeros(shape)
@@ -122,12 +114,8 @@ def _statistics(
         total += values.sum(axis=0)
         low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
     if not count:
-        raise DataError(
-            f"{store.path}, field {name!r}",
-            expected="steps to take statistics of",
-            got="none",
-            fix="choose a field that the chosen episodes hold",
-        )
+        fix = "choose a field that the chosen episodes hold"
+        raise DataError(f"{store.path}, field {name!r}", expected="steps to take statistics of", got="none", fix=fix)
     # Rounding must not move the mean of a constant.
     mean = np.where(low == high, low, total / count)
     squares = np.zeros(shape)
@@ -135,8 +123,7 @@ def _statistics(
         squares += ((values - mean) ** 2).sum(axis=0)
     std = np.sqrt(squares / count)
     scale = float(np.sqrt(np.mean(std**2 + mean**2)))
-    floor = _FLOOR * (scale or 1.0)
-    return mean, np.asarray(np.maximum(std, floor)), int((std < floor).sum())
+    return mean, np.where(low == high, 0.0, np.maximum(std, _FLOOR * scale))
 
 
 def _chunks(
@@ -160,9 +147,6 @@ def _chunks(
 def _refuse(store: EpisodeStore, name: str, row: int) -> None:
     starts = store.episodes["start"]
     episode = int(np.searchsorted(starts, row, "right")) - 1
-    raise DataError(
-        f"{store.path}, field {name!r}, episode {episode}, step {row - int(starts[episode])}",
-        expected="finite numbers",
-        got="NaN or infinity",
-        fix="leave that episode out, or record it again",
-    )
+    fix = "leave that episode out, or record it again"
+    where = f"{store.path}, field {name!r}, episode {episode}, step {row - int(starts[episode])}"
+    raise DataError(where, expected="finite numbers", got="NaN or infinity", fix=fix)

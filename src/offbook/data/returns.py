@@ -44,12 +44,9 @@ class ReturnSpec:
                 "returns gamma", expected="1 for a mean", got=str(self.gamma), fix="leave gamma out or take the sum"
             )
         if self.horizon is not None and (self.kind == "sum" or self.horizon < 1):
-            raise ConfigError(
-                "returns horizon",
-                expected="a positive number of steps for a mean, and none for a sum",
-                got=f"{self.horizon} for a {self.kind}",
-                fix="leave the horizon out or take the mean",
-            )
+            fix = "leave the horizon out or take the mean"
+            expected = "a positive number of steps for a mean, and none for a sum"
+            raise ConfigError("returns horizon", expected=expected, got=f"{self.horizon} for a {self.kind}", fix=fix)
 
 
 def returns_to_go(
@@ -79,12 +76,9 @@ def returns_to_go(
     """
     if spec.horizon is not None and len(lengths) and lengths.max() > spec.horizon:
         longest = int(lengths.argmax())
-        raise DataError(
-            f"episode {longest}",
-            expected=f"at most {spec.horizon} steps, the declared horizon",
-            got=f"{lengths[longest]} steps",
-            fix="declare a longer horizon, or none",
-        )
+        fix = "declare a longer horizon, or none"
+        expected = f"at most {spec.horizon} steps, the declared horizon"
+        raise DataError(f"episode {longest}", expected=expected, got=f"{lengths[longest]} steps", fix=fix)
     result = np.zeros(len(rewards), np.float64)
     values = np.asarray(rewards, np.float64)
     gamma = spec.gamma

@@ -111,12 +111,9 @@ class Schema:
         for spec in self.fields:
             if spec.name == name:
                 return spec
-        raise DataError(
-            f"field {name!r}",
-            expected=f"one of {', '.join(spec.name for spec in self.fields)}",
-            got="a field that the store does not have",
-            fix="choose another field, or recordings that hold it",
-        )
+        fix = "choose another field, or recordings that hold it"
+        expected = f"one of {', '.join(spec.name for spec in self.fields)}"
+        raise DataError(f"field {name!r}", expected=expected, got="a field that the store does not have", fix=fix)
 
     def __contains__(self, name: object) -> bool:
         return any(spec.name == name for spec in self.fields)
@@ -155,12 +152,9 @@ class Schema:
             DataError: the recordings do not say how large actions may be.
         """
         if self.action is None:
-            raise DataError(
-                "schema of the store",
-                expected="the bounds of the actions",
-                got="recordings without them",
-                fix="record or import them again with the environment's action space",
-            )
+            fix = "record or import them again with the environment's action space"
+            expected = "the bounds of the actions"
+            raise DataError("schema of the store", expected=expected, got="recordings without them", fix=fix)
         return self.action
 
     def essentials(self) -> bytes:
@@ -201,12 +195,8 @@ class Schema:
         """
         version = record.get("format")
         if isinstance(version, int) and version > FORMAT:
-            raise DataError(
-                where,
-                expected=f"a store of format {FORMAT} or older",
-                got=f"format {version}",
-                fix="open it with a newer offbook",
-            )
+            fix = "open it with a newer offbook"
+            raise DataError(where, expected=f"a store of format {FORMAT} or older", got=f"format {version}", fix=fix)
         try:
             if version != FORMAT:
                 raise ValueError(f"format {version!r}")
@@ -231,9 +221,6 @@ class Schema:
                 extra=dict(record["extra"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                where,
-                expected="the schema of an episode store",
-                got=f"{type(error).__name__} {error}",
-                fix="copy the store again from where it came from",
-            ) from error
+            fix = "copy the store again from where it came from"
+            expected = "the schema of an episode store"
+            raise DataError(where, expected=expected, got=f"{type(error).__name__} {error}", fix=fix) from error

@@ -87,12 +87,8 @@ class EpisodeStore:
         with explained(path):
             path.mkdir(parents=True, exist_ok=True)
             if any(not child.name.startswith(".") for child in path.iterdir()):
-                raise DataError(
-                    str(path),
-                    expected="a new or empty folder",
-                    got="one that holds something",
-                    fix="choose another folder, or remove this one",
-                )
+                fix = "choose another folder, or remove this one"
+                raise DataError(str(path), expected="a new or empty folder", got="one that holds something", fix=fix)
             write_atomic(path / "store.json", json.dumps(schema.to_json(), indent=1) + "\n")
             sync_path(path.parent)
         return Writer(path)
@@ -163,12 +159,9 @@ class EpisodeStore:
     def final(self, name: str) -> Shaped[np.ndarray, "episodes ..."]:
         """An observation after the last step of each episode, shape [E, ...], mapped read-only."""
         if self.schema[name].role != "observation":
-            raise DataError(
-                f"field {name!r}",
-                expected="an observation",
-                got=f"a field of role {self.schema[name].role!r}",
-                fix=f"choose one of: {', '.join(self.schema.observations) or 'none'}",
-            )
+            fix = f"choose one of: {', '.join(self.schema.observations) or 'none'}"
+            got = f"a field of role {self.schema[name].role!r}"
+            raise DataError(f"field {name!r}", expected="an observation", got=got, fix=fix)
         return self._map(final_file(self.path, name), name, len(self))
 
     def _map(self, file: Path, name: str, rows: int) -> np.ndarray:
@@ -193,12 +186,8 @@ class EpisodeStore:
             DataError: there is no such episode.
         """
         if not 0 <= number < len(self):
-            raise DataError(
-                f"episode {number}",
-                expected=f"0 to {len(self) - 1}" if len(self) else "no episode, the store is empty",
-                got=str(number),
-                fix="choose another",
-            )
+            expected = f"0 to {len(self) - 1}" if len(self) else "no episode, the store is empty"
+            raise DataError(f"episode {number}", expected=expected, got=str(number), fix="choose another")
         row = self._index.row(number)
         start, length, missing = row.pop("start"), row.pop("length"), row.pop("missing")
         del row["sha256"]
@@ -249,9 +238,5 @@ class EpisodeStore:
             arrays: dict[str, np.ndarray | None] = dict.fromkeys(row["missing"])
             arrays.update(self.episode(number).fields)
             if episode_sha256(self.schema, arrays, row) != expected:
-                raise DataError(
-                    f"{self.path}, episode {number}, steps {row['start']} to {row['start'] + row['length'] - 1}",
-                    expected="the values that were written",
-                    got="different ones",
-                    fix=DAMAGED,
-                )
+                where = f"{self.path}, episode {number}, steps {row['start']} to {row['start'] + row['length'] - 1}"
+                raise DataError(where, expected="the values that were written", got="different ones", fix=DAMAGED)

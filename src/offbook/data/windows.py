@@ -116,12 +116,10 @@ class WindowSampler:
         keep = counts > 0
         self.dropped = int((~keep).sum())
         if not keep.any():
-            raise DataError(
-                f"{self.store.path}, windows of {self.length} steps",
-                expected=f"an episode of {self.length} steps or more",
-                got=f"{len(chosen)} episodes, the longest of {max(lengths, default=0)} steps",
-                fix="ask for shorter windows, or pad them",
-            )
+            fix = "ask for shorter windows, or pad them"
+            expected = f"an episode of {self.length} steps or more"
+            got = f"{len(chosen)} episodes, the longest of {max(lengths, default=0)} steps"
+            raise DataError(f"{self.store.path}, windows of {self.length} steps", expected=expected, got=got, fix=fix)
         self._episodes, self._lengths, self._counts = chosen[keep], lengths[keep], counts[keep]
         self._starts = self.store.episodes["start"][self._episodes]
 
@@ -136,12 +134,10 @@ class WindowSampler:
             returns = self.store.episodes["return"][self._episodes]
             if not np.isfinite(returns).all():
                 bad = int(self._episodes[~np.isfinite(returns)][0])
-                raise DataError(
-                    f"{self.store.path}, episode {bad}",
-                    expected="a finite return, to weigh windows by",
-                    got=str(self.store.episodes["return"][bad]),
-                    fix="weigh by window or episode, or leave that episode out",
-                )
+                fix = "weigh by window or episode, or leave that episode out"
+                expected = "a finite return, to weigh windows by"
+                got = str(self.store.episodes["return"][bad])
+                raise DataError(f"{self.store.path}, episode {bad}", expected=expected, got=got, fix=fix)
             spread = returns.max() - returns.min()
             chances *= 0.01 + (returns - returns.min()) / spread if spread > 0 else 1.0
         self._cumulative = np.cumsum(chances)

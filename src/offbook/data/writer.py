@@ -59,12 +59,8 @@ class Writer:
             known = check_file(file, spec, rows)
             if known > rows:
                 # Going on would cut them.
-                raise DataError(
-                    str(self.path),
-                    expected=f"an index of the {known} rows in {file.parent.name}/{file.name}",
-                    got=f"one of {rows}",
-                    fix=DAMAGED,
-                )
+                expected = f"an index of the {known} rows in {file.parent.name}/{file.name}"
+                raise DataError(str(self.path), expected=expected, got=f"one of {rows}", fix=DAMAGED)
             self._handles[file] = os.open(file, os.O_RDWR)
             os.ftruncate(self._handles[file], offset(spec, rows))
         self._handles[self._journal] = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666)
@@ -220,12 +216,9 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(
-            str(error.filename or path),
-            expected="to write the store",
-            got=error.strerror or str(error),
-            fix="see to the disk and its permissions, then append again: what was appended before is safe",
-        ) from error
+        fix = "see to the disk and its permissions, then append again: what was appended before is safe"
+        got = error.strerror or str(error)
+        raise DataError(str(error.filename or path), expected="to write the store", got=got, fix=fix) from error
 
 
 def _lock(path: Path) -> int:
@@ -236,12 +229,9 @@ def _lock(path: Path) -> int:
     except BlockingIOError:
         owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
         os.close(handle)
-        raise DataError(
-            str(path),
-            expected="to be the only writer",
-            got=f"process {owner or 'unknown'} writing to it",
-            fix="wait for that one, or write to another store",
-        ) from None
+        fix = "wait for that one, or write to another store"
+        got = f"process {owner or 'unknown'} writing to it"
+        raise DataError(str(path), expected="to be the only writer", got=got, fix=fix) from None
     os.ftruncate(handle, 0)
     os.pwrite(handle, str(os.getpid()).encode(), 0)
     return handle
@@ -291,12 +281,9 @@ def _checked(
             raise DataError(place, expected=spec.dtype, got=values.dtype.name, fix=fix)
         if values.shape != (rows, *spec.shape):
             reason = ", one for each step and one after the last" if spec.role == "observation" else ""
-            raise DataError(
-                place,
-                expected=f"shape {(rows, *spec.shape)} for {length} steps{reason}",
-                got=f"shape {values.shape}",
-                fix="give every field the same steps",
-            )
+            fix = "give every field the same steps"
+            expected = f"shape {(rows, *spec.shape)} for {length} steps{reason}"
+            raise DataError(place, expected=expected, got=f"shape {values.shape}", fix=fix)
         arrays[spec.name] = values
     return arrays, length
 
@@ -306,12 +293,10 @@ def _length(schema: Schema, arrays: Mapping[str, np.ndarray | None], where: str)
     given = {name: np.shape(values) for name, values in arrays.items() if values is not None}
     if not given or not all(given.values()):
         bad = next((name for name, shape in given.items() if not shape), "")
-        raise DataError(
-            f"{where}, field {bad!r}" if bad else where,
-            expected="rows of values, one for each step",
-            got="a single value" if bad else "no field at all",
-            fix="give the values of a whole episode",
-        )
+        fix = "give the values of a whole episode"
+        expected = "rows of values, one for each step"
+        got = "a single value" if bad else "no field at all"
+        raise DataError(f"{where}, field {bad!r}" if bad else where, expected=expected, got=got, fix=fix)
     steps = [shape[0] for name, shape in given.items() if schema[name].role != "observation"]
     length = int(steps[0] if steps else next(iter(given.values()))[0] - 1)
     if length < 1:

@@ -36,8 +36,7 @@ class CloningConfig:
     Attributes:
         parts: state parts to look at, such as joints; None takes all that the recordings have.
         cameras: cameras to look at.
-        chunk: number H of future actions that the network predicts. With few, a network that sees the joints can go
-            by where the arm is already heading; with many it has to find out where to go.
+        chunk: number H of future actions that the network predicts.
         execute: how many of them are carried out before the next look, 1 to H.
         hidden: width of the layers behind the encoders.
         depth: number of those layers.
@@ -239,8 +238,7 @@ def _error(
         flat = functional.cross_entropy(predicted.flatten(0, 1), batch["action"].flatten(), reduction="none")
         each = flat.reshape(valid.shape)
     else:
-        target = (batch["action"] - network.action_mean) / network.action_std
-        each = (predicted - target).square().mean(2)
+        each = (predicted - network.targets(batch["action"])).square().mean(2)
     return torch.sum(each * valid) / valid.sum()
 
 
@@ -253,12 +251,8 @@ class _Recordings:
         self.parts, self.cameras = tuple(name for name, _ in chosen.state), tuple(chosen.cameras)
         self.action = store.schema.action_spec()
         if len(store.schema.actions) != 1:
-            raise DataError(
-                str(store.path),
-                expected="one action field",
-                got=f"{len(store.schema.actions)}",
-                fix="record with one Box or Discrete action space",
-            )
+            fix = "record with one Box or Discrete action space"
+            raise DataError(str(store.path), expected="one action field", got=f"{len(store.schema.actions)}", fix=fix)
         self.action_field = store.schema.actions[0]
         self.train, self.held_out = _episodes(store, config, (*self.parts, *self.cameras, self.action_field))
         continuous = (self.action_field,) if self.action.choices is None else ()
@@ -293,7 +287,10 @@ class _Recordings:
         }
 
     def validate(self, network: CloningNetwork) -> Mapping[str, float]:
-        """The mean loss over windows spread evenly over the episodes held out; nothing without such episodes."""
+        """The mean loss over windows spread evenly over the steps held out, so that long episodes count for more.
+
+        Nothing without such episodes.
+        """
         if not len(self.held_out):
             return {}
         sampler = self._sampler(self.held_out)
@@ -314,12 +311,10 @@ def _chosen(store: EpisodeStore, config: CloningConfig) -> ObservationSpec:
     for kind, names, known in (("part", parts, sizes), ("camera", config.cameras, offered.cameras)):
         for name in names:
             if name not in known:
-                raise ConfigError(
-                    f"--{kind}s {name}",
-                    expected=f"a {kind} of the recordings in {store.path}",
-                    got=f"none of {', '.join(known) or 'none at all'}",
-                    fix=nearest(name, known) if known else f"leave --{kind}s out",
-                )
+                fix = nearest(name, known) if known else f"leave --{kind}s out"
+                expected = f"a {kind} of the recordings in {store.path}"
+                got = f"none of {', '.join(known) or 'none at all'}"
+                raise ConfigError(f"--{kind}s {name}", expected=expected, got=got, fix=fix)
     if not parts and not config.cameras:
         raise ConfigError("--parts, --cameras", expected="something to look at", got="nothing", fix="name a part")
     return ObservationSpec(
@@ -338,12 +333,9 @@ def _episodes(
         use &= success == 1.0
     kept = np.flatnonzero(use).astype(np.int64)
     if not len(kept):
-        raise DataError(
-            str(store.path),
-            expected="a successful episode with " + ", ".join(fields),
-            got=f"none among {len(store)}",
-            fix="record more, choose other parts, or add --no-success-only",
-        )
+        fix = "record more, choose other parts, or add --no-success-only"
+        expected = "a successful episode with " + ", ".join(fields)
+        raise DataError(str(store.path), expected=expected, got=f"none among {len(store)}", fix=fix)
     order = kept[generator(config.fit.seed, "held out").permutation(len(kept))]
     held_out = min(round(config.held_out * len(kept)), len(kept) - 1)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

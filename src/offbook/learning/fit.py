@@ -318,19 +318,13 @@ class _Loop:
             for name, tensor in batch_at(index).items():
                 bad = int((~torch.isfinite(tensor)).sum())
                 if bad:
-                    raise DataError(
-                        f"training step {step + 1}, batch tensor {name!r}",
-                        expected="finite numbers",
-                        got=f"{bad} of {tensor.numel()} NaN or infinite",
-                        fix=f"mend the recordings; {kept}",
-                    )
+                    got = f"{bad} of {tensor.numel()} NaN or infinite"
+                    where = f"training step {step + 1}, batch tensor {name!r}"
+                    raise DataError(where, expected="finite numbers", got=got, fix=f"mend the recordings; {kept}")
         culprits = [n for n, p in self.named.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-        raise OffbookError(
-            f"training step {step + 1}, " + (f"gradient of {culprits[0]!r}" if culprits else "loss"),
-            expected="finite numbers",
-            got=f"NaN or infinity (loss {loss:g})",
-            fix=f"lower --fit.learning-rate or --fit.clip-norm; {kept}",
-        )
+        fix = f"lower --fit.learning-rate or --fit.clip-norm; {kept}"
+        where = f"training step {step + 1}, " + (f"gradient of {culprits[0]!r}" if culprits else "loss")
+        raise OffbookError(where, expected="finite numbers", got=f"NaN or infinity (loss {loss:g})", fix=fix)
 
     def report(
         self, done: int, metrics: Mapping[str, Tensor], due: Sequence[Callable[[int, nn.Module], Mapping[str, float]]]
@@ -367,12 +361,9 @@ class _Loop:
     def _refuse_weights(self, done: int, name: str) -> None:
         path = self.run.checkpoint(KIND)
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
-        raise OffbookError(
-            f"training step {done}, weight {name!r}",
-            expected="finite numbers",
-            got="NaN or infinity",
-            fix=f"lower --fit.learning-rate; {kept}",
-        )
+        fix = f"lower --fit.learning-rate; {kept}"
+        expected = "finite numbers"
+        raise OffbookError(f"training step {done}, weight {name!r}", expected=expected, got="NaN or infinity", fix=fix)
 
     def restore(self) -> int:
         """Loads the checkpoint, if there is one, and returns the number of steps that it has behind it."""
@@ -396,12 +387,9 @@ class _Loop:
                 moments = {k: v.reshape(parameter.shape).to(device) for k, v in state.items() if k != "step"}
                 self.optimizer.state[parameter] = {"step": state["step"], **moments}
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                str(path),
-                expected="the state of this very training",
-                got=f"another one ({str(error).strip().splitlines()[0]})",
-                fix="resume with the configuration and the data in the run's config.json",
-            ) from error
+            fix = "resume with the configuration and the data in the run's config.json"
+            got = f"another one ({str(error).strip().splitlines()[0]})"
+            raise CheckpointError(str(path), expected="the state of this very training", got=got, fix=fix) from error
         if self.is_main:
             self.run.truncate_metrics(step)
         return step

@@ -13,7 +13,7 @@ from offbook.client.protocol import ActionSpec, ObservationSpec
 from offbook.data.normalise import Normalizer
 
 _KEYPOINTS = 32
-# An input this many deviations from its mean tells no more than that; a floored deviation would blow it up.
+# An input this many deviations from its mean tells no more than that.
 _INPUT_LIMIT = 10.0
 
 
@@ -82,7 +82,7 @@ class CloningNetwork(nn.Module):
             state: as recorded, in its own units.
             images: frames by camera.
         """
-        seen = [((state - self.state_mean) / self.state_std).clamp(-_INPUT_LIMIT, _INPUT_LIMIT)]
+        seen = [_standard(state, self.state_mean, self.state_std).clamp(-_INPUT_LIMIT, _INPUT_LIMIT)]
         for encoder, camera in zip(self.encoders, self.observation.cameras, strict=True):
             # A permuted NHWC tensor is what PyTorch calls channels_last: no copy, and convolutions like it.
             seen.append(_keypoints(encoder(images[camera].permute(0, 3, 1, 2).float() / 127.5 - 1)))
@@ -97,6 +97,15 @@ class CloningNetwork(nn.Module):
         if self.action.choices is not None:
             return out.argmax(2, keepdim=True).float()
         return out * self.action_std + self.action_mean
+
+    def targets(self, action: Float[Tensor, "batch time action"]) -> Float[Tensor, "batch time action"]:
+        """Continuous actions in the units of the network's output."""
+        return _standard(action, self.action_mean, self.action_std)
+
+
+def _standard(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Standardised values; zero where the deviation is 0, which is how `Normalizer` marks a constant."""
+    return (values - mean) / torch.where(std > 0, std, torch.inf)
 
 
 def _encoder() -> nn.Module:

@@ -29,12 +29,10 @@ def policy_file(path: Path | str) -> Path:
     file = path / "checkpoints" / "last.safetensors" if path.is_dir() else path
     if not file.is_file():
         unfinished = (path / "config.json").is_file()
-        raise CheckpointError(
-            str(path),
-            expected="a trained policy: a run folder or a checkpoint file",
-            got="a run that has not saved one yet" if unfinished else "neither",
-            fix="finish the training with --resume" if unfinished else "check the path",
-        )
+        fix = "finish the training with --resume" if unfinished else "check the path"
+        expected = "a trained policy: a run folder or a checkpoint file"
+        got = "a run that has not saved one yet" if unfinished else "neither"
+        raise CheckpointError(str(path), expected=expected, got=got, fix=fix)
     return file
 
 
