@@ -73,6 +73,20 @@ def test_record_list_verify_render(cli: Cli, checkout: Path) -> None:
     assert entries[1].id in (checkout / "docs/a.md").read_text()
 
 
+def test_pages_that_quote_the_markers_are_left_alone(cli: Cli, checkout: Path) -> None:
+    (checkout / "docs").mkdir()
+    page = checkout / "docs/commands.md"
+    told = cli(["ledger", "render", "--help"]).stdout
+    assert "<!-- ledger:NAME -->" in told
+    page.write_text(f"```text\n{told}```\nA block runs from `<!-- ledger:NAME -->` to `<!-- /ledger -->`.\n")
+    before = page.read_text()
+    assert cli(["ledger", "render"]).stdout == "written: results/README.md\n"
+    assert page.read_text() == before
+    page.write_text(f"{before}<!-- ledger:all -->\n")
+    outcome = cli(["ledger", "render"])
+    assert (outcome.exit_code, "commands.md: expected closed ledger blocks" in outcome.stderr) == (1, True)
+
+
 def test_verify_that_disagrees_fails(cli: Cli, checkout: Path) -> None:
     cli(["bench", "first", "--record"])
     ledger = checkout / "results/ledger.jsonl"

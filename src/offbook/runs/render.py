@@ -1,7 +1,7 @@
 """Draws the ledger: the table in `results/README.md`, and marked blocks inside pages of the documentation.
 
-A block in a page begins with `<!-- ledger:NAME -->` and ends with `<!-- /ledger -->`; NAME is a system, a benchmark,
-the id of an entry, or `all`. What stands between is replaced.
+A block in a page begins with `<!-- ledger:NAME -->` and ends with `<!-- /ledger -->`, each on a line of its own; NAME
+is a system, a benchmark, the id of an entry, or `all`. What stands between is replaced.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from offbook.errors import DataError
 from offbook.runs.directory import write_atomic
 from offbook.runs.ledger import Entry, Ledger, Metric, latest
 
-_BLOCK = re.compile(r"(<!-- ledger:([\w./-]+) -->\n).*?(<!-- /ledger -->)", re.DOTALL)
-_OPENING = re.compile(r"<!-- ledger:")
+# Only on a line of its own is a marker one: text may speak of it.
+_BLOCK = re.compile(r"^(<!-- ledger:([\w./-]+) -->\n).*?^(<!-- /ledger -->)$", re.DOTALL | re.MULTILINE)
+_OPENING = re.compile(r"^<!-- ledger:", re.MULTILINE)
 _HEAD = "| claim | ours | baseline | paper | verdict | command | minutes | entry |\n|---|---|---|---|---|---|---|---|"
 
 _README = """\
