@@ -11,7 +11,7 @@ from offbook.data.clips import probe
 from offbook.errors import ConfigError, PolicyError
 from offbook.evaluate.figures import draw_evaluations
 from offbook.evaluate.rollout import evaluate_policy, pictures_for
-from offbook.evaluate.stats import bootstrap_mean, clopper_pearson
+from offbook.evaluate.stats import bounded_mean, clopper_pearson
 from offbook.evaluate.trials import compare, compare_all
 from offbook.runs.seeding import evaluation_seeds, training_seeds
 
@@ -28,7 +28,7 @@ def test_summary_of_known_episodes():
     starts = [float(np.random.Generator(np.random.PCG64(e.seed)).uniform(-3, 0)) for e in result.results]
     assert [episode.success for episode in result.results] == [start >= -2 for start in starts]
     assert result.summary["success"] == clopper_pearson(sum(start >= -2 for start in starts), 12)
-    assert result.summary["score"] == bootstrap_mean(np.clip(np.array(starts) + 3, 0, 1))
+    assert result.summary["score"] == bounded_mean(np.clip(np.array(starts) + 3, 0, 1), 0.0, 1.0)
     assert result.metric == "score"
     assert [e.return_ for e in result.results] == [float(bool(e.success)) for e in result.results]
     assert evaluated(seed=1).results != result.results

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from offbook.client.protocol import ObservationSpec, Policy
 from offbook.data.clips import write_clip
 from offbook.errors import ConfigError
-from offbook.evaluate.stats import Interval, bootstrap_mean, clopper_pearson
+from offbook.evaluate.stats import Interval, bootstrap_mean, bounded_mean, clopper_pearson
 from offbook.runs.parallel import run_parallel
 from offbook.runs.progress import track
 from offbook.runs.seeding import evaluation_seeds
@@ -103,7 +104,7 @@ class Evaluation:
 
 
 def summarise(results: Sequence[EpisodeResult]) -> dict[str, Interval]:
-    """Means with 95% intervals: exact for success, bootstrap for the rest.
+    """Means with 95% intervals: exact for success, by the range for scores from 0 to 1, bootstrap for the rest.
 
     Args:
         results: one episode or more.
@@ -121,7 +122,8 @@ def summarise(results: Sequence[EpisodeResult]) -> dict[str, Interval]:
         summary["success"] = clopper_pearson(sum(bool(result.success) for result in results), len(results))
     scores = [result.score for result in results if result.score is not None]
     if len(scores) == len(results):
-        summary["score"] = bootstrap_mean(scores)
+        shares = min(scores) >= 0 and max(scores) <= 1
+        summary["score"] = bounded_mean(scores, 0.0, 1.0) if shares else bootstrap_mean(scores)
     summary["return"] = bootstrap_mean([result.return_ for result in results])
     summary["length"] = bootstrap_mean([result.steps for result in results])
     return summary
@@ -173,39 +175,27 @@ def evaluate_policy(
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(flag, expected="1 or more", got=str(value), fix=f"change {flag}")
     if scenes is not None and len(scenes) != episodes:
-        raise ConfigError(
-            "scenes", expected=f"{episodes}, one for each episode", got=str(len(scenes)), fix="give as many"
-        )
-    made_with = {**(settings or {}), **pictures_for(env_id, policy.meta.observation)}
-    seeds = evaluation_seeds(seed, episodes)
-    shards = [
-        _Shard(
-            numbers=tuple(numbers.tolist()),
-            seeds=tuple(seeds[number] for number in numbers),
-            options=None if scenes is None else tuple({"scene": dict(scenes[number])} for number in numbers),
-        )
-        # Smaller shares than processes, for the sake of the progress bar and of uneven episodes.
-        for numbers in np.array_split(np.arange(episodes), 1 if jobs == 1 else min(episodes, 4 * jobs))
-    ]
+        expected = f"{episodes}, one for each episode"
+        raise ConfigError("scenes", expected=expected, got=str(len(scenes)), fix="give as many")
+    shards = _shards(evaluation_seeds(seed, episodes), scenes, jobs, videos if video_dir is not None else 0)
+    label = f"evaluating {policy.meta.name}"
     work = partial(
         _play_shard,
         env_id=env_id,
-        settings=made_with,
+        settings={**(settings or {}), **pictures_for(env_id, policy.meta.observation)},
         policy=policy,
         parallel=parallel,
         video_dir=video_dir,
-        videos=videos,
         max_steps=max_steps,
-        label="" if jobs > 1 else f"evaluating {policy.meta.name}",
+        label="" if jobs > 1 else label,
     )
-    label = f"evaluating {policy.meta.name}" if jobs > 1 else ""
-    results = tuple(result for shard in run_parallel(work, shards, jobs=jobs, label=label) for result in shard)
+    played = run_parallel(work, shards, jobs=jobs, label=label if jobs > 1 else "")
     return Evaluation(
         environment=env_id,
         settings=settings or {},
         policy=policy.meta.name,
         scenes=None if scenes is None else tuple(scenes),
-        results=results,
+        results=tuple(result for shard in played for result in shard),
     )
 
 
@@ -223,11 +213,34 @@ def pictures_for(env_id: str, wanted: ObservationSpec) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Shard:
-    """The episodes that one process plays at a time."""
+    """The episodes that one process plays at a time.
 
-    numbers: tuple[int, ...]
+    Attributes:
+        first: number of the first of them.
+        seeds: of each.
+        options: for the reset of each, where scenes are given.
+        videos: how many of them are filmed.
+    """
+
+    first: int
     seeds: tuple[int, ...]
     options: tuple[dict[str, Any], ...] | None
+    videos: int
+
+
+def _shards(seeds: Sequence[int], scenes: Sequence[Mapping[str, Any]] | None, jobs: int, videos: int) -> list[_Shard]:
+    """Runs of neighbouring episodes; more than processes, for the sake of the progress bar and of uneven episodes."""
+    count = 1 if jobs == 1 else min(len(seeds), 4 * jobs)
+    edges = np.linspace(0, len(seeds), count + 1).astype(int).tolist()
+    return [
+        _Shard(
+            first=first,
+            seeds=tuple(seeds[first:stop]),
+            options=None if scenes is None else tuple({"scene": dict(scene)} for scene in scenes[first:stop]),
+            videos=max(0, videos - first),
+        )
+        for first, stop in pairwise(edges)
+    ]
 
 
 class _Filming:
@@ -264,11 +277,10 @@ def _play_shard(
     policy: Policy,
     parallel: int,
     video_dir: Path | None,
-    videos: int,
     max_steps: int | None,
     label: str,
 ) -> list[EpisodeResult]:
-    filmed = [s for n, s in zip(shard.numbers, shard.seeds, strict=True) if video_dir is not None and n < videos]
+    filmed = shard.seeds[: shard.videos]
     filming = _Filming(filmed)
     envs = [make(env_id, **settings) for _ in range(min(parallel, len(shard.seeds)))]
     try:
@@ -282,9 +294,8 @@ def _play_shard(
             frames=filming if filmed else None,
         )
         results = []
-        for number, played in zip(
-            shard.numbers, track(episodes, label, len(shard.seeds)) if label else episodes, strict=True
-        ):
+        shown = track(episodes, label, len(shard.seeds)) if label else episodes
+        for number, played in enumerate(shown, shard.first):
             video = None
             if video_dir is not None and played.seed in filmed:
                 video = filming.develop(played.seed, video_dir / f"episode-{number:03d}.mp4")

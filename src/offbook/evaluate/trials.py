@@ -103,16 +103,11 @@ def _check_paired(first: Evaluation, second: Evaluation) -> None:
     for what in ("environment", "settings", "scenes"):
         a, b = getattr(first, what), getattr(second, what)
         if a != b:
-            raise ConfigError(
-                f"comparison of {first.policy!r} and {second.policy!r}",
-                expected=f"the same {what}",
-                got=f"{str(a)[:100]} and {str(b)[:100]}",
-                fix="evaluate both in the same way",
-            )
+            fix = "evaluate both in the same way"
+            where = f"comparison of {first.policy!r} and {second.policy!r}"
+            raise ConfigError(where, expected=f"the same {what}", got=f"{str(a)[:100]} and {str(b)[:100]}", fix=fix)
     if [result.seed for result in first.results] != [result.seed for result in second.results]:
-        raise ConfigError(
-            f"comparison of {first.policy!r} and {second.policy!r}",
-            expected="the same episodes",
-            got=f"{len(first.results)} and {len(second.results)} episodes of different seeds",
-            fix="evaluate both with the same number of episodes and seed",
-        )
+        fix = "evaluate both with the same number of episodes and seed"
+        expected = "the same episodes"
+        got = f"{len(first.results)} and {len(second.results)} episodes of different seeds"
+        raise ConfigError(f"comparison of {first.policy!r} and {second.policy!r}", expected=expected, got=got, fix=fix)
