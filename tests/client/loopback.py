@@ -36,7 +36,8 @@ def arena(script: Callable[[ServerConnection], None], **options: object) -> Iter
         except BaseException as error:
             failures.append(error)
 
-    with serve(handle, "127.0.0.1", 0, process_request=admit, compression=None, max_size=2**24, **options) as server:
+    options = {"process_request": admit, "compression": None, "max_size": 2**24, **options}
+    with serve(handle, "127.0.0.1", 0, **options) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:

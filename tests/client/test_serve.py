@@ -1,6 +1,7 @@
 """A policy that dials out, against a scripted arena on loopback."""
 
 import asyncio
+import http
 import queue
 import socket
 import threading
@@ -88,29 +89,29 @@ def test_pings_live_during_slow_inference_and_the_newest_observation_wins():
     assert answers[1]["chunk"][0, 0] == 39
 
 
-def test_waiting_sessions_are_answered_in_one_call():
-    release = threading.Event()
-    policy = EchoPolicy(before=lambda observation: release.wait(5))
-    answers = {}
+def test_one_trial_follows_another_and_the_newest_reset_counts():
+    policy, answers = EchoPolicy(), []
 
     def script(connection):
         greet(connection)
-        for session in "abc":
+        for session in "ab":
             send(connection, wire.reset(session, ""))
-        ask(connection, "a", 1, value=1)
-        assert connection.ping().wait(2)
-        for value, session in enumerate("abc", start=2):
-            ask(connection, session, 2, value=value)
-        assert connection.ping().wait(2)
-        release.set()
-        for _ in range(4):
-            answer = receive(connection)
-            answers[answer["session"], answer["seq"]] = answer["chunk"][0, 0]
+            ask(connection, session, 1)
+            answers.append(receive(connection))
+        ask(connection, "a", 2)
+        answers.append(receive(connection))
+        for end in "ab":
+            send(connection, wire.end(end, "done"))
+        send(connection, wire.reset("a", "again"))
+        ask(connection, "a", 1)
+        answers.append(receive(connection))
 
     with arena(script) as url:
-        run(policy, url)
-    assert policy.batches == [("a",), ("a", "b", "c")]
-    assert answers == {("a", 1): 1, ("a", 2): 2, ("b", 2): 3, ("c", 2): 4}
+        lines = run(policy, url)
+    kinds = [(answer["type"], answer["session"]) for answer in answers]
+    assert kinds == [("act", "a"), ("act", "b"), ("error", "a"), ("act", "a")]
+    assert policy.batches == [("a",), ("b",), ("a",)]
+    assert "a: the connection ended during the trial" in lines
 
 
 def test_an_answer_to_an_episode_that_is_over_is_not_sent():
@@ -231,6 +232,31 @@ def test_an_arena_that_refuses_the_submission_says_why():
 
     with arena(script) as url, pytest.raises(SubmissionError, match="there is no submission sub-1"):
         run(EchoPolicy(), url)
+
+
+@pytest.mark.faults
+def test_a_refusal_that_passes_is_waited_out(monkeypatch):
+    monkeypatch.setattr(serve, "_BACKOFF_FIRST_S", 0.02)
+    visits = []
+
+    def admit(connection, request):
+        visits.append("dialled")
+        return connection.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "wait\n") if len(visits) == 1 else None
+
+    def script(connection):
+        visits.append(receive(connection)["type"])
+        busy = wire.error("too_many_policies", "at most 32 connected at once")
+        send(connection, busy if len(visits) == 3 else wire.ready("raw"))
+
+    with arena(script, process_request=admit) as url:
+        lines = run(EchoPolicy(), url)
+    assert visits == ["dialled", "dialled", "hello", "dialled", "hello"]
+    assert ["HTTP 429" in lines[0], "at most 32" in lines[1]] == [True, True]
+    assert lines[-1].startswith("the arena is done")
+    with arena(script, process_request=admit) as url:
+        visits.clear()
+        with pytest.raises(SubmissionError, match="HTTP 429"):
+            run(EchoPolicy(), url, once=True)
 
 
 @pytest.mark.faults

@@ -1,7 +1,7 @@
 """A policy dials out to an arena and waits for trials: nobody opens a port, nobody hands out an address.
 
 Inference runs in a thread of its own, so that a slow network never looks like a dead connection; of several
-observations of one session that wait, the newest wins; those of several sessions are answered in one call.
+observations that wait, the newest wins. A connection carries one trial after another.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import random
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 
 from offbook.client import wire
 from offbook.client.channel import BLAMES_PEER, HANDSHAKE_S, InferenceThread, dial, receive, socket_url
-from offbook.client.protocol import Observation, Policy, check_chunk
+from offbook.client.protocol import Policy, check_chunk
 from offbook.errors import ConfigError, OffbookError, SubmissionError
 
 Report = Callable[[str], None]
@@ -30,7 +30,8 @@ logger = logging.getLogger(__name__)
 
 _SEND_S = 10.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.5, 30.0
-_MOST_SESSIONS = 256
+# Refusals that time may lift: the same policy may be let in later.
+_PASSING = frozenset({"too_many_policies"})
 
 
 def serve_policy(
@@ -50,7 +51,7 @@ def serve_policy(
     SIGTERM end it like `stop`. An exception in the policy ends that trial with a one-line error, not the service.
 
     Args:
-        policy: any `Policy`; called from one thread, several waiting sessions in one call.
+        policy: any `Policy`; called from one thread, with one session at a time.
         url: the arena, such as `https://arena.example`.
         token: bearer token with the scope `submit`; it travels in the Authorization header only.
         submission: id of the submission that this policy plays for.
@@ -143,6 +144,8 @@ class _Service:
                 answer = await receive(socket, wire.FRAME_LIMIT, frozenset({"ready", "error"}))
         except wire.WireError as error:
             raise self._error("version 1 of the protocol", error.reason, "update the older of the two sides") from None
+        if answer["type"] == "error" and answer["code"] in _PASSING:
+            raise ConnectionRefusedError(answer["message"])
         if answer["type"] == "error":
             fix = "check the submission id and the policy's description"
             raise self._error("to be accepted", f"{answer['code']}: {answer['message']}", fix)
@@ -164,16 +167,17 @@ class _Service:
 
 
 class _Player:
-    """One connection of a policy: takes frames in, keeps the newest observation per session, sends answers out."""
+    """One connection of a policy: takes frames in, keeps the newest observation of the trial, sends answers out."""
 
     def __init__(
         self, policy: Policy, socket: ClientConnection, images: str, thread: InferenceThread, report: Report
     ) -> None:
         self._policy, self._socket, self._thread, self._report = policy, socket, thread, report
         self._limit = wire.frame_limit(images)
-        self._episode: dict[str, int] = {}  # which of a session's episodes runs: late answers of an earlier one drop
-        self._resets: dict[str, str] = {}
-        self._waiting: dict[str, dict[str, Any]] = {}
+        self._session: str | None = None  # of the trial that runs
+        self._episode = 0  # counts beginnings and ends: answers to an earlier one are dropped
+        self._prompt: str | None = None  # of a trial that the policy has not heard of yet
+        self._newest: dict[str, Any] | None = None
         self._wake = asyncio.Event()
 
     async def play(self) -> None:
@@ -196,57 +200,54 @@ class _Player:
             answering.cancel()
             receiving.cancel()
             await asyncio.gather(answering, receiving, return_exceptions=True)
-            if self._episode:
-                self._report(f"the connection ended during {len(self._episode)} trial(s)")
+            if self._session is not None:
+                self._report(f"{self._session}: the connection ended during the trial")
 
     async def _take_in(self) -> None:
-        check, episodes = wire.SequenceCheck(), 0
+        check = wire.SequenceCheck()
         while True:
             message = await receive(self._socket, self._limit, wire.FROM_ARENA - {"ready"})
             check(message)
             kind, session = message["type"], message.get("session", "")
             if kind == "reset":
-                episodes += 1
-                self._episode[session], self._resets[session] = episodes, message["prompt"]
-                self._waiting.pop(session, None)
+                self._begin(session, message["prompt"])
                 self._report(f"{session}: trial begins")
-            elif kind == "obs" and session in self._episode:
-                self._waiting[session] = message
+            elif kind == "obs" and session == self._session:
+                self._newest = message
             elif kind == "obs":
                 await self._send(wire.error("no_reset", "an observation came before the reset", session))
             elif kind == "end":
-                self._forget(session)
+                if session == self._session:
+                    self._begin(None, None)
                 self._report(f"{session}: trial ended, {message['outcome']}")
             else:
                 self._report(f"{session or 'arena'}: {message['code']}: {message['message']}")
-            if len(self._episode) > _MOST_SESSIONS:
-                expected = f"at most {_MOST_SESSIONS} at once"
-                raise wire.WireError(wire.REFUSED, "sessions", expected=expected, got="one more")
             self._wake.set()
 
-    def _forget(self, session: str) -> None:
-        for table in (self._episode, self._resets, self._waiting):
-            table.pop(session, None)
+    def _begin(self, session: str | None, prompt: str | None) -> None:
+        """Another trial, or none, takes the place of the one that runs."""
+        self._session, self._prompt, self._newest = session, prompt, None
+        self._episode += 1
 
     async def _answer(self) -> None:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            # One call answers every session that waits; what arrives meanwhile waits for the next call.
-            while self._resets or self._waiting:
-                resets, self._resets = self._resets, {}
-                waiting, self._waiting = self._waiting, {}
-                episodes = dict(self._episode)
-                call = self._thread.submit(_decide, self._policy, resets, list(waiting.values()))
-                chunks, faults = await asyncio.wrap_future(call)
-                for session, fault in faults.items():
+            # Of what arrives meanwhile the newest waits for the next call.
+            while (session := self._session) is not None and (self._prompt is not None or self._newest is not None):
+                episode, prompt, message = self._episode, self._prompt, self._newest
+                self._prompt = self._newest = None
+                call = self._thread.submit(_decide, self._policy, session, prompt, message)
+                chunk, fault = await asyncio.wrap_future(call)
+                if fault:
                     self._report(f"{session}: {fault}")
-                    if self._episode.get(session) == episodes.get(session):
-                        self._forget(session)
-                        await self._send(wire.error("policy_error", fault, session))
-                for session, chunk in chunks.items():
-                    if self._episode.get(session) == episodes.get(session):
-                        await self._send(wire.act(session, waiting[session]["seq"], chunk))
+                if episode != self._episode:
+                    continue
+                if fault:
+                    self._begin(None, None)
+                    await self._send(wire.error("policy_error", fault, session))
+                elif chunk is not None and message is not None:
+                    await self._send(wire.act(session, message["seq"], chunk))
 
     async def _send(self, message: Mapping[str, Any]) -> None:
         # An arena that stops reading must not make answers pile up here; it would not read a goodbye either.
@@ -259,29 +260,21 @@ class _Player:
 
 
 def _decide(
-    policy: Policy, resets: Mapping[str, str], messages: Sequence[Mapping[str, Any]]
-) -> tuple[dict[str, NDArray[np.float32]], dict[str, str]]:
-    """Runs in the inference thread: answers by session, and one line for each session that has none."""
-    faults: dict[str, str] = {}
-    observations: list[Observation] = []
-    affected = [*resets, *(message["session"] for message in messages)]
+    policy: Policy, session: str, prompt: str | None, message: Mapping[str, Any] | None
+) -> tuple[NDArray[np.float32] | None, str]:
+    """Runs in the inference thread: the answer, where one is asked for, and one line when the policy failed."""
     try:
-        if resets:
-            policy.reset(list(resets), list(resets.values()))
-        for message in messages:
-            try:
-                observations.append(wire.read_observation(message, policy.meta))
-            except wire.WireError as error:
-                faults[message["session"]] = error.reason
-        affected = [session for each in observations for session in each.sessions]
-        if not affected:
-            return {}, faults
+        if prompt is not None:
+            policy.reset([session], [prompt])
+        if message is None:
+            return None, ""
         # NaN passes: the robot's own guard refuses such steps one by one and names them on the run page.
-        chunk = check_chunk(policy.infer(wire.join(observations)), len(affected), policy.meta, finite=False)
+        answer = policy.infer(wire.read_observation(message, policy.meta))
+        return check_chunk(answer, 1, policy.meta, finite=False)[0], ""
+    except wire.WireError as error:
+        return None, error.reason
     except OffbookError as error:
-        return {}, faults | dict.fromkeys(affected, str(error))
-    except Exception as error:  # the policy is user code: its exception ends these trials, not the service
+        return None, str(error)
+    except Exception as error:  # the policy is user code: its exception ends this trial, not the service
         logger.exception("the policy raised an exception")
-        line = f"the policy raised {type(error).__name__}: {error}".splitlines()[0]
-        return {}, faults | dict.fromkeys(affected, line)
-    return dict(zip(affected, chunk, strict=True)), faults
+        return None, f"the policy raised {type(error).__name__}: {error}".splitlines()[0]

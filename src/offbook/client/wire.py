@@ -18,7 +18,7 @@ shapes are checked before memory is taken, and every fault is a `WireError` with
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -208,20 +208,6 @@ def read_observation(message: Mapping[str, Any], meta: PolicyMeta) -> Observatio
         images[camera] = np.array(image.pixels() if isinstance(image, CompressedImage) else image)[None]
     time = np.array([message["t"]], np.float64)
     return Observation(sessions=(message["session"],), state=np.array(state)[None], images=images, time=time)
-
-
-def join(observations: Sequence[Observation]) -> Observation:
-    """Observations of several sessions as one, in order."""
-    if len(observations) == 1:
-        return observations[0]
-    return Observation(
-        sessions=tuple(session for each in observations for session in each.sessions),
-        state=np.concatenate([each.state for each in observations]),
-        images={
-            camera: np.concatenate([each.images[camera] for each in observations]) for camera in observations[0].images
-        },
-        time=np.concatenate([each.time for each in observations]),
-    )
 
 
 # --- validation: one table, used for what is sent and what is received -----------------------------------------------
