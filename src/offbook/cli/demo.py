@@ -6,18 +6,20 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+from offbook.cli.access import TOKEN
+from offbook.cli.children import Children
 from offbook.cli.main import VERBS, call
 from offbook.cli.report import Report
 from offbook.client.submit import ArenaClient
-from offbook.errors import OffbookError, SubmissionError
+from offbook.errors import SubmissionError
 from offbook.runs.progress import track
 
 
@@ -53,12 +55,15 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
 
     _say("Open an arena, and lend it two simulated robots")
     token = _do(f"arena init {out}/arena --benchmarks pour --trials {trials}")["token"]
-    with ExitStack() as stack, _environment(OFFBOOK_TOKEN=token):
+    with ExitStack() as stack:
+        os.environ[TOKEN] = token  # for the commands below, in this process and beside it
+        stack.callback(os.environ.pop, TOKEN, None)
         children = Children(out / "logs", stack)
         children.start("arena", f"arena serve {out}/arena --port {url.rpartition(':')[2]}")
         arena = stack.enter_context(ArenaClient(url))
+        asked = time.monotonic()
         while not _answers(arena):
-            children.check()
+            children.check(asked, "an arena that answers", "no answer")
         for name in ("left", "right"):
             children.start(name, f"arena worker --robot pour --url {url} --name {name}")
 
@@ -77,7 +82,8 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
         text = f"{board.text}\n\nIn {minutes:.1f} minutes. Look at the trials and their videos: {look}"
         if stay:
             print(text, flush=True)
-            _until_interrupted()
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()
     return Report(text="" if stay else text, data={**board.data, "minutes": minutes})
 
 
@@ -93,70 +99,6 @@ def _do(line: str) -> Mapping[str, Any]:
     return call(" ".join(words[:n]), words[n:]).data
 
 
-class Children:
-    """The processes beside this one; each writes its own log and ends with the demo.
-
-    Args:
-        logs: folder for the logs.
-        stack: at whose end they are stopped.
-    """
-
-    def __init__(self, logs: Path, stack: ExitStack) -> None:
-        self._logs, self._stack = logs, stack
-        self._running: dict[Path, subprocess.Popen[bytes]] = {}
-        logs.mkdir(parents=True, exist_ok=True)
-
-    def start(self, name: str, line: str) -> None:
-        """Shows a command and runs it in a process of its own."""
-        print(f"$ offbook {line} &", file=sys.stderr, flush=True)
-        log = self._logs / f"{name}.log"
-        with log.open("wb") as file:
-            words = [sys.executable, "-m", "offbook.cli.main", *shlex.split(line)]
-            child = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-        self._running[log] = child
-        self._stack.callback(_stop, child)
-
-    def check(self) -> None:
-        """Waits half a second.
-
-        Raises:
-            OffbookError: one of the processes has failed; with the last line that it wrote.
-        """
-        for log, child in self._running.items():
-            if child.poll():
-                said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
-                raise OffbookError(
-                    f"demo, process {log.stem!r}",
-                    expected="that it runs until the end",
-                    got=f"exit code {child.returncode}: {said[-1]}",
-                    fix=f"read {log}, mend the cause, and run the demo again: it goes on where it was",
-                )
-        time.sleep(0.5)
-
-
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    child.terminate()
-    try:
-        child.wait(15)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _answers(arena: ArenaClient) -> bool:
     with suppress(SubmissionError):
         return bool(arena.benchmarks())
@@ -165,19 +107,14 @@ def _answers(arena: ArenaClient) -> bool:
 
 def _ended_trials(arena: ArenaClient, submissions: list[str], children: Children) -> Iterator[None]:
     """Something for each trial that has ended, until all have."""
-    seen, going = 0, True
-    while going:
+    seen, since = 0, time.monotonic()
+    while True:
         entries = [arena.status(each) for each in submissions]
-        going = any(entry["state"] == "open" for entry in entries)
         ended = sum(trial["state"] in ("done", "policy_fault") for entry in entries for trial in entry["trials"])
-        yield from [None] * (ended - seen)
-        seen = ended
-        children.check()
-
-
-def _until_interrupted() -> None:
-    try:
-        while True:
-            time.sleep(3600)
-    except KeyboardInterrupt:
-        return
+        if ended > seen:
+            yield from [None] * (ended - seen)
+            seen, since = ended, time.monotonic()
+        going = [f"{entry['name']}: {entry['state_words']}" for entry in entries if entry["state"] == "open"]
+        if not going:
+            return
+        children.check(since, "a trial that ends", "; ".join(going))
