@@ -181,12 +181,8 @@ def _load(verb: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("offbook"):
             raise
-        raise MissingExtraError(
-            f"offbook {verb}",
-            expected=f"the module {error.name!r}",
-            got="an installation without it",
-            fix="run: pip install 'offbook[all]'",
-        ) from None
+        got, fix = "an installation without it", "run: pip install 'offbook[all]'"
+        raise MissingExtraError(f"offbook {verb}", expected=f"the module {error.name!r}", got=got, fix=fix) from None
     return function
 
 
@@ -234,12 +230,8 @@ def _plain_os_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (*known, errno.EROFS) or (error.filename is None and error.errno != errno.ENOSPC):
             raise
-        raise OffbookError(
-            str(error.filename or "disk"),
-            expected="a path that can be used",
-            got=(error.strerror or "an error").lower(),
-            fix="check the path and its rights",
-        ) from error
+        where, expected, fix = str(error.filename or "disk"), "a path that can be used", "check the path and its rights"
+        raise OffbookError(where, expected=expected, got=(error.strerror or "an error").lower(), fix=fix) from error
 
 
 if __name__ == "__main__":

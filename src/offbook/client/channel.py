@@ -74,12 +74,9 @@ def socket_url(url: str, path: str) -> str:
     schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
     if parts.scheme not in schemes or not parts.hostname or parts.username or parts.query:
         shown = f"{parts.scheme}://{parts.hostname or ''}"
-        raise ConfigError(
-            "arena address",
-            expected="http(s)://HOST[:PORT] or ws(s)://HOST[:PORT], with the token given apart",
-            got=repr(shown),
-            fix="pass the address that the arena printed when it started",
-        )
+        expected = "http(s)://HOST[:PORT] or ws(s)://HOST[:PORT], with the token given apart"
+        fix = "pass the address that the arena printed when it started"
+        raise ConfigError("arena address", expected=expected, got=repr(shown), fix=fix)
     prefix = parts.path.rstrip("/").removesuffix(path)
     return f"{schemes[parts.scheme]}://{parts.netloc}{prefix}{path}"
 

@@ -111,12 +111,9 @@ class PolicyMeta:
                 chunk=int(record["chunk"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(
-                "policy description",
-                expected="the keys name, observation, action and chunk as PolicyMeta.to_json writes them",
-                got=f"{type(error).__name__} {error}",
-                fix="send PolicyMeta.to_json()",
-            ) from error
+            expected = "the keys name, observation, action and chunk as PolicyMeta.to_json writes them"
+            got, fix = f"{type(error).__name__} {error}", "send PolicyMeta.to_json()"
+            raise ConfigError("policy description", expected=expected, got=got, fix=fix) from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -217,12 +214,8 @@ def check_chunk(
     bad = np.argwhere(~np.isfinite(array))
     if finite and len(bad):
         row, step, entry = bad[0]
-        raise PolicyError(
-            f"policy {meta.name!r}, chunk step {step}, entry {entry}",
-            expected="a finite action",
-            got=str(array[row, step, entry]),
-            fix=fix,
-        )
+        where = f"policy {meta.name!r}, chunk step {step}, entry {entry}"
+        raise PolicyError(where, expected="a finite action", got=str(array[row, step, entry]), fix=fix)
     return array
 
 
@@ -240,12 +233,8 @@ def check_fit(policy: PolicyMeta, observation: ObservationSpec, action: ActionSp
     """
 
     def refuse(expected: str, got: str) -> None:
-        raise ConfigError(
-            f"policy {policy.name!r} on {robot}",
-            expected=expected,
-            got=got,
-            fix="use a policy trained on recordings of this robot",
-        )
+        where = f"policy {policy.name!r} on {robot}"
+        raise ConfigError(where, expected=expected, got=got, fix="use a policy trained on recordings of this robot")
 
     offered_parts = dict(observation.state)
     for part, length in policy.observation.state:

@@ -3,7 +3,7 @@
 from offbook.robots.base import SafetyLimits
 from offbook.robots.gym import GymRobot
 from offbook.sim.tabletop import arm
-from offbook.sim.tabletop.pour import CONTROL_HZ
+from offbook.sim.tabletop.pour import CONTROL_HZ, MAX_STEPS
 
 
 def pour(image_size: int = 64) -> GymRobot:
@@ -22,4 +22,4 @@ def pour(image_size: int = 64) -> GymRobot:
     # twice that, so that a trial here and a local evaluation of the same policy give the same numbers.
     jump = tuple(2 * arm.MAX_VELOCITY / CONTROL_HZ)
     limits = SafetyLimits(posture="joints", velocity=jump)
-    return GymRobot("offbook:pour", limits=limits, max_steps=160, image_size=image_size)
+    return GymRobot("offbook:pour", limits=limits, max_steps=MAX_STEPS, image_size=image_size)

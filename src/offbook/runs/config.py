@@ -113,12 +113,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
-        raise ConfigError(
-            where,
-            expected=f"one of {', '.join(map(repr, arguments))}",
-            got=_shown(value),
-            fix=nearest(str(value), map(str, arguments)),
-        )
+        expected = f"one of {', '.join(map(repr, arguments))}"
+        raise ConfigError(where, expected=expected, got=_shown(value), fix=nearest(str(value), map(str, arguments)))
     if is_dataclass(hint):
         return from_json(cast(type[Any], hint), value, where)
     if origin is tuple and isinstance(value, list | tuple):

@@ -135,12 +135,8 @@ class RunDirectory:
         difference = _first_difference(old, config)
         if difference:
             key, before, now = difference
-            raise ConfigError(
-                f"{where}: {key}",
-                expected=f"{before} as the run began",
-                got=now,
-                fix="resume with the configuration in its config.json, or start a new run",
-            )
+            fix = "resume with the configuration in its config.json, or start a new run"
+            raise ConfigError(f"{where}: {key}", expected=f"{before} as the run began", got=now, fix=fix)
 
     @classmethod
     def open(cls, path: Path | str) -> RunDirectory:
@@ -168,12 +164,8 @@ class RunDirectory:
             got = "JSON without a configuration"
             raise CheckpointError(str(file), expected="the configuration of a run", got=got, fix=fix)
         if record.get("format") != _FORMAT:
-            raise CheckpointError(
-                str(file),
-                expected=f"run format {_FORMAT}",
-                got=f"format {record.get('format')!r}",
-                fix="install the offbook that wrote it, or a newer one",
-            )
+            expected, fix = f"run format {_FORMAT}", "install the offbook that wrote it, or a newer one"
+            raise CheckpointError(str(file), expected=expected, got=f"format {record.get('format')!r}", fix=fix)
         return record
 
     def config(self) -> dict[str, Any]:
@@ -230,12 +222,9 @@ class RunDirectory:
                 row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
                 rows.append({**row, "step": int(row["step"])})
             except (ValueError, AttributeError, KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{file}, line {number}",
-                    expected="a JSON object with a step",
-                    got=repr(line[:60]),
-                    fix="delete the line; the checkpoints do not depend on it",
-                ) from error
+                where, expected = f"{file}, line {number}", "a JSON object with a step"
+                fix = "delete the line; the checkpoints do not depend on it"
+                raise CheckpointError(where, expected=expected, got=repr(line[:60]), fix=fix) from error
         return rows
 
     def truncate_metrics(self, step: int) -> None:

@@ -282,12 +282,8 @@ def verify(recorded: Entry, *, folder: Path = Path(), tolerance: float = 0.05) -
         claims = [from_json(Claim, claim, "claim") for claim in printed]
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        raise OffbookError(
-            recorded.command,
-            expected="claims as JSON",
-            got=f"exit code {done.returncode}: {last}",
-            fix="run the command by hand",
-        ) from error
+        where, got = recorded.command, f"exit code {done.returncode}: {last}"
+        raise OffbookError(where, expected="claims as JSON", got=got, fix="run the command by hand") from error
     again = {
         metric.name: metric
         for claim in claims

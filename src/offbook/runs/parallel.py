@@ -71,12 +71,8 @@ def _results(
             with _ray(jobs, address), joblib.parallel_config(backend="ray"):
                 yield from joblib.Parallel(n_jobs=jobs)(joblib.delayed(function)(item) for item in items)
     except TerminatedWorkerError as error:
-        raise OffbookError(
-            "parallel work",
-            expected="workers that live",
-            got="a worker process that was killed, of lack of memory as a rule",
-            fix="lower --jobs",
-        ) from error
+        got = "a worker process that was killed, of lack of memory as a rule"
+        raise OffbookError("parallel work", expected="workers that live", got=got, fix="lower --jobs") from error
 
 
 @contextmanager

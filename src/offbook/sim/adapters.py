@@ -47,12 +47,9 @@ def make(env_id: str, *, image_size: int | None = None, **settings: Any) -> AnyE
     """
     library, _, name = env_id.partition(":")
     if library not in LIBRARIES or not name:
-        raise ConfigError(
-            f"environment {env_id!r}",
-            expected="LIBRARY:NAME",
-            got=f"library {library!r}" if name else "no name",
-            fix=nearest(library, LIBRARIES) if library not in LIBRARIES else f"write {library}:NAME",
-        )
+        where = f"environment {env_id!r}"
+        fix = nearest(library, LIBRARIES) if library not in LIBRARIES else f"write {library}:NAME"
+        raise ConfigError(where, expected="LIBRARY:NAME", got=f"library {library!r}" if name else "no name", fix=fix)
     with _explained(env_id):
         return LIBRARIES[library](name, image_size, settings)
 
@@ -183,12 +180,9 @@ def _check_name(library: str, name: str, known: Collection[str]) -> None:
     if name in known:
         return
     close = get_close_matches(name, known, n=1)
-    raise ConfigError(
-        f"environment '{library}:{name}'",
-        expected=f"a name of the library {library!r}",
-        got="an unknown one",
-        fix=nearest(name, known) if close or len(known) <= 12 else f"choose one such as {library}:{min(known)}",
-    )
+    where = f"environment '{library}:{name}'"
+    fix = nearest(name, known) if close or len(known) <= 12 else f"choose one such as {library}:{min(known)}"
+    raise ConfigError(where, expected=f"a name of the library {library!r}", got="an unknown one", fix=fix)
 
 
 def _registered(modules: tuple[str, ...]) -> list[str]:

@@ -111,12 +111,9 @@ def _open(out: Path, plan: _Plan, resume: bool) -> Writer:
         before = {"environment": schema.environment, **dict(schema.extra.get("recording", {}))}
         for key, wanted in {"environment": plan.env_id, **plan.to_json()}.items():
             if before.get(key) != wanted:
-                raise ConfigError(
-                    f"{out}, {key}",
-                    expected=f"{wanted!r}, as this recording has it",
-                    got=f"a store with {before.get(key)!r}",
-                    fix="record into another folder, or repeat the settings of the first time",
-                )
+                expected = f"{wanted!r}, as this recording has it"
+                fix = "record into another folder, or repeat the settings of the first time"
+                raise ConfigError(f"{out}, {key}", expected=expected, got=f"a store with {before.get(key)!r}", fix=fix)
         return EpisodeStore.append_to(out)
     env = make(plan.env_id, **plan.settings)
     try:

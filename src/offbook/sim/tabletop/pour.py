@@ -21,6 +21,7 @@ from offbook.sim.tabletop.scene import SPLITS, Scene, scenes
 __all__ = ["CUP_HEIGHT", "SPLITS", "START", "Pour", "Scene", "cup_frame", "scenes"]
 
 CONTROL_HZ = 30.0
+MAX_STEPS = 160
 SUBSTEPS = 8
 REST_STEPS = 15  # half a second in which nothing has moved any more
 GRAINS = 20
@@ -75,7 +76,7 @@ class Pour(gym.Env[Any, np.ndarray]):
     render_mode = "rgb_array"
     prompt = "pour the grains from the cup into the bowl"
 
-    def __init__(self, *, image_size: int = 64, split: str = "seen", max_steps: int = 160) -> None:
+    def __init__(self, *, image_size: int = 64, split: str = "seen", max_steps: int = MAX_STEPS) -> None:
         if image_size and not 16 <= image_size <= 1024:
             raise ConfigError(
                 "image_size", expected="16 to 1024 pixels, or 0", got=str(image_size), fix="choose another size"
@@ -147,12 +148,8 @@ class Pour(gym.Env[Any, np.ndarray]):
         self._data.ctrl[:] = self._target
         self._mujoco.mj_step(self._model, self._data, nstep=SUBSTEPS)
         if not np.isfinite(self._data.qpos).all():
-            raise RobotError(
-                f"simulated arm, step {self._steps}",
-                expected="a stable simulation",
-                got="NaN",
-                fix="attempt the trial again",
-            )
+            where = f"simulated arm, step {self._steps}"
+            raise RobotError(where, expected="a stable simulation", got="NaN", fix="attempt the trial again")
         # Positions derived from the joints lag one substep behind after mj_step.
         self._mujoco.mj_forward(self._model, self._data)
         self._steps += 1

@@ -61,12 +61,8 @@ class Scene:
         for name, (low, high) in _RANGES.items():
             values = np.atleast_1d(getattr(self, name))
             if not np.all((values >= low) & (values <= high)):
-                raise ConfigError(
-                    f"scene.{name}",
-                    expected=f"values from {low} to {high}",
-                    got=str(getattr(self, name)),
-                    fix="correct the scene",
-                )
+                where, expected = f"scene.{name}", f"values from {low} to {high}"
+                raise ConfigError(where, expected=expected, got=str(getattr(self, name)), fix="correct the scene")
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "Scene":
