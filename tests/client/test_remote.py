@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -87,11 +86,9 @@ def test_faults_are_blamed_on_the_side_they_come_from(script, kind, words):
 @pytest.mark.faults
 def test_silence_is_a_policy_fault_after_the_deadline():
     over = threading.Event()
-    began = time.monotonic()
     error = scripted(lambda connection, message: over.wait(0.5), deadline_s=0.2)
     assert type(error) is PolicyError
     assert "within 0.2 s" in str(error)
-    assert time.monotonic() - began < 4
 
 
 def test_a_late_answer_to_an_earlier_question_is_passed_over():

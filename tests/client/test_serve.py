@@ -5,7 +5,6 @@ import http
 import queue
 import socket
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -358,22 +357,20 @@ def test_an_arena_that_stops_reading_is_left(monkeypatch):
 
     thread = threading.Thread(target=asyncio.run, args=(deaf_arena(),))
     thread.start()
-    began = time.monotonic()
     try:
         with pytest.raises(SubmissionError, match=r"has not read for 0\.3 s"):
             run(Talkative(), f"http://127.0.0.1:{ports.get(timeout=5)}", once=True)
     finally:
         over.set()
         thread.join(10)
-    assert time.monotonic() - began < 8
 
 
 def test_stop_ends_the_service_even_while_the_policy_thinks():
-    stop, thinking, never = threading.Event(), threading.Event(), threading.Event()
+    stop, thinking, never, waited_for = threading.Event(), threading.Event(), threading.Event(), []
 
     def stuck(observation):
         thinking.set()
-        never.wait(20)
+        waited_for.append(never.wait(60))
 
     def script(connection):
         greet(connection)
@@ -385,10 +382,9 @@ def test_stop_ends_the_service_even_while_the_policy_thinks():
             connection.recv(5)
 
     with arena(script) as url:
-        began = time.monotonic()
         lines = run(EchoPolicy(before=stuck), url, stop=stop)
+    assert waited_for == []
     never.set()
-    assert time.monotonic() - began < 5
     assert lines[-1] == "stopped"
 
 

@@ -31,6 +31,7 @@ class Slider:
         self.calls: list[str] = []
         self.stops: list[str] = []
         self.steps = 0
+        self.held = threading.Semaphore(0)  # one for each step of holding
         self.fail: dict[str, int] = {}  # method name -> step from which it raises
 
     def _may_fail(self, method: str) -> None:
@@ -62,6 +63,7 @@ class Slider:
     def hold(self):
         self._may_fail("hold")
         self.steps += 1
+        self.held.release()
         return ActResult(applied=self.joints, done=self.steps >= self.spec.max_steps)
 
     def frame(self):
@@ -114,10 +116,10 @@ def ramp(n: int = 1, step: float = 0.01) -> Callable[[int], np.ndarray]:
 
 
 def waiting_for(release: threading.Event) -> Callable[[int], np.ndarray]:
-    """Answers only once released, or after ten seconds."""
+    """Answers only once released; nobody else may wait so long."""
 
     def chunk(k: int) -> np.ndarray:
-        release.wait(10)
+        assert release.wait(60), "somebody has waited for the policy"
         return np.zeros((1, 2))
 
     return chunk

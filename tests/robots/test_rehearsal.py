@@ -97,17 +97,14 @@ def test_answers_that_no_robot_takes_fail(chunk, words):
 @pytest.mark.faults
 def test_a_policy_that_never_answers_fails_in_the_time_given():
     release = threading.Event()
-    began = time.monotonic()
     result = rehearse(Slider(), Mover(waiting_for(release)), seconds=1)
     release.set()
-    assert time.monotonic() - began < 3
     assert "no answer from the policy within 0.5 s" in result.failures[0]
 
 
 def test_the_time_given_ends_a_long_episode_without_blame():
-    began = time.monotonic()
     result = rehearse(Slider(steps=10**6), Follower(delay_s=0.01), seconds=1.5)
-    assert time.monotonic() - began < 4
+    assert result.record.steps < 1000
     assert result.ok
     assert "until the time was up" in result.checks[0].words
 

@@ -66,29 +66,44 @@ def test_sync_is_for_simulators_only():
         run_trial(Slider(simulated=False), Mover(ramp()), None, 0)
 
 
-def test_real_time_keeps_the_rate_and_a_quick_policy_is_never_late():
+def test_real_time_keeps_the_rate_and_a_quick_policy_is_not_late():
     began = time.monotonic()
-    record = run_trial(Slider(simulated=False, rate_hz=20, steps=12), Mover(ramp()), None, 0, sync=False)
-    assert time.monotonic() - began >= 11 / 20
+    record = run_trial(Slider(simulated=False, rate_hz=5, steps=5), Mover(ramp()), None, 0, sync=False)
+    assert time.monotonic() - began >= 4 / 5
     assert record.outcome == "done"
-    assert record.late_share <= 0.25  # a busy machine may lose a step
+    assert record.late.sum() <= 1  # a busy machine may lose a step
     moved = record.action[~record.late, 0]
     np.testing.assert_allclose(moved, 0.01 * np.arange(1, len(moved) + 1), rtol=1e-5)
 
 
+def after_holds(robot, count, chunk):
+    """Answers with a chunk each time that the robot has held so many more steps."""
+
+    def answer(k):
+        for _ in range(count):
+            assert robot.held.acquire(timeout=20)
+        return chunk(k)
+
+    return answer
+
+
 def test_in_real_time_the_robot_holds_and_counts_until_the_answer_comes():
-    policy = Mover(lambda k: np.full((1, 2), 0.1 * (k + 1)), delay_s=0.1)
-    record = run_trial(Slider(simulated=False, rate_hz=25, steps=12), policy, None, 0, sync=False)
-    # An answer takes two and a half steps of 40 ms: two held, then the late answer.
-    assert 0.5 <= record.late_share <= 0.95
-    np.testing.assert_array_equal(record.action[record.late][:2], 0)
+    robot = Slider(simulated=False, rate_hz=25, steps=12)
+    policy = Mover(after_holds(robot, 2, lambda k: np.full((1, 2), 0.1 * (k + 1))))
+    record = run_trial(robot, policy, None, 0, sync=False)
+    late = record.late
+    assert late[:2].all()
+    assert 0.5 <= record.late_share < 1
+    np.testing.assert_array_equal(record.action[: np.argmin(late)], 0)
     assert len(policy.asked) >= 2
-    assert [event.kind for event in record.events].count("late") >= 2
+    # One event for each streak of late steps.
+    assert [event.kind for event in record.events].count("late") == np.sum(late & ~np.r_[False, late[:-1]]) >= 2
 
 
 def test_a_late_chunk_skips_the_steps_that_are_past():
-    policy = Mover(lambda k: 0.01 * np.arange(1, 17).reshape(8, 2), delay_s=0.09)
-    record = run_trial(Slider(simulated=False, rate_hz=25, steps=8), policy, None, 0, sync=False)
+    robot = Slider(simulated=False, rate_hz=25, steps=8)
+    policy = Mover(after_holds(robot, 2, lambda k: 0.01 * np.arange(1, 17).reshape(8, 2)))
+    record = run_trial(robot, policy, None, 0, sync=False)
     held = int(np.argmin(record.late))
     assert held >= 2
     np.testing.assert_allclose(record.action[held:, 0], 0.01 * (2 * np.arange(held, 8) + 1), rtol=1e-5)
@@ -113,12 +128,10 @@ def test_too_many_late_steps_in_a_row_are_the_policys_fault():
 def test_a_policy_that_never_answers_is_at_fault_after_the_deadline(sync):
     release = threading.Event()
     policy = Mover(waiting_for(release))
-    began = time.monotonic()
     record = run_trial(Slider(steps=1000), policy, None, 0, sync=sync, deadline_s=0.2)
     release.set()
     assert record.outcome == "policy_fault"
     assert "within 0.2 s" in record.reason
-    assert time.monotonic() - began < 3
 
 
 @pytest.mark.faults
@@ -225,10 +238,8 @@ def test_a_lost_lease_stops_the_robot_even_while_the_policy_thinks():
 
     robot = Slider()
     policy = Mover(waiting_for(release))
-    began = time.monotonic()
     record = run_trial(robot, policy, None, 0, heartbeat=beat)
     release.set()
-    assert time.monotonic() - began < 3
     assert record.outcome == "robot_fault"
     assert "heartbeat failed: ConnectionError: stale fence 4" in record.reason
     assert robot.stops == [record.reason]
