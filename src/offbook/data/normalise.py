@@ -132,16 +132,21 @@ def _chunks(
     """The field's real steps in float64, a bounded number at a time, each chunk with the row it begins at."""
     values, present = store.field(name), store.present(name)
     chosen = np.arange(len(store)) if episodes is None else np.unique(episodes)
-    chosen = chosen[present[chosen]]
-    rows = max(1, _CHUNK // store.schema[name].size)
-    starts = store.episodes["start"][chosen]
-    stops = starts + store.episodes["length"][chosen]
-    # Neighbouring episodes are read as one stretch.
-    first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1])) if len(chosen) else np.zeros(0, np.int64)
-    last = np.append(first[1:], len(chosen)) - 1
-    for begin, end in zip(starts[first].tolist(), stops[last].tolist() if len(chosen) else [], strict=True):
-        for row in range(begin, end, rows):
-            yield row, np.asarray(values[row : min(row + rows, end)], np.float64)
+    for first, last in stretches(store, chosen[present[chosen]], max(1, _CHUNK // store.schema[name].size)):
+        yield first, np.asarray(values[first:last], np.float64)
+
+
+def stretches(store: EpisodeStore, episodes: Int64[np.ndarray, " chosen"], most: int) -> Iterator[tuple[int, int]]:
+    """First and last row of the steps of ascending episodes, at most so many at once; neighbours are read as one."""
+    if not len(episodes):
+        return
+    starts = store.episodes["start"][episodes]
+    stops = starts + store.episodes["length"][episodes]
+    first = np.flatnonzero(np.append(True, starts[1:] != stops[:-1]))
+    last = np.append(first[1:], len(episodes)) - 1
+    for begin, end in zip(starts[first].tolist(), stops[last].tolist(), strict=True):
+        for row in range(begin, end, most):
+            yield row, min(row + most, end)
 
 
 def _refuse(store: EpisodeStore, name: str, row: int) -> None:

@@ -148,9 +148,11 @@ class EpisodeStore:
 
     def present(self, name: str) -> Bool[np.ndarray, " episodes"]:
         """Which episodes hold a field; the others have zeros in its place."""
-        spec = self.schema[name]
-        missing = self._index.table["missing"].to_pylist()
-        return np.array([spec.name not in names for names in missing], dtype=bool)
+        missing = self._index.table["missing"].combine_chunks()
+        episodes = np.repeat(np.arange(len(self)), missing.value_lengths().to_numpy())
+        present = np.ones(len(self), bool)
+        present[episodes[[other == self.schema[name].name for other in missing.flatten().to_pylist()]]] = False
+        return present
 
     def field(self, name: str) -> Shaped[np.ndarray, "steps ..."]:
         """All steps of a field, shape [N, ...], mapped read-only: pages are read from disk as they are touched."""

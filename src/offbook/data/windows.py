@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Float64, Int64, Shaped
 
 from offbook.data.normalise import Normalizer
-from offbook.data.returns import ReturnSpec, returns_to_go
+from offbook.data.pack import RETURN_TO_GO, Pack
+from offbook.data.returns import ReturnSpec
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 from offbook.runs.seeding import generator
-
-RETURN_TO_GO = "return_to_go"
-"""Name under which windows carry the return to go."""
 
 Pad = Literal["drop", "left", "right"]
 Weight = Literal["window", "episode", "return"]
@@ -46,7 +44,7 @@ class Windows:
 class WindowSampler:
     """Draws windows from a store; each batch is a function of the seed and the step alone, so resuming needs no state.
 
-    Small float fields are packed side by side in memory once, normalised if asked, and a window is T rows of that.
+    Small float fields are packed side by side once, normalised if asked, and a window is T rows of that (`Pack`).
 
     Args:
         store: the recordings.
@@ -141,59 +139,36 @@ class WindowSampler:
             spread = returns.max() - returns.min()
             chances *= 0.01 + (returns - returns.min()) / spread if spread > 0 else 1.0
         self._cumulative = np.cumsum(chances)
+        # Where to begin looking for a random number's episode; a power of two, so that no rounding skips one.
+        buckets = 1 << int(4 * len(chances)).bit_length()
+        edges = np.arange(buckets) / buckets * self._cumulative[-1]
+        self._guide = np.minimum(np.searchsorted(self._cumulative, edges, "right"), len(chances) - 1)
+
+    def _drawn(self, uniform: Float64[np.ndarray, " batch"]) -> Int64[np.ndarray, " batch"]:
+        """The episodes that random numbers from [0, 1) fall on."""
+        target = uniform * self._cumulative[-1]
+        which: np.ndarray = self._guide[(uniform * len(self._guide)).astype(np.int64)]
+        late = np.flatnonzero(self._cumulative[which] <= target)
+        which[late] = np.searchsorted(self._cumulative, target[late], "right")
+        # Rounding may hit the very end.
+        np.minimum(which, len(self._episodes) - 1, out=which)
+        return which
 
     def _gather_fields(self, returns: ReturnSpec | None, normalizer: Normalizer | None) -> None:
         """Packs the small float fields; the rest stays in the store's files."""
-        store = self.store
-        self._slices: dict[str, slice] = {}
-        self._direct: dict[str, np.ndarray] = {}
-        self._present = {name: store.present(name)[self._episodes] for name in self.fields}
-        self._normalizer = normalizer
-        width = 0
-        for name in self.fields:
-            spec = store.schema[name]
-            if np.dtype(spec.dtype).kind == "f" and spec.size <= _PACKED:
-                self._slices[name] = slice(width, width + spec.size)
-                width += spec.size
-            else:
-                self._direct[name] = store.field(name)
-        if returns is not None:
-            if RETURN_TO_GO in self.fields:
-                raise ConfigError(
-                    "returns", expected=f"no field {RETURN_TO_GO!r} in the store", got="one", fix="leave returns out"
-                )
-            self._slices[RETURN_TO_GO] = slice(width, width + 1)
-            width += 1
-        # The packed rows of the chosen episodes lie end to end, without those of the others.
+        store, self._normalizer = self.store, normalizer
+        if returns is not None and RETURN_TO_GO in self.fields:
+            expected = f"no field {RETURN_TO_GO!r} in the store"
+            raise ConfigError("returns", expected=expected, got="one", fix="leave returns out")
+        present = {name: store.present(name)[self._episodes] for name in self.fields}
+        specs = [store.schema[name] for name in self.fields]
+        small = [spec.name for spec in specs if np.dtype(spec.dtype).kind == "f" and spec.size <= _PACKED]
+        self._pack = Pack(store, small, self._episodes, returns=returns, normalizer=normalizer)
+        self._direct = {name: store.field(name) for name in self.fields if name not in small}
         self._packed_starts = np.cumsum(self._lengths) - self._lengths
-        self._packed = np.empty((int(self._lengths.sum()), width), np.float32)
-        for name, columns in self._slices.items():
-            self._pack(name, columns, returns)
-
-    def _pack(self, name: str, columns: slice, returns: ReturnSpec | None) -> None:
-        store = self.store
-        if name == RETURN_TO_GO and returns is not None:
-            reward, present = self._rewards()
-            values = returns_to_go(reward, self._starts, self._lengths, returns)
-            self._present[name] = present
-        else:
-            values, present = store.field(name), self._present[name]
-        encode = self._normalizer is not None and name in self._normalizer
-        for row, to, length, here in zip(
-            self._starts.tolist(), self._packed_starts.tolist(), self._lengths.tolist(), present.tolist(), strict=True
-        ):
-            part = values[row : row + length]
-            if self._normalizer is not None and encode:
-                part = self._normalizer.encode(name, part)
-            self._packed[to : to + length, columns] = part.reshape(length, -1) if here else 0
-
-    def _rewards(self) -> tuple[Shaped[np.ndarray, " steps"], Bool[np.ndarray, " episodes"]]:
-        name = self.store.schema.reward
-        if name is None:
-            raise DataError(
-                str(self.store.path), expected="rewards, for returns to go", got="none", fix="leave returns out"
-            )
-        return self.store.field(name), self.store.present(name)[self._episodes]
+        if returns is not None:
+            present[RETURN_TO_GO] = store.present(store.schema.reward or "")[self._episodes]
+        self._present = {name: None if flags.all() else flags for name, flags in present.items()}
 
     def sample(self, batch: int, step: int) -> Windows:
         """Draws a batch.
@@ -205,13 +180,10 @@ class WindowSampler:
         Returns:
             The windows; the arrays are the caller's own.
         """
-        random = generator(self.seed, "windows", step)
-        total = self._cumulative[-1]
-        which = np.searchsorted(self._cumulative, random.random(batch) * total, "right")
-        # Rounding may hit the very end.
-        which = np.minimum(which, len(self._episodes) - 1)
-        ordinal = (random.random(batch) * self._counts[which]).astype(np.int64)
-        start = np.minimum(ordinal, self._counts[which] - 1) * self.stride
+        random = generator(self.seed, "windows", step).random((2, batch))
+        which = self._drawn(random[0])
+        counts = self._counts[which]
+        start = np.minimum((random[1] * counts).astype(np.int64), counts - 1) * self.stride
         if self.pad == "left":
             start -= self.length - 1
         return self._gather(which, start)
@@ -232,32 +204,33 @@ class WindowSampler:
 
     def _gather(self, which: Int64[np.ndarray, " batch"], start: Int64[np.ndarray, " batch"]) -> Windows:
         batch, time = len(which), self.length
-        steps = start[:, None] + np.arange(time)
-        if self.pad == "drop":
-            valid = np.ones((batch, time), bool)
-        else:
-            last = self._lengths[which][:, None] - 1
+        # Rows of each window, beginning at the first of its episode; None where they are simply T in a row.
+        steps, padding = None, None
+        if self.pad != "drop":
+            steps, last = start[:, None] + np.arange(time), self._lengths[which][:, None] - 1
             valid = (steps >= 0) & (steps <= last)
-            steps = np.clip(steps, 0, last)
-        padding = None if valid.all() else ~valid
-        data = self._from_pack(which, steps, padding)
-        rows = self._starts[which][:, None] + steps if self._direct else steps
+            if not valid.all():
+                steps, padding = np.clip(steps, 0, last), ~valid
+        elif self._direct:
+            steps = start[:, None] + np.arange(time)
+        data = self._from_pack(self._packed_starts[which], start, steps if padding is not None else None)
         for name, source in self._direct.items():
-            values = source[rows]
+            values = source[self._starts[which][:, None] + steps]
             if self._normalizer is not None and name in self._normalizer:
                 values = self._normalizer.encode(name, values)
             elif values.dtype.kind == "f":
                 values = values.astype(np.float32, copy=False)
-            if padding is not None:
-                values[padding] = 0
-            if not self._present[name].all():
-                values[~self._present[name][which]] = 0
+            flags = self._present[name]
+            if flags is not None:
+                values[~flags[which]] = 0
             data[name] = values
-        present = {name: flags[which] for name, flags in self._present.items()}
-        order = [*self.fields, *([RETURN_TO_GO] if RETURN_TO_GO in self._slices else [])]
+        if padding is not None:
+            for values in data.values():
+                values[padding] = 0
+        present = {name: np.ones(batch, bool) if f is None else f[which] for name, f in self._present.items()}
         return Windows(
-            data={name: data[name] for name in order},
-            valid=valid,
+            data={name: data[name] for name in self._present},
+            valid=np.ones((batch, time), bool) if padding is None else ~padding,
             present=present,
             episode=self._episodes[which],
             start=start,
@@ -265,20 +238,26 @@ class WindowSampler:
 
     def _from_pack(
         self,
-        which: Int64[np.ndarray, " batch"],
-        steps: Int64[np.ndarray, "batch time"],
-        padding: Bool[np.ndarray, "batch time"] | None,
+        first: Int64[np.ndarray, " batch"],
+        start: Int64[np.ndarray, " batch"],
+        steps: Int64[np.ndarray, "batch time"] | None,
     ) -> dict[str, np.ndarray]:
-        batch, time = steps.shape
-        width = self._packed.shape[1]
-        values = np.empty((batch, time, width), np.float32)
-        rows = self._packed_starts[which][:, None] + steps
-        # All rows are in range; "clip" spares the copy that np.take makes to be able to raise half-way.
-        np.take(self._packed, rows, axis=0, out=values, mode="clip")
-        if padding is not None:
-            values[padding] = 0
-        data = {}
-        for name, columns in self._slices.items():
-            shape = () if name == RETURN_TO_GO else self.store.schema[name].shape
-            data[name] = values[..., columns].reshape(batch, time, *shape)
-        return data
+        """The packed fields of windows; `steps` only where some of them are not T in a row."""
+        packed, time = self._pack.rows, self.length
+        width = packed.shape[1]
+        if not width:
+            return {}
+        if steps is None:
+            # Each window as one item of overlapping ones: one copy for each, not one for each of its rows.
+            item = np.dtype((np.void, time * width * 4))
+            windows = np.ndarray((len(packed) - time + 1,), item, packed, strides=(width * 4,))
+            values = windows[first + start].view(np.float32).reshape(len(first), time, width)
+        else:
+            values = np.empty((*steps.shape, width), np.float32)
+            # All rows are in range; "clip" spares the copy that np.take makes to be able to raise half-way.
+            np.take(packed, first[:, None] + steps, axis=0, out=values, mode="clip")
+        shapes = {name: () if name == RETURN_TO_GO else self.store.schema[name].shape for name in self._pack.columns}
+        return {
+            name: values[..., columns].reshape(len(first), time, *shapes[name])
+            for name, columns in self._pack.columns.items()
+        }
