@@ -153,7 +153,7 @@ def token(
     *,
     folder: Path = Path("arena"),
     user: str = "",
-    scopes: tuple[str, ...] = ("submit", "read"),
+    scopes: tuple[str, ...] = ("submit",),
     days: float = 90.0,
     label: str = "",
 ) -> Report:
@@ -166,7 +166,7 @@ def token(
         prefix: of the token to revoke: the eight characters after ob_.
         folder: of the arena.
         user: whose token it is; made when new.
-        scopes: what it allows: submit, worker, read, rate, admin.
+        scopes: what it allows: submit, worker, admin.
         days: until it expires; 0 for never.
         label: a note to recognise it by.
 
