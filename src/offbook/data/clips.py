@@ -1,7 +1,7 @@
 """Clips: short videos as H.264 in MP4, which browsers play, through PyAV."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from jaxtyping import UInt8
 
 from offbook.errors import ConfigError, DataError
@@ -40,7 +41,12 @@ class ClipInfo:
 
 
 def write_clip(
-    path: str | Path, frames: UInt8[np.ndarray, "time height width 3"], fps: float | int, *, crf: int = 18
+    path: str | Path,
+    frames: UInt8[np.ndarray, "time height width 3"],
+    fps: float | int,
+    *,
+    crf: int = 18,
+    key_every: int | None = None,
 ) -> None:
     """Writes frames as a clip that browsers play at once (yuv420p, index first); an old file is replaced atomically.
 
@@ -52,6 +58,8 @@ def write_clip(
         frames: RGB, T of at least 1.
         fps: frames a second, above 0.
         crf: quality, from 0 (best) to 51; 18 is hard to tell from the original.
+        key_every: frames from one key frame to the next; few make a larger file from which single frames are read
+            faster. None leaves it to the encoder.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -79,7 +87,7 @@ def write_clip(
         stream.width, stream.height, stream.pix_fmt = even.shape[2], even.shape[1], "yuv420p"
         # One thread: the same frames give the same file on any machine.
         stream.codec_context.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": "fast"}
+        stream.options = {"crf": str(crf), "preset": "fast", **({"g": str(key_every), "bf": "0"} if key_every else {})}
         for picture in even:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
@@ -102,7 +110,7 @@ def read_clip(path: str | Path, start: int = 0, stop: int | None = None) -> UInt
     """
     if start < 0 or (stop is not None and stop < start):
         raise ConfigError(f"clip {path}", expected="0 <= start <= stop", got=f"{start} to {stop}", fix="correct them")
-    with _opened(path) as container:
+    with opened(path) as container:
         stream = container.streams.video[0]
         info = _info(container, stream)
         ticks = 1 / (Fraction(stream.average_rate or 1) * Fraction(stream.time_base or 1))
@@ -111,11 +119,18 @@ def read_clip(path: str | Path, start: int = 0, stop: int | None = None) -> UInt
             container.seek(origin + int(start * ticks), stream=stream)
         numbered = ((round(((frame.pts or 0) - origin) / ticks), frame) for frame in container.decode(stream))
         wanted = itertools.takewhile(lambda x: stop is None or x[0] < stop, numbered)
-        frames = [frame.to_ndarray(format="rgb24")[: info.height, : info.width] for i, frame in wanted if i >= start]
+        frames = list(pictures((frame for i, frame in wanted if i >= start), info.height, info.width))
     end = info.frames if stop is None else min(stop, info.frames)
     if len(frames) < end - start:
         raise _refusal(path, f"{len(frames)} frames where {end - start} should be")
     return np.stack(frames) if frames else np.zeros((0, info.height, info.width, 3), np.uint8)
+
+
+def pictures(frames: Iterable[av.VideoFrame], height: int, width: int) -> Iterator[UInt8[np.ndarray, "..."]]:
+    """Decoded frames in RGB, cut to a size. One converter for all: making one takes longer than using it."""
+    converter = VideoReformatter()
+    for frame in frames:
+        yield converter.reformat(frame, format="rgb24", threads=1).to_ndarray()[:height, :width]
 
 
 def probe(path: str | Path) -> ClipInfo:
@@ -124,7 +139,7 @@ def probe(path: str | Path) -> ClipInfo:
     Raises:
         DataError: the file is missing, damaged or no video.
     """
-    with _opened(path) as container:
+    with opened(path) as container:
         return _info(container, container.streams.video[0])
 
 
@@ -144,7 +159,12 @@ def _refusal(path: str | Path, got: str) -> DataError:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+def opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+    """Opens a file that has pictures.
+
+    Raises:
+        DataError: the file is missing, damaged or no video; also where reading inside the block shows that.
+    """
     if not Path(path).is_file():
         raise _refusal(path, "no such file")
     try:

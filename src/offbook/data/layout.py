@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ DAMAGED = "copy the store again from where it came from"
 
 
 def disk_dtype(spec: FieldSpec) -> np.dtype[Any]:
-    """A field's type with the byte order of the files, little-endian."""
-    return np.dtype(spec.dtype).newbyteorder("<")
+    """A field's type with the byte order of the files, little-endian; a video's rows are integers."""
+    return np.dtype("<i8") if spec.video else np.dtype(spec.dtype).newbyteorder("<")
+
+
+def disk_shape(spec: FieldSpec) -> tuple[int, ...]:
+    """The shape of one row in the file; a video's is the number of a file and a time stamp in it."""
+    return (2,) if spec.video else spec.shape
 
 
 def header(spec: FieldSpec, rows: int) -> bytes:
     """The head of an .npy file, of the same length for any number of rows (NumPy's format, version 1.0)."""
-    shape = (rows, *spec.shape)
+    shape = (rows, *disk_shape(spec))
     text = f"{{'descr': {disk_dtype(spec).str!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
     longest = len(text) - len(str(rows)) + 20
     size = -(-(10 + longest + 1) // 64) * 64
@@ -34,7 +40,7 @@ def header(spec: FieldSpec, rows: int) -> bytes:
 
 def offset(spec: FieldSpec, row: int) -> int:
     """Where in its file a row of a field begins, in bytes."""
-    return len(header(spec, 0)) + row * spec.size * disk_dtype(spec).itemsize
+    return len(header(spec, 0)) + row * math.prod(disk_shape(spec)) * disk_dtype(spec).itemsize
 
 
 def field_file(path: Path, name: str) -> Path:
@@ -45,6 +51,11 @@ def field_file(path: Path, name: str) -> Path:
 def final_file(path: Path, name: str) -> Path:
     """The file of an observation's last values."""
     return path / "final" / f"{quote(name, safe=' ')}.npy"
+
+
+def video_folder(path: Path, name: str) -> Path:
+    """Where the files of a field kept as video are."""
+    return path / "video" / quote(name, safe=" ")
 
 
 def data_files(path: Path, schema: Schema, index: Index) -> Iterator[tuple[str, Path, int]]:
@@ -76,8 +87,9 @@ def check_file(file: Path, spec: FieldSpec, rows: int) -> int:
         shape, _, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(head[8:]))
     except ValueError as error:
         raise DataError(str(file), expected="an .npy file", got="a damaged head", fix=DAMAGED) from error
-    if dtype != disk_dtype(spec) or shape[1:] != spec.shape:
-        raise DataError(str(file), expected=f"{spec.dtype} {spec.shape}", got=f"{dtype.name} {shape[1:]}", fix=DAMAGED)
+    if dtype != disk_dtype(spec) or shape[1:] != disk_shape(spec):
+        expected = f"{disk_dtype(spec).name} {disk_shape(spec)}"
+        raise DataError(str(file), expected=expected, got=f"{dtype.name} {shape[1:]}", fix=DAMAGED)
     return int(shape[0])
 
 
@@ -106,12 +118,30 @@ def as_bytes(values: np.ndarray, spec: FieldSpec) -> memoryview:
     return np.ascontiguousarray(values, dtype=disk_dtype(spec)).reshape(-1).view(np.uint8).data
 
 
-def episode_sha256(schema: Schema, arrays: Mapping[str, np.ndarray | None], row: Mapping[str, Any]) -> str:
-    """What identifies an episode: its values and outcome, not its place in the store."""
+def file_sha256(path: Path) -> bytes:
+    """The checksum of a whole file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def episode_sha256(
+    schema: Schema, arrays: Mapping[str, np.ndarray | None], row: Mapping[str, Any], videos: Mapping[str, bytes]
+) -> str:
+    """What identifies an episode: its values and outcome, not its place in the store.
+
+    Args:
+        schema: of the store.
+        arrays: values by field; of one kept as video, its rows on disk.
+        row: its row of the index.
+        videos: the checksum of its file, for each such field that it has.
+    """
     facts = {key: value for key, value in row.items() if key not in ("start", "return", "sha256")}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for spec in schema.fields:
         values = arrays[spec.name]
+        if values is not None and spec.video:
+            digest.update(videos[spec.name])
+            values = values[:, 1]
         if values is not None:
             digest.update(as_bytes(values, spec))
     return digest.hexdigest()

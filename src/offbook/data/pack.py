@@ -124,7 +124,8 @@ class Pack:
         if name != RETURN_TO_GO or self._returns is None:
             return np.asarray(self._store.field(name))
         starts = self._store.episodes["start"][self._episodes]
-        return returns_to_go(self._store.field(self._store.schema.reward or ""), starts, self._lengths, self._returns)
+        rewards = np.asarray(self._store.field(self._store.schema.reward or ""))
+        return returns_to_go(rewards, starts, self._lengths, self._returns)
 
     def _parts(self) -> Iterator[tuple[int, int, int]]:
         """Row of the pack, and first and last row of the store, piece by piece."""

@@ -28,6 +28,7 @@ class FieldSpec:
         shape: shape of one step's value; `()` for a number.
         role: observations have one value more than there are steps, the last of them after the last step.
         units: such as `"rad"`, for people.
+        video: whether a camera's pictures are kept as video; see `offbook.data.video`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class FieldSpec:
     shape: tuple[int, ...]
     role: Role
     units: str = ""
+    video: bool = False
 
     def __post_init__(self) -> None:
         where = f"field {self.name!r}"
@@ -54,6 +56,10 @@ class FieldSpec:
             raise DataError(where, expected="a shape of positive sizes", got=str(self.shape), fix=_FIX)
         if self.role == "reward" and (self.shape or kind.kind not in "iuf"):
             raise DataError(where, expected="a number as reward", got=f"{self.dtype} {self.shape}", fix=_FIX)
+
+        if self.video and not self.camera:
+            expected = "a camera, to be kept as video"
+            raise DataError(where, expected=expected, got=f"{self.role} {self.dtype} {self.shape}", fix=_FIX)
 
     @property
     def camera(self) -> bool:
@@ -170,6 +176,7 @@ class Schema:
             "format": FORMAT,
             "fields": [
                 {"name": f.name, "dtype": f.dtype, "shape": list(f.shape), "role": f.role, "units": f.units}
+                | ({"video": True} if f.video else {})
                 for f in self.fields
             ],
             "environment": self.environment,
@@ -202,10 +209,7 @@ class Schema:
                 raise ValueError(f"format {version!r}")
             action = record["action"]
             return Schema(
-                fields=tuple(
-                    FieldSpec(f["name"], f["dtype"], tuple(int(n) for n in f["shape"]), f["role"], f["units"])
-                    for f in record["fields"]
-                ),
+                fields=tuple(FieldSpec(**{**f, "shape": tuple(int(n) for n in f["shape"])}) for f in record["fields"]),
                 environment=str(record["environment"]),
                 rate_hz=None if record["rate_hz"] is None else float(record["rate_hz"]),
                 source=str(record["source"]),

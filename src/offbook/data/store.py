@@ -4,13 +4,14 @@
 - `episodes.parquet`: one row for each episode; `episodes.journal`: those appended since that was written.
 - `fields/NAME.npy`: a field's values at all steps of all episodes, shape [N, ...].
 - `final/NAME.npy`: an observation after the last step of each episode, shape [E, ...].
+- `video/NAME/NUMBER.mp4`: the pictures of a camera that is kept as video; see `offbook.data.video`.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,17 @@ from offbook.data.layout import (
     check_file,
     data_files,
     disk_dtype,
+    disk_shape,
     episode_sha256,
     field_file,
+    file_sha256,
     final_file,
     header,
     read_schema,
+    video_folder,
 )
 from offbook.data.schema import FieldSpec, Role, Schema
+from offbook.data.video import Video, VideoFrames, stamps, video_file
 from offbook.data.writer import Writer, explained, sync_path
 from offbook.errors import ConfigError, DataError
 from offbook.runs.directory import write_atomic
@@ -70,7 +75,8 @@ class EpisodeStore:
 
     def __init__(self, path: Path, schema: Schema, index: Index) -> None:
         self.path, self.schema, self._index = path, schema, index
-        self._maps: dict[str, np.ndarray] = {}
+        self._maps: dict[Path, np.ndarray] = {}
+        self._videos: dict[Path, VideoFrames] = {}
 
     @staticmethod
     def create(path: str | Path, schema: Schema) -> "Writer":
@@ -154,32 +160,63 @@ class EpisodeStore:
         present[episodes[[other == self.schema[name].name for other in missing.flatten().to_pylist()]]] = False
         return present
 
-    def field(self, name: str) -> Shaped[np.ndarray, "steps ..."]:
-        """All steps of a field, shape [N, ...], mapped read-only: pages are read from disk as they are touched."""
-        return self._map(field_file(self.path, name), name, self.steps)
+    def field(self, name: str) -> Shaped[np.ndarray, "steps ..."] | VideoFrames:
+        """All steps of a field, shape [N, ...], mapped read-only: pages are read from disk as they are touched.
 
-    def final(self, name: str) -> Shaped[np.ndarray, "episodes ..."]:
-        """An observation after the last step of each episode, shape [E, ...], mapped read-only."""
+        Of a camera kept as video, what is indexed in the same way and decodes the pictures asked for.
+        """
+        return self._column(field_file(self.path, name), name, self.steps)
+
+    def final(self, name: str) -> Shaped[np.ndarray, "episodes ..."] | VideoFrames:
+        """An observation after the last step of each episode, shape [E, ...], otherwise like `field`."""
         if self.schema[name].role != "observation":
             fix = f"choose one of: {', '.join(self.schema.observations) or 'none'}"
             got = f"a field of role {self.schema[name].role!r}"
             raise DataError(f"field {name!r}", expected="an observation", got=got, fix=fix)
-        return self._map(final_file(self.path, name), name, len(self))
+        return self._column(final_file(self.path, name), name, len(self))
+
+    def _column(self, file: Path, name: str, rows: int) -> np.ndarray | VideoFrames:
+        if not self.schema[name].video:
+            return self._map(file, name, rows)
+        if file not in self._videos:
+            values = self._map(file, name, rows)
+            self._videos[file] = VideoFrames(video_folder(self.path, name), values, self.schema[name].shape)
+        return self._videos[file]
 
     def _map(self, file: Path, name: str, rows: int) -> np.ndarray:
+        """What is on disk."""
         spec = self.schema[name]
-        key = str(file)
-        if key not in self._maps:
-            dtype = disk_dtype(spec)
-            self._maps[key] = (
-                np.memmap(file, dtype, "r", len(header(spec, 0)), (rows, *spec.shape)).view(np.ndarray)
-                if rows
-                else np.zeros((0, *spec.shape), dtype)
-            )
-        return self._maps[key]
+        if file not in self._maps:
+            shape, dtype = (rows, *disk_shape(spec)), disk_dtype(spec)
+            mapped = np.memmap(file, dtype, "r", len(header(spec, 0)), shape) if rows else np.zeros(shape, dtype)
+            self._maps[file] = mapped.view(np.ndarray)
+        return self._maps[file]
+
+    def _rows(self, name: str, number: int) -> np.ndarray:
+        """What is on disk of one episode."""
+        start, length = (int(self.episodes[column][number]) for column in ("start", "length"))
+        rows = self._map(field_file(self.path, name), name, self.steps)[start : start + length]
+        if self.schema[name].role != "observation":
+            return rows
+        last = self._map(final_file(self.path, name), name, len(self))[number : number + 1]
+        return np.concatenate([rows, last])
+
+    def video(self, name: str, number: int) -> Video:
+        """The file and the frames of an episode's pictures, of a camera that is kept as video.
+
+        Raises:
+            DataError: it is not, or the episode has no pictures.
+        """
+        if not self.schema[name].video or not self.present(name)[number]:
+            fix = "read its values with episode()"
+            where = f"{self.path}, episode {number}, field {name!r}"
+            raise DataError(where, expected="a camera kept as video", got="none", fix=fix)
+        rows = self._rows(name, number)
+        file = video_file(video_folder(self.path, name), int(rows[0, 0]))
+        return Video(path=file, frames=np.searchsorted(stamps(file)[0], rows[:, 1]))
 
     def episode(self, number: int) -> Episode:
-        """One episode; its values are views of the maps where that is possible.
+        """One episode; its values are views of the maps where that is possible. Videos are decoded.
 
         Args:
             number: 0 to E - 1.
@@ -197,10 +234,11 @@ class EpisodeStore:
         for spec in self.schema.fields:
             if spec.name in missing:
                 continue
-            values = self.field(spec.name)[start : start + length]
-            if spec.role == "observation":
-                values = np.concatenate([values, self.final(spec.name)[number : number + 1]])
-            fields[spec.name] = values
+            if spec.video:
+                last = self.final(spec.name)[number : number + 1]
+                fields[spec.name] = np.concatenate([self.field(spec.name)[start : start + length], last])
+            else:
+                fields[spec.name] = self._rows(spec.name, number)
         return Episode(fields=fields, length=length, return_=row.pop("return"), **row)
 
     def split(self, fraction: float, seed: int) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
@@ -218,13 +256,11 @@ class EpisodeStore:
             DataError: there are fewer than two episodes.
         """
         if not 0 < fraction < 1:
-            raise ConfigError(
-                "share held out", expected="between 0 and 1", got=str(fraction), fix="choose a share such as 0.1"
-            )
+            fix = "choose a share such as 0.1"
+            raise ConfigError("share held out", expected="between 0 and 1", got=str(fraction), fix=fix)
         if len(self) < 2:
-            raise DataError(
-                str(self.path), expected="two episodes or more to split", got=str(len(self)), fix="record more"
-            )
+            expected = "two episodes or more to split"
+            raise DataError(str(self.path), expected=expected, got=str(len(self)), fix="record more")
         held_out = min(max(round(fraction * len(self)), 1), len(self) - 1)
         order = generator(seed, "split").permutation(len(self)).astype(np.int64)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
@@ -235,10 +271,20 @@ class EpisodeStore:
         Raises:
             DataError: an episode differs; its number and its rows are named.
         """
+        checksum = cache(file_sha256)
         for number, expected in enumerate(self._index.table["sha256"].to_pylist()):
             row = self._index.row(number)
             arrays: dict[str, np.ndarray | None] = dict.fromkeys(row["missing"])
-            arrays.update(self.episode(number).fields)
-            if episode_sha256(self.schema, arrays, row) != expected:
+            arrays |= {s.name: self._rows(s.name, number) for s in self.schema.fields if s.name not in arrays}
+            try:
+                videos = {
+                    spec.name: checksum(video_file(video_folder(self.path, spec.name), int(rows[0, 0])))
+                    for spec in self.schema.fields
+                    if spec.video and (rows := arrays[spec.name]) is not None
+                }
+            except OSError as error:
+                got = error.strerror or str(error)
+                raise DataError(str(error.filename), expected="the video", got=got, fix=DAMAGED) from error
+            if episode_sha256(self.schema, arrays, row, videos) != expected:
                 where = f"{self.path}, episode {number}, steps {row['start']} to {row['start'] + row['length'] - 1}"
                 raise DataError(where, expected="the values that were written", got="different ones", fix=DAMAGED)

@@ -3,12 +3,14 @@
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offbook.data.filming import Filming
 from offbook.data.index import JOURNAL, Index, Outcome, journal_line
 from offbook.data.layout import (
     DAMAGED,
@@ -16,28 +18,36 @@ from offbook.data.layout import (
     check_file,
     data_files,
     disk_dtype,
+    disk_shape,
     episode_sha256,
     field_file,
     final_file,
     header,
     offset,
     read_schema,
+    video_folder,
 )
-from offbook.data.schema import Schema
+from offbook.data.schema import FieldSpec, Schema
+from offbook.data.video import Video
 from offbook.errors import DataError
 from offbook.runs.directory import write_atomic
+
+_SAME = "give every field the same steps"
 
 
 class Writer:
     """Appends episodes to a store. One at a time for a store; made by `EpisodeStore.create` or `append_to`.
 
-    Closing (or the end of a `with` block) compacts the index; without it nothing that was appended is lost.
+    Closing (or the end of a `with` block) compacts the index; without it nothing that was appended is lost. A control
+    loop that must not wait for the disk uses `append_soon`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.schema = read_schema(path)
         self._handles: dict[Path, int] = {}
+        self._behind: ThreadPoolExecutor | None = None
+        self._unfinished: list[Future[int]] = []
         self._lock: int | None = None
         with explained(path):
             self._lock = _lock(path)
@@ -63,10 +73,20 @@ class Writer:
                 raise DataError(str(self.path), expected=expected, got=f"one of {rows}", fix=DAMAGED)
             self._handles[file] = os.open(file, os.O_RDWR)
             os.ftruncate(self._handles[file], offset(spec, rows))
+        self._filming = {
+            spec.name: Filming(video_folder(self.path, spec.name), spec, self.schema.rate_hz, self._films(spec))
+            for spec in self.schema.fields
+            if spec.video
+        }
         self._handles[self._journal] = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._handles[self._journal], index.journal_bytes)
         self._journal_bytes = index.journal_bytes
         sync_path(self.path)
+
+    def _films(self, spec: FieldSpec) -> int:
+        """How many video files of a field the episodes lie in."""
+        rows = np.fromfile(field_file(self.path, spec.name), disk_dtype(spec), offset=offset(spec, 0))
+        return int(rows[::2].max(initial=-1)) + 1
 
     def __len__(self) -> int:
         return self._episodes
@@ -83,7 +103,7 @@ class Writer:
 
     def append(
         self,
-        fields: Mapping[str, np.ndarray | None],
+        fields: Mapping[str, np.ndarray | Video | None],
         *,
         terminated: bool | np.bool_,
         truncated: bool | np.bool_,
@@ -98,7 +118,8 @@ class Writer:
 
         Args:
             fields: values by name, exactly those of the schema: T + 1 rows for an observation (the last after the
-                last step), T for others; None for a field that this episode does not have.
+                last step), T for others; None for a field that this episode does not have. A camera that is kept as
+                video may be given as a `Video`.
             terminated: the task ended the episode.
             truncated: something else did, such as a limit of time.
             task: what was to be done, in words.
@@ -116,8 +137,10 @@ class Writer:
             DataError: a field is missing, unknown, or has another length, dtype or shape than it should, or the disk
                 does not take it. The store is as it was before.
         """
+        if not self._handles:
+            raise DataError(str(self.path), expected="an open writer", got="a closed one", fix="use append_to")
         where = f"{self.path}, episode {self._episodes}"
-        arrays, length = _checked(self.schema, fields, where)
+        given, length = _checked(self.schema, fields, where)
         # Environments give NumPy's numbers, which JSON does not take.
         outcome = Outcome(
             terminated=bool(terminated),
@@ -128,6 +151,14 @@ class Writer:
             success=None if success is None else bool(success),
             score=None if score is None else float(score),
         )
+        arrays: dict[str, np.ndarray | None] = {}
+        videos: dict[str, bytes] = {}
+        for name, values in given.items():
+            if name in self._filming and values is not None:
+                with explained(self.path):
+                    arrays[name], videos[name] = self._filming[name].add(values, f"{where}, field {name!r}")
+            elif not isinstance(values, Video):
+                arrays[name] = values
         reward = arrays.get(self.schema.reward or "")
         row = {
             **outcome.to_json(),
@@ -136,26 +167,45 @@ class Writer:
             "return": float("nan") if reward is None else float(np.sum(reward, dtype=np.float64)),
             "missing": [name for name, values in arrays.items() if values is None],
         }
-        row["sha256"] = episode_sha256(self.schema, arrays, row)
+        row["sha256"] = episode_sha256(self.schema, arrays, row, videos)
         with explained(self.path):
             self._write(arrays, length)
             self._pending.append(journal_line(self._episodes, row))
             if sync:
                 try:
-                    self.flush()
+                    self._commit()
                 except OSError:
                     self._pending.pop()
                     raise
         self._episodes, self._steps = self._episodes + 1, self._steps + length
         return self._episodes - 1
 
+    def append_soon(self, fields: Mapping[str, np.ndarray | Video | None], **outcome: Any) -> "Future[int]":
+        """Appends an episode from another thread and returns at once, so that a control loop need not wait.
+
+        Episodes are appended in the order of the calls. The values must not be changed afterwards. Until `flush` or
+        `close` returns, which wait for all of them, do not call `append`.
+
+        Args:
+            fields: as for `append`.
+            outcome: the other arguments of `append`.
+
+        Returns:
+            The episode's number, once it is safe. What goes wrong is raised by its `result`, by `flush` and by `close`.
+        """
+        if self._behind is None:
+            self._behind = ThreadPoolExecutor(1, thread_name_prefix="append")
+        future = self._behind.submit(self.append, fields, **outcome)
+        self._unfinished = [f for f in self._unfinished if not f.done() or f.exception()] + [future]
+        return future
+
     def _write(self, arrays: Mapping[str, np.ndarray | None], length: int) -> None:
-        if not self._handles:
-            raise DataError(str(self.path), expected="an open writer", got="a closed one", fix="use append_to")
         for spec in self.schema.fields:
             values = arrays[spec.name]
             if values is None:
-                values = np.zeros((length + (spec.role == "observation"), *spec.shape), disk_dtype(spec))
+                # Of a video, no file.
+                shape = (length + (spec.role == "observation"), *disk_shape(spec))
+                values = np.full(shape, -1 if spec.video else 0, disk_dtype(spec))
             # To explicit places: what a failed attempt left there is overwritten.
             handle = self._handles[field_file(self.path, spec.name)]
             _write_at(handle, offset(spec, self._steps), as_bytes(values[:length], spec))
@@ -164,7 +214,13 @@ class Writer:
                 _write_at(handle, offset(spec, self._episodes), as_bytes(values[length:], spec))
 
     def flush(self) -> None:
-        """Makes all episodes durable that were appended with `sync=False`."""
+        """Makes all episodes durable that were appended with `sync=False` or `append_soon`."""
+        unfinished, self._unfinished = self._unfinished, []
+        for future in unfinished:
+            future.result()
+        self._commit()
+
+    def _commit(self) -> None:
         if not self._pending:
             return
         for file, handle in self._handles.items():
@@ -202,6 +258,8 @@ class Writer:
             self._release()
 
     def _release(self) -> None:
+        if self._behind is not None:
+            self._behind.shutdown()
         for handle in self._handles.values():
             os.close(handle)
         self._handles = {}
@@ -253,8 +311,8 @@ def sync_path(path: Path) -> None:
 
 
 def _checked(
-    schema: Schema, fields: Mapping[str, np.ndarray | None], where: str
-) -> tuple[dict[str, np.ndarray | None], int]:
+    schema: Schema, fields: Mapping[str, np.ndarray | Video | None], where: str
+) -> tuple[dict[str, np.ndarray | Video | None], int]:
     """The values in the schema's order, and the number of steps, after every length, dtype and shape was compared."""
     names = [spec.name for spec in schema.fields]
     if set(fields) != set(names):
@@ -273,24 +331,32 @@ def _checked(
         values = arrays[spec.name]
         if values is None:
             continue
-        values = np.asarray(values)
         place = f"{where}, field {spec.name!r}"
         rows = length + (spec.role == "observation")
+        if isinstance(values, Video):
+            if not spec.video or values.frames.shape != (rows,):
+                expected = f"{rows} frames for {length} steps" if spec.video else "an array, as it is not kept as video"
+                raise DataError(place, expected=expected, got=f"{len(values.frames)} frames of a file", fix=_SAME)
+            continue
+        values = np.asarray(values)
         if values.dtype != np.dtype(spec.dtype):
             fix = f"convert it with .astype({spec.dtype!r}) if that loses nothing"
             raise DataError(place, expected=spec.dtype, got=values.dtype.name, fix=fix)
         if values.shape != (rows, *spec.shape):
             reason = ", one for each step and one after the last" if spec.role == "observation" else ""
-            fix = "give every field the same steps"
             expected = f"shape {(rows, *spec.shape)} for {length} steps{reason}"
-            raise DataError(place, expected=expected, got=f"shape {values.shape}", fix=fix)
+            raise DataError(place, expected=expected, got=f"shape {values.shape}", fix=_SAME)
         arrays[spec.name] = values
     return arrays, length
 
 
-def _length(schema: Schema, arrays: Mapping[str, np.ndarray | None], where: str) -> int:
+def _length(schema: Schema, arrays: Mapping[str, np.ndarray | Video | None], where: str) -> int:
     """The number of steps: what an action, a reward or the like says, else one less than the observations."""
-    given = {name: np.shape(values) for name, values in arrays.items() if values is not None}
+    given = {
+        name: np.shape(values.frames if isinstance(values, Video) else values)
+        for name, values in arrays.items()
+        if values is not None
+    }
     if not given or not all(given.values()):
         bad = next((name for name, shape in given.items() if not shape), "")
         fix = "give the values of a whole episode"
