@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,23 +67,41 @@ def record(
     return _described(store)
 
 
-def import_recordings(source: tyro.conf.Positional[str], *, out: Path) -> Report:
+def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str | None = None) -> Report:
     """Brings recordings in from a format that others use.
 
-    The store appears under its name when it is whole. Nothing is downloaded.
+    The store appears under its name when it is whole. Nothing is downloaded, and nothing in a file is run.
 
     Args:
-        source: format and name. minari:ID is a dataset on this machine, where MINARI_DATASETS_PATH says;
-            minari:./FOLDER is one anywhere.
+        source: format and name: minari:ID is a dataset on this machine, where MINARI_DATASETS_PATH says, and
+            minari:./FOLDER one anywhere; d4rl:FILE.hdf5; robomimic:FILE.hdf5; exorl:FOLDER of .npz episodes;
+            paths:FILE.pkl, a list of dicts; toto:FOLDER or toto:FOLDER@120x160; zarr:FOLDER or zarr:FILE.zarr.zip.
         out: folder of the store, new or empty.
+        env: the environment that they are from, such as gym:Hopper-v5, where the recordings do not tell; it also gives
+            the bounds of the actions, which otherwise are the range of those recorded.
 
     Examples:
         offbook data import minari:D4RL/door/human-v2 --out stores/door
-        offbook data import minari:./downloads/hopper --out stores/hopper
+        offbook data import d4rl:hopper_medium-v2.hdf5 --env gym:Hopper-v5 --out stores/hopper
+        offbook data import robomimic:low_dim_v141.hdf5 --out stores/lift
+        offbook data import exorl:datasets/walker/proto --env dmc:walker-walk --out stores/walker
+        offbook data import paths:relocate-v0_demos.pickle --out stores/relocate
+        offbook data import toto:cloud-dataset-pouring@120x160 --out stores/toto
+        offbook data import zarr:pusht_cchi_v7_replay.zarr --out stores/pusht
     """
     from offbook.data.formats import import_dataset
 
-    return _described(import_dataset(source, out))
+    if env is None:
+        return _described(import_dataset(source, out))
+    with needs_extra("sim"):
+        from offbook.sim.adapters import make
+        from offbook.sim.spaces import action_spec
+    world = make(env)
+    try:
+        bounds = action_spec(world.action_space)
+    finally:
+        world.close()
+    return _described(import_dataset(source, out, environment=env, action=bounds))
 
 
 def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str]) -> Report:
@@ -146,6 +165,7 @@ def _described(store: EpisodeStore) -> Report:
         f"tasks        {data['tasks']}",
         f"success      {_share(data['success'])}",
         f"digest       {data['digest']}",
+        *(f"as imported  {line}" for line in data["as_imported"]),
         "",
         table(
             ["field", "role", "type", "shape", "units", "episodes"],
@@ -195,7 +215,14 @@ def _facts(store: EpisodeStore) -> dict[str, Any]:
             for spec in schema.fields
         ],
         "digest": store.digest,
+        "as_imported": _as_imported(schema.extra.get("import", {})),
     }
+
+
+def _as_imported(said: Mapping[str, Any]) -> list[str]:
+    """What a user should know of how a foreign file was read."""
+    recorded = "the bounds of the actions are the range of those recorded"
+    return [*said.get("stated", ()), *[recorded] * (said.get("bounds") == "recorded")]
 
 
 def _spread(values: np.ndarray) -> dict[str, float] | None:

@@ -1,24 +1,29 @@
 """Recordings in the formats that others use: into a store with `import_dataset`, out of it with `export_dataset`.
 
-Each format is a module with `read(source) -> Recordings` and `write(store, target) -> str`.
+Each format is a module with `read(source) -> Recordings`, and those that are written too have
+`write(store, target) -> str`.
 """
 
 import importlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from offbook.client.protocol import ActionSpec
 from offbook.data.index import Outcome
 from offbook.data.store import EpisodeStore, Schema
 from offbook.errors import ConfigError, DataError, nearest
 from offbook.runs.progress import track
 
-FORMATS = {"minari": "offbook.data.formats.minari"}
-"""Name of a format -> the module that reads and writes it."""
+FORMATS = {
+    name: f"offbook.data.formats.{name}"
+    for name in ("d4rl", "exorl", "minari", "paths", "robomimic", "toto", "zarr")
+}
+"""Name of a format -> the module that reads it, and perhaps writes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,36 +41,64 @@ class Recordings:
     total: int
 
 
-def import_dataset(source: str, out: str | Path) -> EpisodeStore:
+def import_dataset(
+    source: str, out: str | Path, *, environment: str = "", action: ActionSpec | None = None
+) -> EpisodeStore:
     """Copies foreign recordings into a new store, which appears under its name only when it is whole.
 
     Args:
         source: the format and what it calls the recordings, such as `"minari:D4RL/door/human-v2"`.
         out: the store's folder, new or empty.
+        environment: library and name of the environment that they are from, where the recordings do not tell.
+        action: its bounds of actions, instead of the range of those recorded.
 
     Raises:
         ConfigError: there is no such format.
         DataError: the recordings are not there, or are damaged, or the folder is not empty.
     """
-    module, name = _format_of(source)
+    read, name = _format_of(source, "read")
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(str(out), expected="a new or empty folder", got="one in use", fix="choose another folder")
-    recordings: Recordings = module("read")(name)
+    recordings: Recordings = read(name)
+    schema = recordings.schema
+    if environment:
+        schema = replace(schema, environment=environment)
+    if action is not None:
+        schema = _bounded(schema, action, environment or "given", source)
     partial = out.with_name(f"{out.name}.partial")
     if (partial / "store.json").exists():
         # Raises when another process is importing there this very moment; else it is what a kill left.
         EpisodeStore.append_to(partial).close()
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with EpisodeStore.create(partial, recordings.schema) as writer:
+        with EpisodeStore.create(partial, schema) as writer:
             for fields, outcome in track(recordings.episodes, "importing", recordings.total):
                 writer.append(fields, **asdict(outcome), sync=False)
+    except DataError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not error.where.startswith(f"{partial}, episode"):
+            raise
+        where = error.where.replace(str(partial), source, 1)
+        raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.replace(out)
     return EpisodeStore.open(out)
+
+
+def _bounded(schema: Schema, action: ActionSpec, by: str, source: str) -> Schema:
+    size = sum(schema[name].size for name in schema.actions)
+    whole = all(schema[name].dtype.startswith(("int", "uint")) for name in schema.actions)
+    if size != action.size or (action.choices is not None and not whole):
+        got = f"{size} {'whole ' * whole}numbers"
+        expected = f"actions of {action.size} {'' if action.choices is None else 'whole '}numbers, as {by} has"
+        raise DataError(source, expected=expected, got=got, fix="name the environment of these recordings")
+    extra = dict(schema.extra)
+    if "import" in extra:
+        extra["import"] = {**extra["import"], "bounds": by}
+    return replace(schema, action=action, extra=extra)
 
 
 def export_dataset(store: EpisodeStore, target: str) -> str:
@@ -82,12 +115,13 @@ def export_dataset(store: EpisodeStore, target: str) -> str:
         ConfigError: there is no such format.
         DataError: the name is taken or not allowed, or the format cannot hold these recordings.
     """
-    module, name = _format_of(target)
-    written: str = module("write")(store, name)
+    write, name = _format_of(target, "write")
+    written: str = write(store, name)
     return written
 
 
-def _format_of(text: str) -> tuple[Callable[[str], Any], str]:
+def _format_of(text: str, wanted: str) -> tuple[Callable[..., Any], str]:
+    """A function of a format's module, and the name that follows the format."""
     scheme, _, name = text.partition(":")
     if scheme not in FORMATS or not name:
         raise ConfigError(
@@ -96,5 +130,8 @@ def _format_of(text: str) -> tuple[Callable[[str], Any], str]:
             got=f"format {scheme!r}" if name else "no name",
             fix=nearest(scheme, FORMATS) if name else "write the format, a colon and the name",
         )
-    module = importlib.import_module(FORMATS[scheme])
-    return lambda function: getattr(module, function), name
+    function = getattr(importlib.import_module(FORMATS[scheme]), wanted, None)
+    if function is None:
+        fix = "export to minari or lerobot"
+        raise ConfigError(f"export to {text!r}", expected="a format that can be written", got=scheme, fix=fix)
+    return function, name

@@ -1,0 +1,172 @@
+"""Lists of paths: a pickle of a list of dicts, as mjrl, hand_dapg and Decision Transformer keep recordings.
+
+Each dict has `observations` and `actions`, and may have `rewards`, `next_observations`, `terminals` (also `terminated`
+or `dones`, for each step or once), `timeouts`, `agent_infos` and `env_infos`. Nothing in the pickle is run. A list
+whose paths all have one observation more than actions is recognised: the last one is what the last step led to.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offbook.data.formats import Recordings
+from offbook.data.formats.pickles import load
+from offbook.data.formats.transitions import (
+    LAST_DROPPED,
+    NEXT_KEPT,
+    Steps,
+    flattened,
+    need,
+    numbers,
+    recorded_range,
+    schema,
+    seen,
+    succeeded,
+)
+from offbook.data.index import Outcome
+from offbook.errors import DataError
+
+_ENDS = ("terminals", "terminated", "dones")
+_INFOS = ("agent_infos", "env_infos", "infos")
+_MORE = "the observations of a path are one more than its actions: the last one is what the last step led to"
+
+
+def read(source: str) -> Recordings:
+    """Opens a pickled list of paths.
+
+    Args:
+        source: path of the pickle.
+
+    Raises:
+        DataError: it is not there, is damaged, names anything but plain data, or its paths lack a key or disagree.
+    """
+    path = Path(source).expanduser()
+    paths = check_paths(load(path), path)
+    more = all(_rows(one["observations"]) == _rows(one["actions"]) + 1 for one in paths)
+    after = any("next_observations" in one for one in paths)
+    stated = [_MORE if more else NEXT_KEPT if after else LAST_DROPPED]
+    keys = ["rewards"] * any("rewards" in one for one in paths) + ["next_observations"] * (after and not more)
+    for number, one in enumerate(paths):
+        need(one, keys, f"{path}, path {number}", "give every path the same keys")
+    steps = [_steps(one, more, f"{path}, path {number}") for number, one in enumerate(paths)]
+    kept = [number for number, one in enumerate(steps) if one.after is not None or len(one.action) > 1]
+    stated += [f"{len(paths) - len(kept)} paths of a single row are left out"] * (len(kept) < len(paths))
+    if not kept:
+        raise DataError(str(path), expected="a path of two rows or more", got="none", fix="give another file")
+    # What only some paths have is kept as missing in the others.
+    names = list(dict.fromkeys(name for one in steps for name in one.others))
+    left = sorted({name for one in paths for name in _infos(one)} - set(names))
+    stated += [f"left out, being no numbers for each step: {', '.join(left)}"] * bool(left)
+    widest = max(kept, key=lambda number: len(steps[number].others))
+    made = schema(
+        "paths",
+        path,
+        steps[widest].fields(f"{path}, path {widest}"),
+        steps[widest].observations,
+        recorded_range(one.action for one in steps),
+        stated,
+    )
+    return Recordings(
+        schema=made,
+        episodes=_episodes([(f"{path}, path {number}", steps[number]) for number in kept], made.named("other")),
+        total=len(kept),
+    )
+
+
+def check_paths(paths: Any, file: Path) -> list[dict[str, Any]]:
+    """The list of dicts that a file should hold, each with observations and actions.
+
+    Raises:
+        DataError: it is none, is empty, or would be far larger as episodes than the file is.
+    """
+    fix = "save a list of dicts, one for each episode"
+    if not isinstance(paths, list | tuple) or not paths:
+        got = "an empty list" if isinstance(paths, list | tuple) else f"a {type(paths).__name__}"
+        raise DataError(str(file), expected="a list of paths", got=got, fix=fix)
+    total, limit = 0, 2**20 + 16 * file.stat().st_size
+    for number, one in enumerate(paths):
+        if not isinstance(one, dict):
+            raise DataError(f"{file}, path {number}", expected="a dict", got=f"a {type(one).__name__}", fix=fix)
+        need(one, ("observations", "actions"), f"{file}, path {number}", fix)
+        total += sum(array.nbytes for array in flattened(one).values() if isinstance(array, np.ndarray))
+        if total > limit:
+            fix = "save every path with arrays of its own"
+            raise DataError(str(file), expected="every array once", got="the same ones again and again", fix=fix)
+    return list(paths)
+
+
+def _rows(value: Any) -> int:
+    parts = list(seen(value).values())
+    return len(parts[0]) if parts and isinstance(parts[0], np.ndarray | list) and np.ndim(parts[0]) else -1
+
+
+def _steps(one: Mapping[str, Any], more: bool, where: str) -> Steps:
+    observations = {name: numbers(value, f"{where}, {name}") for name, value in seen(one["observations"]).items()}
+    for name, array in observations.items():
+        if array.ndim < 2 or not len(array):
+            got, fix = f"shape {array.shape}", "give each step its own row"
+            raise DataError(f"{where}, {name}", expected="shape (steps, size)", got=got, fix=fix)
+    action = numbers(one["actions"], f"{where}, actions")
+    after = None
+    if more:
+        after = {name: array[-1:] for name, array in observations.items()}
+        observations = {name: array[:-1] for name, array in observations.items()}
+    elif "next_observations" in one:
+        nexts = seen(one["next_observations"])
+        need(nexts, list(observations), f"{where}, next_observations", "give both the same keys")
+        after = {name: numbers(nexts[name], f"{where}, next {name}")[-1:] for name in observations}
+    rows = len(action) if action.ndim else 0
+    others = {name: part for name, part in _infos(one).items() if part is not None and part.shape[:1] == (rows,)}
+    flag = next((key for key in _ENDS if key in one), None)
+    terminated = flag is not None and _end(one[flag], f"{where}, {flag}")
+    # Without what the last step led to, the step that ended it is not kept.
+    terminated = terminated and after is not None
+    stopped = "timeouts" in one and _end(one["timeouts"], f"{where}, timeouts")
+    return Steps(
+        observations=observations,
+        action=action,
+        reward=numbers(one["rewards"], f"{where}, rewards") if "rewards" in one else None,
+        others=others,
+        after=after,
+        outcome=Outcome(
+            terminated=terminated, truncated=stopped or not terminated, success=succeeded({**others, **_once(one)})
+        ),
+    )
+
+
+def _infos(one: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
+    """The infos by name; None for those that are no numbers."""
+    found: dict[str, np.ndarray | None] = {}
+    for group in _INFOS:
+        value = one.get(group)
+        for name, part in flattened(value, f"{group}.").items() if isinstance(value, Mapping) else ():
+            try:
+                array = numbers(part, name)
+                found[name] = None if 0 in array.shape else array
+            except DataError:
+                found[name] = None
+    return found
+
+
+def _once(one: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Success, where a path states it for the whole of itself."""
+    return {key: np.asarray(one[key]) for key in ("success",) if isinstance(one.get(key), bool | int | np.generic)}
+
+
+def _end(value: Any, where: str) -> bool:
+    """Whether the last flag is set; the others must not be, for an episode ends once."""
+    flags = numbers(value, where).reshape(-1) != 0
+    early = np.flatnonzero(flags[:-1])
+    if len(early):
+        got, fix = f"one in row {early[0]} of {len(flags)}", "cut the recording into episodes there"
+        raise DataError(where, expected="the flag in the last row only", got=got, fix=fix)
+    return bool(flags[-1]) if len(flags) else False
+
+
+def _episodes(
+    steps: list[tuple[str, Steps]], others: tuple[str, ...]
+) -> Iterator[tuple[Mapping[str, np.ndarray | None], Outcome]]:
+    for where, one in steps:
+        yield {**dict.fromkeys(others), **one.fields(where)}, one.outcome

@@ -1,0 +1,241 @@
+"""Pickles of plain values and NumPy arrays, read without running anything that is in them.
+
+A pickle is a program for a small machine with a stack, and Python's own reader lets it call whatever it names. The
+reader here knows only the instructions that build numbers, words, lists, tuples, dicts and arrays. The few functions
+that pickled arrays name are its own stand-ins, so NumPy never sees a state that it did not write, and whatever else a
+pickle names is refused by that name. What a file can make it do is bounded by the size of the file.
+"""
+
+import mmap
+import pickletools
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offbook.errors import DataError
+
+MAX_BYTES = 64 * 2**30
+MAX_INSTRUCTIONS = 20_000_000
+# Instructions that push what is written behind them, and the types of arrays that are read.
+_CONSTANT = re.compile("INT|BININT[12]?|LONG1?|(BIN)?FLOAT|(SHORT_)?(BIN)?(STRING|BYTES|UNICODE)8?|BYTEARRAY8")
+_SIMPLE = re.compile(r"[|<>=]?(?:b1|\?|[iu][1248]|f[248]|[SU]\d{1,6})")
+
+
+@dataclass(frozen=True)
+class ObjectArray:
+    """Stands for an array of Python objects, dates, records or the like, which is not read."""
+
+
+@dataclass
+class _Dtype:
+    kind: np.dtype[Any] | None
+
+    def order(self, mark: object) -> None:
+        if mark == ">" and self.kind is not None:
+            self.kind = self.kind.newbyteorder(">")
+
+
+@dataclass
+class _Unfinished:
+    """An array between the call that makes it and the state that fills it; `places` are those of the memo."""
+
+    places: list[int] = field(default_factory=list)
+
+
+class _ForeignError(ValueError):
+    """Something in the pickle that is not plain data."""
+
+
+def load(path: Path) -> Any:
+    """The value that a pickle holds: numbers, words, lists, tuples, dicts with words or integers as keys, arrays.
+
+    Args:
+        path: the file; pickles of Python 2 and 3, of every protocol, with the names of NumPy 1 and 2.
+
+    Raises:
+        DataError: there is no such file; it is cut short or damaged; it names something that is not plain data; it is
+            larger than `MAX_BYTES` or has more than `MAX_INSTRUCTIONS` instructions.
+    """
+    where, again = str(path), "copy the file again from where it came from"
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if not 0 < size <= MAX_BYTES:
+                got = f"{size} bytes"
+                raise DataError(where, expected=f"a pickle of 1 to {MAX_BYTES} bytes", got=got, fix=again)
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _run(content)
+    except OSError as error:
+        got = error.strerror or str(error)
+        raise DataError(where, expected="a pickle", got=got, fix="give the path of the file") from error
+    except _ForeignError as error:
+        fix = "nothing of it was run; save the recordings as plain dicts of NumPy arrays"
+        raise DataError(where, expected="a pickle of plain data", got=str(error), fix=fix) from None
+    except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
+        got = f"one that is damaged or cut short ({str(error).partition(chr(10))[0] or error!r})"
+        raise DataError(where, expected="a whole pickle", got=got, fix=again) from error
+
+
+def _run(content: mmap.mmap) -> Any:
+    machine = _Machine()
+    stream: Any = content  # it has read and readline, which is all that is asked of it
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
+        if number == MAX_INSTRUCTIONS:
+            raise _ForeignError(f"more than {MAX_INSTRUCTIONS} instructions")
+        if opcode.name == "STOP":
+            return machine.stack.pop()
+        machine.step(opcode.name, argument)
+    raise ValueError("no end")
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+
+    def step(self, name: str, argument: Any) -> None:
+        """Carries out one instruction."""
+        stack = self.stack
+        match name:
+            case "PROTO" | "FRAME":
+                pass
+            case "MARK":
+                self.marks.append(len(stack))
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
+                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
+                stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[name]())
+            case "LIST" | "TUPLE":
+                stack.append(self.since_mark() if name == "LIST" else tuple(self.since_mark()))
+            case "DICT":
+                stack.append(self.fill({}, self.since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(int(name[-1]))]
+                stack.append(tuple(items[::-1]))
+            case "APPEND" | "APPENDS":
+                items = self.since_mark() if name == "APPENDS" else [stack.pop()]
+                self.top(list).extend(items)
+            case "SETITEM" | "SETITEMS":
+                items = self.since_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+                self.fill(self.top(dict), items)
+            case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                place = len(self.memo) if name == "MEMOIZE" else int(argument)
+                self.memo[place] = stack[-1]
+                if isinstance(stack[-1], _Unfinished):
+                    stack[-1].places.append(place)
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(self.memo[int(argument)])
+            case "POP":
+                stack.pop()
+            case "GLOBAL":
+                stack.append(_stand_in(*str(argument).split(" ", 1)))
+            case "STACK_GLOBAL":
+                names = [stack.pop(), stack.pop()][::-1]
+                stack.append(_stand_in(*map(str, names)))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                if not isinstance(function, _StandIn) or not isinstance(arguments, tuple):
+                    raise _ForeignError("a call of something that is no function")
+                stack.append(function.call(*arguments))
+            case "BUILD":
+                self.build(stack.pop())
+            case _ if _CONSTANT.fullmatch(name):
+                stack.append(argument)
+            case _:
+                raise _ForeignError(f"the instruction {name}")
+
+    def since_mark(self) -> list[Any]:
+        """Takes everything above the last mark."""
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        del self.stack[mark:]
+        return items
+
+    def top(self, kind: type) -> Any:
+        """The container on top of the stack."""
+        if type(self.stack[-1]) is not kind:
+            raise ValueError(f"{type(self.stack[-1]).__name__} where a {kind.__name__} belongs")
+        return self.stack[-1]
+
+    def fill(self, target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+        """Puts keys and values, by turns, into a dict; hashing nested keys could take for ever."""
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if not isinstance(key, str | int):
+                raise _ForeignError(f"a dict with a {type(key).__name__} as key")
+            target[key] = value
+        return target
+
+    def build(self, state: Any) -> None:
+        """Gives an array or a dtype its state."""
+        target = self.stack[-1]
+        if isinstance(target, _Dtype):
+            target.order(state[1])
+        elif isinstance(target, _Unfinished):
+            shape, dtype, fortran, raw = state[-4:]
+            self.stack[-1] = _array(raw, dtype, shape, "F" if fortran else "C")
+            for place in target.places:
+                self.memo[place] = self.stack[-1]
+        else:
+            raise _ForeignError("an object with a state of its own")
+
+
+@dataclass(frozen=True)
+class _StandIn:
+    call: Callable[..., Any]
+
+
+def _stand_in(module: str, name: str) -> _StandIn:
+    same = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core", "numpy.core"))
+    known = _STAND_INS.get((same, name))
+    if known is None:
+        raise _ForeignError(f"one that names {module}.{name}")
+    return _StandIn(known)
+
+
+def _dtype(code: Any, *_: Any) -> _Dtype:
+    simple = isinstance(code, str) and _SIMPLE.fullmatch(code)
+    return _Dtype(np.dtype(code) if simple else None)
+
+
+def _array(raw: Any, dtype: Any, shape: Any, order: Any = "C", axes: Any = None) -> np.ndarray | ObjectArray:
+    if not isinstance(dtype, _Dtype):
+        raise TypeError("an array without a type")
+    if dtype.kind is None:
+        return ObjectArray()
+    if isinstance(raw, str):  # as Python 2 wrote it
+        raw = raw.encode("latin-1")
+    if not isinstance(raw, bytes | bytearray):
+        raise TypeError("an array without bytes")
+    flat = np.frombuffer(raw, dtype.kind) if raw else np.zeros(0, dtype.kind)
+    array = flat.reshape(tuple(int(size) for size in shape), order="F" if order == "F" else "C")
+    return array if axes is None else array.transpose(axes)
+
+
+def _scalar(dtype: Any, raw: Any = b"") -> Any:
+    values = _array(raw, dtype, (1,))
+    return values if isinstance(values, ObjectArray) else values[0]
+
+
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+        raise _ForeignError("one that names _codecs.encode for something else than bytes")
+    return text.encode("latin-1")
+
+
+_STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Unfinished(),
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _array,
+    ("numpy", "ndarray"): lambda *_: _Unfinished(),
+    ("numpy", "dtype"): _dtype,
+    # How protocols 0 to 2 write bytes, and no bytes.
+    ("_codecs", "encode"): _encode,
+    ("builtins", "bytes"): lambda: b"",
+    ("collections", "OrderedDict"): lambda items=(): _Machine().fill({}, [part for item in items for part in item]),
+}

@@ -1,0 +1,155 @@
+"""robomimic and robosuite: one HDF5 file with a group for each demonstration.
+
+`data/demo_i` holds `actions`, `obs/...` and mostly `next_obs/...`, `rewards`, `dones`, `states`; the attribute
+`env_args` of `data` says in JSON where the demonstrations were made; `mask/...` names groups of them. The parts of an
+observation keep their names, those in a group with the group's name before a dot. `states` are the simulator's own.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offbook.data.formats import Recordings
+from offbook.data.formats.transitions import (
+    LAST_DROPPED,
+    NEXT_KEPT,
+    Steps,
+    hdf5,
+    need,
+    numbers,
+    recorded_range,
+    schema,
+    seen,
+)
+from offbook.data.index import Outcome
+from offbook.errors import DataError
+
+_KEYS = ("next_obs", "rewards", "states", "dones")
+_LIBRARIES = {1: "robosuite", 2: "gym"}
+_FIX = "write observations and rewards into the file with robomimic's own dataset_states_to_obs"
+
+
+def read(source: str) -> Recordings:
+    """Opens a robomimic file.
+
+    Args:
+        source: path of the HDF5 file.
+
+    Raises:
+        DataError: it is not there, is damaged, lacks a key, or the arrays of a demonstration disagree.
+        MissingExtraError: h5py is not installed.
+    """
+    path = Path(source).expanduser()
+    with hdf5(path) as file:
+        need(file, ["data"], str(path), "give a file in the layout of robomimic")
+        data = file["data"]
+        names = sorted(data, key=_number)
+        if not names:
+            raise DataError(f"{path}, data", expected="one demonstration or more", got="none", fix="give another file")
+        about = _about(data, str(path))
+        for name in names:
+            need(data[name], ["obs", "actions"], f"{path}, data/{name}", _FIX)
+        first, where = data[names[0]], f"{path}, data/{names[0]}"
+        keys = [key for key in _KEYS if key in first]
+        values = _steps(first, about, keys, where).fields(where)
+        splits = {
+            key: [names.index(name) for name in _words(mask[:]) if name in names]
+            for key, mask in file.get("mask", {}).items()
+        }
+        stated = [NEXT_KEPT if "next_obs" in keys else LAST_DROPPED]
+        stated += [f"groups of demonstrations: {', '.join(splits)}"] * bool(splits)
+        made = schema(
+            "robomimic",
+            path,
+            values,
+            seen(first["obs"]),
+            recorded_range(numbers(data[name]["actions"][:], f"{path}, data/{name}, actions") for name in names),
+            stated,
+            environment=about["environment"],
+            rate_hz=about["rate_hz"],
+            env_args=about["env_args"],
+            demonstrations=names,
+            splits=splits,
+        )
+    return Recordings(schema=made, episodes=_episodes(path, names, about, keys), total=len(names))
+
+
+def _episodes(
+    path: Path, names: list[str], about: Mapping[str, Any], keys: list[str]
+) -> Iterator[tuple[Mapping[str, np.ndarray], Outcome]]:
+    with hdf5(path) as file:
+        for name in names:
+            where = f"{path}, data/{name}"
+            steps = _steps(file["data"][name], about, keys, where)
+            yield steps.fields(where), steps.outcome
+
+
+def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> Steps:
+    need(demo, keys, where, "give every demonstration the same keys")
+    observations = {name: numbers(part[()], f"{where}, obs, {name}") for name, part in seen(demo["obs"]).items()}
+    action = numbers(demo["actions"][()], f"{where}, actions")
+    if not len(action):
+        raise DataError(where, expected="one step or more", got="none", fix="leave empty demonstrations out")
+    said = demo.attrs.get("num_samples")
+    if said is not None and int(said) != len(action):
+        fix = "copy the file again from where it came from"
+        raise DataError(
+            f"{where}, actions", expected=f"{said} rows, as num_samples says", got=str(len(action)), fix=fix
+        )
+    others: dict[str, np.ndarray] = {name: demo[name][()] for name in ("states", "dones") if name in keys}
+    dones = others.get("dones", np.zeros(len(action)))
+    # A simulator's state is empty or a dummy where there is none.
+    others = {name: array for name, array in others.items() if 0 not in array.shape}
+    reward = numbers(demo["rewards"][()], f"{where}, rewards") if "rewards" in keys else None
+    last = None
+    if "next_obs" in keys:
+        nexts = seen(demo["next_obs"])
+        need(nexts, list(observations), f"{where}, next_obs", "give both groups the same keys")
+        last = {name: numbers(nexts[name][-1:], f"{where}, next_obs, {name}") for name in observations}
+    success = None
+    if reward is not None and not about["shaped"] and np.isin(reward, (0, 1)).all():
+        success = bool((reward > 0).any())
+    # Without what the last step led to, the step that ended it is not kept.
+    terminated = bool(dones[-1]) and last is not None
+    return Steps(
+        observations=observations,
+        action=action,
+        reward=reward,
+        others=others,
+        after=last,
+        outcome=Outcome(terminated=terminated, truncated=not terminated, task=about["task"], success=success),
+    )
+
+
+def _about(data: Any, where: str) -> dict[str, Any]:
+    """What `env_args` says; older files and those of other labs may lack it."""
+    try:
+        arguments = json.loads(data.attrs.get("env_args", "{}"))
+        settings = dict(arguments.get("env_kwargs") or {})
+        library, name = _LIBRARIES.get(arguments.get("type", arguments.get("env_type"))), arguments.get("env_name")
+        rate = settings.get("control_freq")
+        return {
+            "environment": f"{library}:{name}" if library and name else "",
+            "rate_hz": float(rate) if rate else None,
+            "task": str(name or "") if library == "robosuite" else "",
+            "shaped": bool(settings.get("reward_shaping", False)),
+            "env_args": arguments,
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__} {error}".partition("\n")[0]
+        raise DataError(
+            f"{where}, data, env_args", expected="JSON", got=got, fix="write it again or remove it"
+        ) from error
+
+
+def _words(values: Any) -> list[str]:
+    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
+
+
+def _number(name: str) -> tuple[int, str]:
+    found = re.search(r"(\d+)$", name)
+    return (int(found[1]) if found else -1), name
