@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from offbook.data.store import EpisodeStore
-from offbook.errors import ConfigError, DataError
+from offbook.errors import ConfigError
 from offbook.runs.seeding import training_seeds
 from offbook.sim.recording import record
 
@@ -89,13 +89,6 @@ def test_a_store_of_another_recording_is_not_continued(tmp_path, changed, messag
     with pytest.raises(ConfigError, match=message):
         record(arguments.pop("env_id"), 2, out, **arguments)
     assert EpisodeStore.open(out).digest == before
-
-
-def test_an_existing_store_is_kept_when_a_new_one_is_wanted(tmp_path):
-    record("gym:Pendulum-v1", 1, tmp_path / "store", policy="random")
-    with pytest.raises(DataError, match="new or empty folder"):
-        record("gym:Pendulum-v1", 2, tmp_path / "store", policy="random", resume=False)
-    assert len(EpisodeStore.open(tmp_path / "store")) == 1
 
 
 @pytest.mark.parametrize(

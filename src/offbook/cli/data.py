@@ -25,7 +25,7 @@ def record(
     *,
     out: Path,
     episodes: int = 50,
-    policy: Literal["expert", "random"] = "expert",
+    policy: Literal["expert", "random", "drift"] = "expert",
     grades: tuple[float, ...] = (1.0,),
     split: str | None = None,
     image_size: int | None = None,
@@ -40,7 +40,7 @@ def record(
         env: library and environment, such as offbook:pour, gym:Hopper-v5 or metaworld:drawer-open-v3.
         out: folder of the store; a new one, or one that this command made.
         episodes: how many the store shall hold at the end.
-        policy: the environment's scripted expert, or random actions.
+        policy: the environment's scripted expert, random actions, or random ones that change slowly.
         grades: from 0 to 1 (flawless), given to the expert by turns: 1.0 0.5 makes every second episode a poor one.
         split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
         image_size: width and height of the camera's picture; 0 for none.
@@ -64,7 +64,7 @@ def record(
         jobs=jobs,
         settings={key: value for key, value in given.items() if value is not None},
     )
-    return _described(store)
+    return described(store)
 
 
 def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str | None = None) -> Report:
@@ -92,7 +92,7 @@ def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str 
     from offbook.data.formats import import_dataset
 
     if env is None:
-        return _described(import_dataset(source, out))
+        return described(import_dataset(source, out))
     with needs_extra("sim"):
         from offbook.sim.adapters import make
         from offbook.sim.spaces import action_spec
@@ -101,7 +101,7 @@ def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str 
         bounds = action_spec(world.action_space)
     finally:
         world.close()
-    return _described(import_dataset(source, out, environment=env, action=bounds))
+    return described(import_dataset(source, out, environment=env, action=bounds))
 
 
 def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str]) -> Report:
@@ -146,13 +146,14 @@ def info(store: tyro.conf.Positional[Path], *, plot: Path | None = None, verify:
         opened.verify()
     if plot is not None:
         _draw(opened, plot)
-    report = _described(opened)
+    report = described(opened)
     if verify:
         report = replace(report, text=report.text + "\n\nAll values agree with their checksums.")
     return report
 
 
-def _described(store: EpisodeStore) -> Report:
+def described(store: EpisodeStore) -> Report:
+    """What a store holds."""
     data = _facts(store)
     schema = store.schema
     rate = f" at {schema.rate_hz:g} Hz" if schema.rate_hz else ""

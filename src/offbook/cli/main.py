@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "info": ("offbook.cli.systems:info", "one system: paper, commands, last result"),
     "data record": ("offbook.cli.data:record", "record episodes of a policy in a simulator"),
     "data import": ("offbook.cli.data:import_recordings", "bring recordings in from a format that others use"),
+    "data generate": ("offbook.cli.datasets:generate", "make one of the project's own datasets"),
     "data info": ("offbook.cli.data:info", "what a store holds"),
     "data export": ("offbook.cli.data:export", "write a store in a format that others read"),
     "train bc": ("offbook.cli.train:bc", "learn a policy from recordings by behaviour cloning"),

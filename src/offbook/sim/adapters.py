@@ -64,6 +64,7 @@ class Adapter(gym.Wrapper[Any, Any, Any, Any]):
         image_size: adds the leaf "image", see `make`.
         camera: which of the model's cameras draws; -1 for the free one.
         upside_down: whether that camera hangs upside down, so that its picture must be turned.
+        success: False keeps what the library says about success away.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Adapter(gym.Wrapper[Any, Any, Any, Any]):
         image_size: int | None = None,
         camera: str | int = -1,
         upside_down: bool = False,
+        success: bool = True,
     ) -> None:
         super().__init__(env)
         # Left open, an environment that draws prints tracebacks when the interpreter exits.
@@ -82,7 +84,7 @@ class Adapter(gym.Wrapper[Any, Any, Any, Any]):
         close_at_exit()
         rate = control_hz or _control_hz(env)
         self.metadata = {**env.metadata, **({} if rate is None else {"control_hz": rate})}
-        self._prompt, self._camera, self._upside_down = prompt, camera, upside_down
+        self._prompt, self._camera, self._upside_down, self._success = prompt, camera, upside_down, success
         self._renderers: dict[tuple[int, int], Renderer] = {}
         self._image_size = image_size
         if image_size:
@@ -101,12 +103,12 @@ class Adapter(gym.Wrapper[Any, Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begins an episode."""
         observation, info = self.env.reset(seed=seed, options=options)
-        return self._seen(observation), _with_success(info)
+        return self._seen(observation), self._told(info)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One control step."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        return self._seen(observation), float(reward), bool(terminated), bool(truncated), _with_success(info)
+        return self._seen(observation), float(reward), bool(terminated), bool(truncated), self._told(info)
 
     def render(self) -> Any:
         """A picture for people: 240x320 for worlds of MuJoCo, the library's own for others."""
@@ -133,14 +135,15 @@ class Adapter(gym.Wrapper[Any, Any, Any, Any]):
         parts = observation if isinstance(observation, dict) else {"observation": observation}
         return {**parts, "image": self._picture(self._image_size, self._image_size)}
 
-
-def _with_success(info: dict[str, Any]) -> dict[str, Any]:
-    for key in ("success", "is_success"):
-        if key in info:
-            return {**info, "success": bool(info[key])}
-    if "tasks_to_complete" in info:  # Franka Kitchen
-        return {**info, "success": not info["tasks_to_complete"]}
-    return info
+    def _told(self, info: dict[str, Any]) -> dict[str, Any]:
+        if not self._success:
+            return {key: value for key, value in info.items() if key not in ("success", "is_success")}
+        for key in ("success", "is_success"):
+            if key in info:
+                return {**info, "success": bool(info[key])}
+        if "tasks_to_complete" in info:  # Franka Kitchen
+            return {**info, "success": not info["tasks_to_complete"]}
+        return info
 
 
 def _control_hz(env: AnyEnv) -> float | None:
@@ -226,7 +229,9 @@ def _robotics(name: str, image_size: int | None, settings: dict[str, Any]) -> An
         import gymnasium_robotics
     gym.register_envs(gymnasium_robotics)
     _check_name("robotics", name, _registered(("gymnasium_robotics",)))
-    return Adapter(_make_registered(name, **settings), image_size=image_size)
+    # Where each goal that is reached is followed by another, no step is the one that succeeds.
+    env = _make_registered(name, **settings)
+    return Adapter(env, image_size=image_size, success=not settings.get("reset_target", False))
 
 
 def _ale(name: str, image_size: int | None, settings: dict[str, Any]) -> AnyEnv:
@@ -297,18 +302,22 @@ class ControlSuite(gym.Env[Any, np.ndarray]):
     Args:
         domain: such as `"walker"`.
         task: such as `"walk"`.
+        physics: adds the leaf "physics", the whole state of the simulation, from which any reward can be worked out.
         settings: passed on to the task, such as `time_limit`.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (gymnasium's)
 
-    def __init__(self, domain: str, task: str, **settings: Any) -> None:
+    def __init__(self, domain: str, task: str, *, physics: bool = False, **settings: Any) -> None:
         from dm_control import suite
 
+        self._physics = physics
         self._env = suite.load(domain, task, task_kwargs={"random": 0, **settings})
-        shown = self._env.observation_spec()
+        shown = {key: (spec.shape, spec.dtype) for key, spec in self._env.observation_spec().items()}
+        if physics:
+            shown["physics"] = self._env.physics.state().shape, np.dtype(np.float64)
         self.observation_space = spaces.Dict(
-            [(key, spaces.Box(-np.inf, np.inf, spec.shape, spec.dtype)) for key, spec in shown.items()]
+            [(key, spaces.Box(-np.inf, np.inf, shape, dtype)) for key, (shape, dtype) in shown.items()]
         )
         action = self._env.action_spec()
         self.action_space = spaces.Box(
@@ -336,13 +345,16 @@ class ControlSuite(gym.Env[Any, np.ndarray]):
         if seed is not None:
             # The suite takes a seed only when a task is loaded, which is slow; its tasks draw from this attribute.
             self._env.task._random = np.random.RandomState(seed)
-        return dict(self._env.reset().observation), {}
+        return self._seen(self._env.reset()), {}
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """One control step; a discount of 1 at the last step means that only the time was up."""
         now = self._env.step(np.asarray(action, np.float64))
         terminated = bool(now.last() and now.discount == 0)
-        return dict(now.observation), float(now.reward), terminated, bool(now.last()) and not terminated, {}
+        return self._seen(now), float(now.reward), terminated, bool(now.last()) and not terminated, {}
+
+    def _seen(self, now: Any) -> dict[str, np.ndarray]:
+        return {**now.observation, "physics": self._env.physics.state()} if self._physics else dict(now.observation)
 
     def close(self) -> None:
         """Frees the simulation."""

@@ -15,12 +15,13 @@ from jaxtyping import Float, Float32
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, Policy, PolicyMeta
 from offbook.errors import ConfigError, nearest, needs_extra
 from offbook.runs.seeding import generator
+from offbook.sim.planners import DoorKeyExpert, Drift, MazeExpert
 from offbook.sim.spaces import action_spec
 from offbook.sim.tabletop import arm
 from offbook.sim.tabletop.pour import CUP_HEIGHT, OBJECTS, START, cup_frame
 from offbook.sim.tabletop.render import prepare_mujoco
 
-EXPERTS = ("offbook:pour", "metaworld:<task>")
+EXPERTS = ("offbook:pour", "metaworld:<task>", "robotics:PointMaze_<maze>", "minigrid:MiniGrid-DoorKey-<size>")
 """The environments that have a scripted expert."""
 
 
@@ -46,6 +47,10 @@ def make_expert(env_id: str, grade: float = 1.0, seed: int = 0) -> Policy:
         return PouringExpert(grade, seed)
     if env_id.startswith("metaworld:"):
         return MetaWorldExpert(env_id.removeprefix("metaworld:"), grade, seed)
+    if env_id.startswith("robotics:PointMaze"):
+        return MazeExpert(env_id, grade, seed)
+    if env_id.startswith("minigrid:MiniGrid-DoorKey"):
+        return DoorKeyExpert(grade, seed)
     raise ConfigError(
         f"expert for {env_id!r}",
         expected=f"one of {', '.join(EXPERTS)}",
@@ -60,6 +65,7 @@ class RandomPolicy:
     Args:
         action: what the robot accepts.
         seed: the numbers depend on this seed and the session's name alone.
+        memory: from 0 to below 1, how much of the last action stays in the next; bounded continuous actions only.
 
     Example:
         >>> policy = RandomPolicy(ActionSpec(size=1, low=(-2.0,), high=(2.0,)))
@@ -69,33 +75,42 @@ class RandomPolicy:
         (1, 1, 1)
     """
 
-    def __init__(self, action: ActionSpec, seed: int = 0) -> None:
-        self.meta = PolicyMeta(name="random", observation=ObservationSpec(), action=action)
-        self._seed = seed
+    def __init__(self, action: ActionSpec, seed: int = 0, memory: float = 0.0) -> None:
+        if memory and not (action.choices is None and np.isfinite([*action.low, *action.high]).all()):
+            fix = "draw the actions independently"
+            raise ConfigError("drifting actions", expected="bounded continuous ones", got=str(action), fix=fix)
+        self.meta = PolicyMeta(name="drift" if memory else "random", observation=ObservationSpec(), action=action)
+        self._seed, self._memory = seed, memory
         self._streams: dict[str, np.random.Generator] = {}
+        self._drifts: dict[str, Drift] = {}
 
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
         """Begins each session's own stream of random numbers anew."""
         for session in sessions:
-            self._streams[session] = generator(self._seed, "random policy", session)
+            rng = self._streams[session] = generator(self._seed, "random policy", session)
+            if self._memory:
+                self._drifts[session] = Drift(self.meta.action.size, rng, self._memory)
 
     def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 action"]:
         """One random action for each session."""
-        return np.stack([self._draw(self._streams[session]) for session in observation.sessions])[:, None]
+        return np.stack([self._draw(session) for session in observation.sessions])[:, None]
 
-    def _draw(self, rng: np.random.Generator) -> Float32[np.ndarray, "action"]:
-        spec = self.meta.action
+    def _draw(self, session: str) -> Float32[np.ndarray, "action"]:
+        spec, rng = self.meta.action, self._streams[session]
         if spec.choices is not None:
             return np.array([rng.integers(spec.choices)], np.float32)
         low, high = np.array(spec.low), np.array(spec.high)
+        if self._memory:
+            share = (1.0 + self._drifts[session].next()) / 2
+            return np.asarray(low + (high - low) * share, np.float32)
         bounded = np.isfinite(low) & np.isfinite(high)
         uniform = rng.uniform(np.where(bounded, low, 0.0), np.where(bounded, high, 1.0))
         return np.where(bounded, uniform, rng.standard_normal(spec.size)).astype(np.float32)
 
 
-def random_policy(env: gym.Env[Any, Any], seed: int = 0) -> RandomPolicy:
+def random_policy(env: gym.Env[Any, Any], seed: int = 0, memory: float = 0.0) -> RandomPolicy:
     """The random policy for the actions of an environment; the floor of every comparison."""
-    return RandomPolicy(action_spec(env.action_space), seed)
+    return RandomPolicy(action_spec(env.action_space), seed, memory)
 
 
 @dataclass

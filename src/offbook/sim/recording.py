@@ -1,12 +1,12 @@
 """Recording episodes of a scripted or random policy into a store: in parallel, and resumable after a crash."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from offbook.data.store import EpisodeStore, Writer
+from offbook.data.store import EpisodeStore, Schema, Writer
 from offbook.errors import ConfigError
 from offbook.runs.parallel import run_parallel
 from offbook.runs.progress import track
@@ -14,8 +14,10 @@ from offbook.runs.seeding import training_seeds
 from offbook.sim.adapters import AnyEnv, make
 from offbook.sim.experts import make_expert, random_policy
 from offbook.sim.play import Played, play
-from offbook.sim.spaces import schema_for
+from offbook.sim.spaces import REWARD, schema_for
 
+_SOURCES = {"expert": "scripted expert", "random": "random", "drift": "drifting random actions"}
+Behaviour = Literal["expert", "random", "drift"]
 _BLOCK = 4  # episodes between two appends: little is lost by a crash, and little time with making environments
 
 
@@ -28,14 +30,16 @@ class _Plan:
     grades: tuple[float, ...]
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rewards: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        record = {
             "policy": self.policy,
             "grades": list(self.grades),
             "seed": self.seed,
             "settings": dict(self.settings),
         }
+        return record if self.rewards else {**record, "rewards": False}
 
 
 def record(
@@ -43,11 +47,11 @@ def record(
     episodes: int,
     out: str | Path,
     *,
-    policy: Literal["expert", "random"] = "expert",
+    policy: Behaviour = "expert",
     grades: Sequence[float] = (1.0,),
     seed: int = 0,
     jobs: int = 1,
-    resume: bool = True,
+    rewards: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> EpisodeStore:
     """Records episodes of an environment until the store holds as many as are wanted.
@@ -59,12 +63,13 @@ def record(
         env_id: see `offbook.sim.adapters.make`.
         episodes: how many the store shall hold at the end.
         out: folder of the store.
-        policy: `"expert"` for the environment's scripted expert, or `"random"`.
+        policy: `"expert"` for the environment's scripted expert, `"random"`, or `"drift"` for random actions that
+            change slowly and so lead further away.
         grades: of the expert, see `make_expert`; episode i has the grade `grades[i % len(grades)]`, so that
             `(1.0, 1.0, 1.0, 0.5)` makes every fourth episode an imperfect one.
         seed: seed of the recording.
         jobs: worker processes.
-        resume: whether to go on with an existing store; otherwise one is refused.
+        rewards: False leaves them out, as in recordings that no task was in view for.
         settings: further arguments of `make`.
 
     Returns:
@@ -83,8 +88,8 @@ def record(
     """
     if episodes < 1:
         raise ConfigError("--episodes", expected="1 or more", got=str(episodes), fix="ask for an episode")
-    if policy not in ("expert", "random"):
-        raise ConfigError("--policy", expected="expert or random", got=repr(policy), fix="choose one of them")
+    if policy not in _SOURCES:
+        raise ConfigError("--policy", expected=", ".join(_SOURCES), got=repr(policy), fix="choose one of them")
     if not grades:
         raise ConfigError("--grades", expected="one or more", got="none", fix="give a grade such as 1.0")
     plan = _Plan(
@@ -93,8 +98,10 @@ def record(
         grades=tuple(float(grade) for grade in grades) if policy == "expert" else (1.0,),
         seed=seed,
         settings=dict(settings or {}),
+        rewards=rewards,
     )
-    with _open(Path(out), plan, resume) as writer:
+    out = Path(out)
+    with open_recording(out, env_id, plan.to_json(), functools.partial(_schema, plan)) as writer:
         done = len(EpisodeStore.open(out))
         blocks = [range(start, min(start + _BLOCK, episodes)) for start in range(done, episodes, _BLOCK)]
         played = run_parallel(functools.partial(_play_block, plan), blocks, jobs=jobs)
@@ -104,29 +111,44 @@ def record(
     return EpisodeStore.open(out)
 
 
-def _open(out: Path, plan: _Plan, resume: bool) -> Writer:
-    """The store, opened for appending; made if it is not there."""
-    if resume and (out / "store.json").exists():
-        schema = EpisodeStore.open(out).schema
-        before = {"environment": schema.environment, **dict(schema.extra.get("recording", {}))}
-        for key, wanted in {"environment": plan.env_id, **plan.to_json()}.items():
-            if before.get(key) != wanted:
-                expected = f"{wanted!r}, as this recording has it"
-                fix = "record into another folder, or repeat the settings of the first time"
-                raise ConfigError(f"{out}, {key}", expected=expected, got=f"a store with {before.get(key)!r}", fix=fix)
-        return EpisodeStore.append_to(out)
+def open_recording(out: Path, env_id: str, plan: Mapping[str, Any], schema: Callable[[], Schema]) -> Writer:
+    """The store of a recording, opened for appending; made if it is not there.
+
+    Args:
+        out: folder of the store.
+        env_id: environment of the recording.
+        plan: JSON-able; all that the episodes depend on, except how many there are.
+        schema: called for a new store; the plan is put into its `extra["recording"]`.
+
+    Raises:
+        ConfigError: the folder holds another recording.
+    """
+    if not (out / "store.json").exists():
+        fresh = schema()
+        return EpisodeStore.create(out, replace(fresh, extra={**fresh.extra, "recording": dict(plan)}))
+    found = EpisodeStore.open(out).schema
+    before = {"environment": found.environment, **dict(found.extra.get("recording", {}))}
+    for key, wanted in {"environment": env_id, **plan}.items():
+        if before.get(key) != wanted:
+            expected = f"{wanted!r}, as this recording has it"
+            fix = "record into another folder, or repeat the settings of the first time"
+            raise ConfigError(f"{out}, {key}", expected=expected, got=f"a store with {before.get(key)!r}", fix=fix)
+    return EpisodeStore.append_to(out)
+
+
+def _schema(plan: _Plan) -> Schema:
     env = make(plan.env_id, **plan.settings)
     try:
         _policy(plan, env, plan.grades[0])  # refuses an environment without an expert before a store is made
-        source = "random" if plan.policy == "random" else "scripted expert"
-        schema = schema_for(env, plan.env_id, source=source, extra={"recording": plan.to_json()})
+        return schema_for(env, plan.env_id, source=_SOURCES[plan.policy])
     finally:
         env.close()
-    return EpisodeStore.create(out, schema)
 
 
 def _policy(plan: _Plan, env: AnyEnv, grade: float) -> Any:
-    return random_policy(env, plan.seed) if plan.policy == "random" else make_expert(plan.env_id, grade, plan.seed)
+    if plan.policy == "expert":
+        return make_expert(plan.env_id, grade, plan.seed)
+    return random_policy(env, plan.seed, memory=0.96 if plan.policy == "drift" else 0.0)
 
 
 def _play_block(plan: _Plan, block: range) -> list[Played]:
@@ -149,11 +171,11 @@ def _grade(plan: _Plan, number: int) -> float:
 
 def _append(writer: Writer, plan: _Plan, number: int, episode: Played) -> None:
     writer.append(
-        episode.fields,
+        episode.fields if plan.rewards else {**episode.fields, REWARD: None},
         terminated=episode.terminated,
         truncated=episode.truncated,
         task=plan.env_id,
-        source="random" if plan.policy == "random" else f"expert:{_grade(plan, number):g}",
+        source=f"expert:{_grade(plan, number):g}" if plan.policy == "expert" else plan.policy,
         seed=episode.seed,
         success=episode.success,
         score=episode.score,

@@ -1,0 +1,59 @@
+"""`offbook data generate`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from offbook.cli.data import described
+from offbook.cli.report import Report, table
+from offbook.errors import needs_extra
+
+
+def generate(
+    name: tyro.conf.Positional[str | None] = None,
+    *,
+    out: Path | None = None,
+    seed: int = 0,
+    size: int | None = None,
+    jobs: int = 1,
+) -> Report:
+    """Makes one of the project's own datasets, or lists them; nothing is downloaded.
+
+    It is kept in the cache folder ($OFFBOOK_CACHE, or ~/.cache/offbook) and made only once. Interrupted, the same
+    command goes on where it stopped. Its digest is that of the reference, as long as simulator versions agree.
+
+    Args:
+        name: of the dataset; none for the list.
+        out: folder of the store, instead of one in the cache folder.
+        seed: of everything random; 0 is the dataset that results are stated for.
+        size: how many episodes (for a replay: steps), instead of the whole dataset's.
+        jobs: worker processes; the store does not depend on how many. A replay uses one.
+
+    Examples:
+        offbook data generate
+        offbook data generate pointmaze-mixed --jobs 2
+        offbook data generate minigrid-bot --size 20 --out stores/bot
+    """
+    with needs_extra("sim"), needs_extra("models"):
+        from offbook.learning import datasets
+    if name is None:
+        rows = [[key, made.env_id, f"{made.size} {made.unit}", made.about] for key, made in datasets.DATASETS.items()]
+        listed = [
+            {"name": key, "environment": made.env_id, "size": made.size, "unit": made.unit, "about": made.about}
+            for key, made in datasets.DATASETS.items()
+        ]
+        return Report(text=table(["dataset", "environment", "size", "what is in it"], rows), data={"datasets": listed})
+    store = datasets.generate(name, out, seed=seed, size=size, jobs=jobs)
+    made, report = datasets.DATASETS[name], described(store)
+    if seed != 0 or (size or made.size) != made.size or not made.digest:
+        return report
+    same = store.digest == made.digest
+    said = (
+        "The digest is the reference's."
+        if same
+        else f"The reference has the digest {made.digest}: other versions of simulator or libraries made that one."
+    )
+    return replace(report, text=f"{report.text}\n\n{said}", data={**report.data, "reference_digest": made.digest})

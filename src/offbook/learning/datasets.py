@@ -1,0 +1,149 @@
+"""Datasets that the project makes itself, so that nothing needs a download: by name, seeded, cached and resumable."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offbook.data.store import EpisodeStore
+from offbook.errors import ConfigError, nearest
+from offbook.learning.agents import record_replay
+from offbook.sim.recording import record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """How one dataset is made.
+
+    Attributes:
+        about: what is in it.
+        env_id: see `offbook.sim.adapters.make`.
+        size: of the whole dataset: episodes, or steps where an agent learns.
+        policy: who acts; "sac" for a soft actor-critic that learns meanwhile.
+        grades: of the expert, by turns.
+        rewards: whether they are kept.
+        settings: further arguments of `make`.
+        digest: of the whole dataset with seed 0, where it was made for this table.
+    """
+
+    about: str
+    env_id: str
+    size: int
+    policy: Literal["expert", "random", "drift", "sac"] = "expert"
+    grades: tuple[float, ...] = (1.0,)
+    rewards: bool = True
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: str = ""
+
+    @property
+    def unit(self) -> str:
+        """What `size` counts."""
+        return "steps" if self.policy == "sac" else "episodes"
+
+
+DATASETS: dict[str, Dataset] = {
+    "pointmaze-mixed": Dataset(
+        about="a point mass drives from goal to goal in a U-shaped maze: four mixtures of a planner and a random drift",
+        env_id="robotics:PointMaze_UMaze-v3",
+        size=667,
+        grades=(1.0, 0.7, 0.4, 0.1),
+        settings={"reset_target": True},
+    ),
+    "hopper-replay": Dataset(
+        about="all that a soft actor-critic lives through while it learns to hop",
+        env_id="gym:Hopper-v5",
+        size=150_000,
+        policy="sac",
+    ),
+    "walker-replay": Dataset(
+        about="all that a soft actor-critic lives through while it learns to walk",
+        env_id="gym:Walker2d-v5",
+        size=150_000,
+        policy="sac",
+    ),
+    "metaworld-door": Dataset(
+        about="a robot opens a door: the scripted expert at four grades of noise and of giving up",
+        env_id="metaworld:door-open-v3",
+        size=100,
+        grades=(1.0, 0.75, 0.5, 0.25),
+    ),
+    "minigrid-bot": Dataset(
+        about="find the key, open the door, reach the goal: a planner with a narrow view, at four rates of mistakes",
+        env_id="minigrid:MiniGrid-DoorKey-8x8-v0",
+        size=1000,
+        grades=(1.0, 0.9, 0.7, 0.5),
+    ),
+    "pour-mixed": Dataset(
+        about="an arm pours grains into a bowl: the scripted expert, every second episode with faults",
+        env_id="offbook:pour",
+        size=200,
+        grades=(1.0, 0.6, 1.0, 0.3),
+    ),
+    "walker-explore": Dataset(
+        about="a planar walker under slowly drifting random actions, without rewards; keeps the state of the physics",
+        env_id="dmc:walker-walk",
+        size=100,
+        policy="drift",
+        rewards=False,
+        settings={"physics": True},
+    ),
+}
+"""The datasets by name."""
+
+
+def cache_folder() -> Path:
+    """Where datasets are kept: `$OFFBOOK_CACHE`, else `offbook` in the user's cache folder (`$XDG_CACHE_HOME`)."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("OFFBOOK_CACHE") or Path(home) / "offbook")
+
+
+def generate(
+    name: str, out: str | Path | None = None, *, seed: int = 0, size: int | None = None, jobs: int = 1
+) -> EpisodeStore:
+    """Makes a dataset, or goes on with one, or gives the one that is there.
+
+    Args:
+        name: one of `DATASETS`.
+        out: folder of the store; by default in `cache_folder()`, by name, seed and size.
+        seed: of everything random; 0 is the dataset that results are stated for.
+        size: episodes or steps, instead of the whole dataset's.
+        jobs: worker processes, where episodes do not depend on one another.
+
+    Raises:
+        ConfigError: there is no such dataset, or the folder holds another recording.
+        DataError: the one that is there is damaged.
+        MissingExtraError: a package that it needs is not installed.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     store = generate("minigrid-bot", f"{folder}/bot", size=4)
+        ...     len(store), store.episodes["source"].tolist()
+        (4, ['expert:1', 'expert:0.9', 'expert:0.7', 'expert:0.5'])
+    """
+    if name not in DATASETS:
+        where, fix = f"dataset {name!r}", nearest(name, DATASETS)
+        raise ConfigError(where, expected="one that offbook makes", got="an unknown name", fix=fix)
+    made = DATASETS[name]
+    if size is not None and size < 1:
+        raise ConfigError("--size", expected=f"1 or more {made.unit}", got=str(size), fix="ask for more, or for all")
+    size = made.size if size is None else size
+    out = Path(out) if out else cache_folder() / "datasets" / f"{name}-{size}-seed{seed}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if made.policy == "sac":
+        store = record_replay(made.env_id, size, out, seed=seed, settings=made.settings)
+    else:
+        store = record(
+            made.env_id,
+            size,
+            out,
+            policy=made.policy,
+            grades=made.grades,
+            seed=seed,
+            jobs=jobs,
+            rewards=made.rewards,
+            settings=made.settings,
+        )
+    store.verify()
+    return store
