@@ -38,7 +38,7 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
         offbook demo
         offbook demo --stay
     """
-    began = time.monotonic()
+    began, home = time.monotonic(), shlex.quote(str(out))
     # Ended from outside, the processes beside this one shall end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with socket.socket() as free:
@@ -46,20 +46,20 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
 
     _say("Record a scripted expert in the pouring world")
-    _do(f"data record offbook:pour --episodes {episodes} --jobs 2 --out {out}/recordings")
+    _do(f"data record offbook:pour --episodes {episodes} --jobs 2 --out {home}/recordings")
 
     _say("Learn from the recordings: once from the state, once from pictures")
-    _do(f"train bc --data {out}/recordings --resume --out {out}/bc-state")
+    _do(f"train bc --data {home}/recordings --resume --out {home}/bc-state")
     images = "--parts joints --cameras front --fit.steps 600"
-    _do(f"train bc --data {out}/recordings {images} --resume --out {out}/bc-images")
+    _do(f"train bc --data {home}/recordings {images} --resume --out {home}/bc-images")
 
     _say("Open an arena, and lend it two simulated robots")
-    token = _do(f"arena init {out}/arena --benchmarks pour --trials {trials}")["token"]
+    token = _do(f"arena init {home}/arena --benchmarks pour --trials {trials} --seed 0")["token"]
     with ExitStack() as stack:
         os.environ[TOKEN] = token  # for the commands below, in this process and beside it
         stack.callback(os.environ.pop, TOKEN, None)
         children = Children(out / "logs", stack)
-        children.start("arena", f"arena serve {out}/arena --port {url.rpartition(':')[2]}")
+        children.start("arena", f"arena serve {home}/arena --port {url.rpartition(':')[2]}")
         arena = stack.enter_context(ArenaClient(url))
         asked = time.monotonic()
         while not _answers(arena):
@@ -69,16 +69,16 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
 
         _say("Submit: the two anchors, a checkpoint, and a policy that dials in")
         entries = [_do(f"arena submit {name} --url {url}") for name in ("expert", "random")]
-        entries.append(_do(f"arena submit {out}/bc-state --name 'BC on state' --imitates expert --url {url}"))
+        entries.append(_do(f"arena submit {home}/bc-state --name 'BC on state' --imitates expert --url {url}"))
         entries.append(_do(f"arena submit remote --name 'BC on images' --imitates expert --url {url}"))
-        children.start("policy", f"policy serve {out}/bc-images --url {url} --submission {entries[-1]['id']}")
+        children.start("policy", f"policy serve {home}/bc-images --url {url} --submission {entries[-1]['id']}")
 
         _say(f"Blind trials, {trials} for each, all on the same scenes")
         for _ in track(_ended_trials(arena, [entry["id"] for entry in entries], children), "trials", 4 * trials):
             pass
         board = call("arena status", ["--benchmark", "pour", "--url", url])
         minutes = (time.monotonic() - began) / 60
-        look = f"{url}/benchmarks/pour" if stay else f"offbook arena serve {out}/arena"
+        look = f"{url}/benchmarks/pour" if stay else f"offbook arena serve {home}/arena"
         text = f"{board.text}\n\nIn {minutes:.1f} minutes. Look at the trials and their videos: {look}"
         if stay:
             print(text, flush=True)
