@@ -83,7 +83,7 @@ def test_the_example_runs(tmp_path, capsys):
     [
         (["data", "info", "nowhere"], 1, "expected an episode store, got no such folder"),
         (["data", "import", "minari:b-v0", "--out", "x"], 1, "minari download b-v0"),
-        (["data", "import", "lerobot:b", "--out", "x"], 2, "format 'lerobot'"),
+        (["data", "import", "lero:b", "--out", "x"], 2, "format 'lero'; did you mean 'lerobot'?"),
         (["data", "export", "nowhere", "minari:b-v0"], 1, "nowhere"),
         (["data", "import", "minari:b-v0"], 2, "--out"),
     ],

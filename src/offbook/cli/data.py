@@ -1,4 +1,4 @@
-"""`offbook data record`, `import`, `info` and `export`."""
+"""`offbook data record`, `import`, `info`, `check` and `export`."""
 
 from __future__ import annotations
 
@@ -109,21 +109,22 @@ def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str])
 
     Args:
         store: folder of the store.
-        target: format and new name, such as minari:pour/expert-v0, or minari:./FOLDER.
+        target: format and new name: minari:pour/expert-v0, minari:./FOLDER, or lerobot:FOLDER for LeRobotDataset v3.0.
 
     Examples:
         offbook data export stores/pour minari:pour/expert-v0
+        offbook data export stores/pour lerobot:./pour-lerobot
     """
-    from offbook.data.formats import export_dataset
+    from offbook.data.formats import export_dataset, left_out
     from offbook.data.store import EpisodeStore
 
     opened = EpisodeStore.open(store)
     written = export_dataset(opened, target)
-    left_out = list(opened.schema.named("other"))
+    lacking = left_out(opened, target)
     text = f"Wrote {len(opened)} episodes, {opened.steps} steps, to {written}."
-    if left_out:
-        text += f" The format has no place for {', '.join(left_out)}: left out."
-    data = {"path": written, "episodes": len(opened), "steps": opened.steps, "left_out": left_out}
+    if lacking:
+        text += f" The format has no place for {', '.join(lacking)}: left out."
+    data = {"path": written, "episodes": len(opened), "steps": opened.steps, "left_out": lacking}
     return Report(text=text, data=data)
 
 
@@ -150,6 +151,42 @@ def info(store: tyro.conf.Positional[Path], *, plot: Path | None = None, verify:
     if verify:
         report = replace(report, text=report.text + "\n\nAll values agree with their checksums.")
     return report
+
+
+def check(store: tyro.conf.Positional[Path], *, repair: bool = False) -> Report:
+    """Checks a store: files, checksums, NaN, bounds of actions, and whether actions stand beside their steps.
+
+    The exit code is 1 when something is wrong. What may be meant so, such as actions beyond their bounds, is reported
+    and no error.
+
+    Args:
+        store: folder of the store.
+        repair: drop what an interrupted writer left behind the last finished episode; finished ones are never touched.
+
+    Examples:
+        offbook data check stores/pour
+        offbook data check stores/pour --repair
+        offbook data check stores/pour --json
+    """
+    from offbook.data.check import check_store
+
+    found = check_store(store, repair=repair)
+    rows = [[finding.check, finding.result, finding.text] for finding in found.findings]
+    lines = [table(["check", "result", "found"], rows)]
+    if found.repaired:
+        lines.append(f"Repaired: {found.repaired}.")
+    lines.append(f"{store} is sound." if found.sound else f"{store} is not sound.")
+    data = {
+        "path": store,
+        "episodes": found.episodes,
+        "steps": found.steps,
+        "findings": [
+            {"check": finding.check, "result": finding.result, "text": finding.text, **finding.details}
+            for finding in found.findings
+        ],
+        "repaired": found.repaired,
+    }
+    return Report(text="\n\n".join(lines), data=data, exit_code=0 if found.sound else 1)
 
 
 def described(store: EpisodeStore) -> Report:

@@ -1,7 +1,7 @@
 """Recordings in the formats that others use: into a store with `import_dataset`, out of it with `export_dataset`.
 
 Each format is a module with `read(source) -> Recordings`, and those that are written too have
-`write(store, target) -> str`.
+`write(store, target) -> str` and `left_out(schema) -> list[str]`.
 """
 
 import importlib
@@ -21,7 +21,7 @@ from offbook.runs.progress import track
 
 FORMATS = {
     name: f"offbook.data.formats.{name}"
-    for name in ("d4rl", "exorl", "minari", "paths", "robomimic", "toto", "zarr")
+    for name in ("d4rl", "exorl", "lerobot", "minari", "paths", "robomimic", "toto", "zarr")
 }
 """Name of a format -> the module that reads it, and perhaps writes it."""
 
@@ -118,6 +118,12 @@ def export_dataset(store: EpisodeStore, target: str) -> str:
     write, name = _format_of(target, "write")
     written: str = write(store, name)
     return written
+
+
+def left_out(store: EpisodeStore, target: str) -> list[str]:
+    """What of a store the format of an export has no place for, as `export_dataset` takes both."""
+    names: list[str] = _format_of(target, "left_out")[0](store.schema)
+    return names
 
 
 def _format_of(text: str, wanted: str) -> tuple[Callable[..., Any], str]:

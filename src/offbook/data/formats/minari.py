@@ -105,6 +105,11 @@ def write(store: EpisodeStore, target: str) -> str:
     return str(folder)
 
 
+def left_out(schema: Schema) -> list[str]:
+    """The fields that the format has no place for."""
+    return list(schema.named("other"))
+
+
 def _is_path(name: str) -> bool:
     return name.startswith(("/", ".", "~"))
 
