@@ -87,7 +87,7 @@ class Client(TestClient):
     tokens: ClassVar[dict[str, str]] = {}
 
     def ask(self, method: str, path: str, role: str | None = None, **options: Any) -> Response:
-        """A request with the token of a role: admin, ada, bob, lab (a worker) or reader."""
+        """A request with the token of a role: admin, ada, bob or lab (a worker)."""
         headers = dict(options.pop("headers", {}))
         if role is not None:
             headers["Authorization"] = f"Bearer {self.tokens[role]}"
@@ -99,7 +99,6 @@ ROLES = {
     "ada": ("ada", "submit"),
     "bob": ("bob", "submit"),
     "lab": ("lab", "worker"),
-    "reader": ("reader", "read"),
 }
 
 

@@ -37,10 +37,10 @@ def enter(database: Database, header: str | None) -> accounts.Principal:
 
 
 def test_a_token_opens_the_door_with_its_scopes(database: Database) -> None:
-    token = issue(database, "submit", "read")
+    token = issue(database, "submit", "submit")
     assert re.fullmatch(r"ob_[0-9a-f]{8}_[\w-]{43}", token)
     principal = enter(database, f"Bearer {token}")
-    assert (principal.user, principal.scopes) == ("ada", {"submit", "read"})
+    assert (principal.user, principal.scopes) == ("ada", {"submit"})
     assert principal.allows("submit")
     assert not principal.allows("worker")
     with pytest.raises(RefusedError, match="the scope 'worker'") as caught:
@@ -86,8 +86,8 @@ def test_anything_else_stays_outside(database: Database, change) -> None:
 
 
 def test_a_token_expires_by_the_clock_of_the_database(database: Database, clock: VirtualClock) -> None:
-    token = issue(database, "read", days=1)
-    for_ever = issue(database, "read", days=None)
+    token = issue(database, "submit", days=1)
+    for_ever = issue(database, "submit", days=None)
     clock.seconds += 86399
     enter(database, f"Bearer {token}")
     clock.seconds += 2
@@ -97,7 +97,7 @@ def test_a_token_expires_by_the_clock_of_the_database(database: Database, clock:
 
 
 def test_a_revoked_token_is_out_for_good(database: Database) -> None:
-    token, other = issue(database, "read"), issue(database, "read", user="bob")
+    token, other = issue(database, "submit"), issue(database, "submit", user="bob")
     prefix = token.split("_")[1]
     with database.write() as session:
         bob = accounts.find_user(session, "bob").id
@@ -115,15 +115,15 @@ def test_a_revoked_token_is_out_for_good(database: Database) -> None:
 @pytest.mark.parametrize(
     ("user", "scopes", "days"),
     [
-        ("", ["read"], 1),
-        ("x" * 65, ["read"], 1),
-        ("<b>", ["read"], 1),
+        ("", ["submit"], 1),
+        ("x" * 65, ["submit"], 1),
+        ("<b>", ["submit"], 1),
         ("ada", ["root"], 1),
         ("ada", [], 1),
-        ("ada", ["read"], 0),
-        ("ada", ["read"], -1),
-        ("ada", ["read"], float("nan")),
-        ("ada", ["read"], 1e9),
+        ("ada", ["submit"], 0),
+        ("ada", ["submit"], -1),
+        ("ada", ["submit"], float("nan")),
+        ("ada", ["submit"], 1e9),
     ],
 )
 def test_unusable_tokens_are_not_made(database: Database, user: str, scopes: list[str], days: float) -> None:

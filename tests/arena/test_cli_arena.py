@@ -37,6 +37,13 @@ def test_init_makes_an_arena_and_prints_the_token_once(tmp_path, cli) -> None:
     assert json.loads(again.stdout)["token"] != token
     changed = cli(["arena", "init", str(folder), "--benchmarks", "pendulum", "--trials", "4", "--json"])
     assert json.loads(changed.stdout)["benchmarks"][0]["version"] == 2
+    # The seed was drawn, and is kept where only the operator looks.
+    seed, mode = json.loads((folder / "arena.json").read_text())["seed"], (folder / "arena.json").stat().st_mode
+    assert seed > 2**32
+    assert mode & 0o077 == 0
+    given = cli(["arena", "init", str(tmp_path / "b"), "--benchmarks", "pendulum", "--seed", "0"])
+    assert given.exit_code == 0
+    assert json.loads((tmp_path / "b" / "arena.json").read_text())["seed"] == 0
 
 
 @pytest.mark.parametrize(

@@ -181,14 +181,24 @@ def test_a_revoked_token_loses_its_open_connection(arena) -> None:
             assert closed(socket) == (1008, "the token is no longer valid")
 
 
+def test_a_worker_whose_token_is_revoked_loses_its_relay(arena) -> None:
+    with arena.client("root") as client:
+        made = client.request("POST", "/v1/tokens", json={"user": "lab", "scopes": ["worker"]})
+        arena.tokens["spare"] = made["token"]
+        with seated(arena, "spare") as (_, policy, robot, _):
+            client.request("DELETE", f"/v1/tokens/{made['prefix']}")
+            assert closed(robot) == (1008, "the token is no longer valid")
+            assert wire.decode(policy.recv(timeout=5))["outcome"] == "robot_fault"
+
+
 @contextmanager
-def seated(arena):
+def seated(arena, role: str = "lab"):
     """A policy and a worker, both by hand, joined by a relay."""
     entry = arena.submit("ada")
     with dial(arena) as policy:
         assert hello(policy, entry)["type"] == "ready"
         given = lease(arena)
-        with dial(arena, f"/v1/relay/{given['trial']}.{given['fence']}", "lab") as robot:
+        with dial(arena, f"/v1/relay/{given['trial']}.{given['fence']}", role) as robot:
             ready = wire.decode(robot.recv(timeout=5))
             # What the robot's side is told of the policy does not say whose it is.
             assert (ready["type"], ready["meta"]["name"]) == ("ready", given["blind_label"])

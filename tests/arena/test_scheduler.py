@@ -37,7 +37,7 @@ def test_a_trial_goes_from_the_queue_to_a_result(database: Database) -> None:
         assert given["fence"] == 1
         assert given["attempt"] == 1
         assert given["scene"] == {"mark": given["seed"] - 100}
-        assert given["policy"] == {"kind": "anchor", "sha256": None, "anchor": "expert"}
+        assert given["policy"] == {"kind": "anchor", "anchor": "expert"}
         answer = play(session, given)
         assert answer == {"trial": given["trial"], "fence": 1, "state": "done", "attempt": 1}
         assert session.scalars(select(Result)).one().score == 0.5

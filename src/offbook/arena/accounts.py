@@ -17,7 +17,7 @@ from offbook.arena.database import now
 from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.tables import Audit, Token, User
 
-SCOPES = ("admin", "submit", "worker", "rate", "read")
+SCOPES = ("admin", "submit", "worker")
 """What a token may allow. `admin` includes all others; a person without a token may read the public pages."""
 
 DAILY_TRIALS = 400

@@ -9,6 +9,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -114,13 +115,12 @@ async def _tick(arena: Arena, feed: Feed) -> None:
 
     while True:
         await asyncio.sleep(TICK_SECONDS)
-        try:
-            await run_in_threadpool(reap)
-            await arena.gateway.sweep()
-            await feed.poll()
-        except SQLAlchemyError:
-            # A database that is away comes back; until then leases cannot run out, and none can be given either.
-            logger.exception("the database did not answer the arena's clock")
+        for act in (partial(run_in_threadpool, reap), arena.gateway.sweep, feed.poll):
+            try:
+                await act()
+            except Exception:
+                # A database that is away comes back, and whatever else fails must not stop the clock for good.
+                logger.exception("a step of the arena's clock failed; it goes on")
 
 
 async def _answer_error(request: Request, error: Exception) -> Response:

@@ -1,28 +1,24 @@
 """Charts as inline SVG, made on the server: intervals on a shared axis, strips of trials, traces along an episode.
 
 Pure functions of plain data. The drawing uses classes, whose colours and strokes stand in the pages' stylesheet, and
-percentages, so that a chart is as wide as its place. `write_svg` writes the same chart as a file of its own.
+percentages, so that a chart is as wide as its place.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from offbook.arena.pages.words import MARKS, bounds, decimals, figure, known, mark, number, rank
+from offbook.arena.pages.words import MARKS, bounds, decimals, figure, known, mark, number
 
 Interval = Mapping[str, Any]
 """A dict with the keys value, low and high."""
 
-_STYLE = Path(__file__).parent / "pages" / "static" / "style.css"
-_ROW = 34
 _CELL, _PITCH, _TALL = 7, 9, 12
 
 
@@ -164,36 +160,6 @@ def paired_row(a: float | None, b: float | None, axis: Axis, *, label: str) -> M
         drawing += _dot(ends[1], axis, shape="square") + _dot(ends[0], axis)
     words = f"{label}: A {number(a)}, B {number(b)}"
     return Markup('<svg class="ci pair" role="img" aria-label="{}">{}</svg>').format(words, drawing)
-
-
-def interval_chart(
-    rows: Sequence[Mapping[str, Any]], anchors: Sequence[Mapping[str, Any]] = (), *, width: int = 720
-) -> Markup:
-    """A whole figure of dot-interval rows, for documents: rank range and name, the interval, its figures.
-
-    Args:
-        rows: dicts with the keys name, score (an interval or None) and, where there is one, rank `[low, high]`.
-        anchors: dicts with the keys name and value.
-        width: in pixels.
-    """
-    ends = [row["score"][end] for row in rows if row.get("score") for end in ("low", "high")]
-    axis = axis_for([*ends, *(anchor["value"] for anchor in anchors)])
-    left, right = 220, 200
-    middle, height = width - left - right, 40 + _ROW * len(rows)
-    parts = [Markup('<svg x="{}" width="{}" height="40">{}</svg>').format(left, middle, interval_axis(axis, anchors))]
-    for i, row in enumerate(rows):
-        y = 40 + _ROW * i
-        shape = "diamond" if row.get("anchor") else "dot"
-        drawing = interval_row(row.get("score"), axis, anchors, shape=shape, label=str(row["name"]))
-        parts += [
-            Markup('<text class="rank" x="34" y="{}">{}</text>').format(y + 21, rank(row)),
-            Markup('<text class="name" x="46" y="{}">{}</text>').format(y + 21, row["name"]),
-            Markup('<svg x="{}" y="{}" width="{}" height="{}">{}</svg>').format(left, y, middle, _ROW, drawing),
-            Markup('<text class="fig" x="{}" y="{}">{}  ({})</text>').format(
-                width - 8, y + 21, figure(row.get("score")), bounds(row.get("score"))
-            ),
-        ]
-    return Markup('<svg class="figure" width="{}" height="{}">{}</svg>').format(width, height, Markup("").join(parts))
 
 
 def glyph(name: str, score: float | None = None) -> Markup:
@@ -346,34 +312,3 @@ def _thin(points: list[tuple[float, float]], limit: int) -> list[tuple[float, fl
 def _polyline(places: list[tuple[float, float]], steps: bool) -> str:
     (x, y), *rest = places
     return f"M{x:g} {y:g}" + "".join(f"H{x:g}V{y:g}" if steps else f"L{x:g} {y:g}" for x, y in rest)
-
-
-def write_svg(path: str | Path, chart: Markup, *, width: int, height: int) -> Path:
-    """Writes a chart as a file of its own, which brings its colours along and follows the reader's light or dark.
-
-    Args:
-        path: the file to write.
-        chart: what a function of this module returned.
-        width: in pixels.
-        height: in pixels.
-
-    Raises:
-        ValueError: `chart` is not an SVG drawing.
-    """
-    if not chart.startswith("<svg "):
-        raise ValueError(f"write_svg wants a chart of this module, got {str(chart)[:40]!r}")
-    css = _STYLE.read_text(encoding="utf-8")
-    tokens = dict(re.findall(r"(--[\w-]+):\s*(light-dark\([^)]*\)|[^;]+);", css[: css.index("}")]))
-    rules = css[css.index("/* charts */") : css.index("/* end of charts */")]
-    used = {name: value for name, value in tokens.items() if name in rules or name == "--paper"}
-    style = (
-        f"svg{{color-scheme:light dark;{';'.join(f'{k}:{v}' for k, v in used.items())};"
-        f"font:14px system-ui,sans-serif;font-variant-numeric:tabular-nums}}{rules}"
-    )
-    page = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-        f'<style>{style}</style><rect class="paper" width="100%" height="100%"/>{chart}</svg>\n'
-    )
-    target = Path(path)
-    target.write_text(page, encoding="utf-8")
-    return target

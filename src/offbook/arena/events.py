@@ -60,19 +60,16 @@ class Feed:
             RefusedError: 503, too many listen already.
         """
         if len(self._listeners) >= self._limit:
-            raise RefusedError(
-                503,
-                "too_many_listeners",
-                "live events",
-                expected=f"at most {self._limit} listeners",
-                got="one more",
-                fix="reload now and then instead",
-            )
-        queue: asyncio.Queue[str | None] = asyncio.Queue(maxsize=50)
-        self._listeners.add(queue)
-        return self._stream(queue)
+            raise RefusedError(503, "too_many_listeners", "live events", expected=f"at most {self._limit} listeners",
+                               got="one more", fix="reload now and then instead")  # fmt: skip
+        return self._stream()
 
-    async def _stream(self, queue: asyncio.Queue[str | None]) -> AsyncIterator[str]:
+    async def _stream(self) -> AsyncIterator[str]:
+        # A place is taken only here: a stream whose reader left before it began would never give it back.
+        queue: asyncio.Queue[str | None] = asyncio.Queue(maxsize=50)
+        if len(self._listeners) >= self._limit:
+            return
+        self._listeners.add(queue)
         try:
             yield "retry: 3000\n\n"
             while True:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,10 @@ from starlette.websockets import WebSocket, WebSocketState
 from offbook.arena import accounts
 from offbook.arena.database import Database, now
 from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.tables import IN_FLIGHT, Attempt, Robot, Submission, Token, Trial, Worker
+from offbook.arena.submissions import check_robot
+from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Token, Trial, Worker
 from offbook.client import wire
-from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta, check_fit
-from offbook.errors import ConfigError
+from offbook.client.protocol import PolicyMeta
 
 if TYPE_CHECKING:
     from offbook.arena.service import Meters
@@ -112,6 +113,8 @@ class Relay:
     """A trial that is being played: the worker's side.
 
     Attributes:
+        socket: the worker's connection.
+        token: with which it came.
         outbox: frames to the worker.
         session: the name of the episode, once it was reset.
         ended: whether the policy was told that the episode is over.
@@ -119,6 +122,8 @@ class Relay:
         answers: sees to it that the policy's answers are in order; every attempt at a trial counts anew.
     """
 
+    socket: WebSocket
+    token: int
     outbox: Outbox
     session: str = ""
     ended: bool = True
@@ -138,6 +143,7 @@ class Gateway:
     def __init__(self, database: Database, meters: Meters, *, per_user: int = 32) -> None:
         self._database, self._meters, self._per_user = database, meters, per_user
         self._seats: dict[int, Seat] = {}
+        self._closing: set[asyncio.Task[None]] = set()
 
     def connected(self) -> frozenset[int]:
         """Submissions whose policies are here and idle; safe to call from any thread."""
@@ -217,13 +223,7 @@ class Gateway:
                     got=f"a {found.kind} submission that is {found.state}",
                     fix="submit again",
                 )
-            spec = session.scalar(
-                select(Robot.spec)
-                .where(Robot.robot_class == found.robot_class, Robot.spec.is_not(None))
-                .order_by(Robot.seen.desc())
-                .limit(1)
-            )
-            _check_spec(meta, spec, found.robot_class)
+            check_robot(session, meta, found.robot_class)
             return found.id
 
     async def _listen(self, seat: Seat) -> None:
@@ -257,7 +257,7 @@ class Gateway:
             return
         if seat.relay is not None:
             seat.relay.gone.set()
-        relay = seat.relay = Relay(outbox=Outbox(socket))
+        relay = seat.relay = Relay(socket=socket, token=who.token_id, outbox=Outbox(socket))
         await _say(socket, wire.ready(seat.images, replace(seat.meta, name=label)))
         sending = asyncio.create_task(relay.outbox.run())
         receiving = asyncio.create_task(self._carry(socket, seat, relay))
@@ -322,19 +322,28 @@ class Gateway:
                 await self._leave(seat, 1008, "the policy does not read")
 
     async def sweep(self) -> None:
-        """Sends away policies whose submission has no trial left and those whose token was revoked or ran out."""
+        """Sends away policies that have no trial left, and policies and workers whose token was revoked or ran out."""
         seats = list(self._seats.values())
         if not seats:
             return
         finished, barred = await run_in_threadpool(self._outdated, seats)
         for seat in seats:
+            if seat.relay is not None and seat.relay.token in barred:
+                self._close_aside(_close(seat.relay.socket, 1008, "the token is no longer valid"))
             if seat.token in barred:
-                await self._leave(seat, 1008, "the token is no longer valid")
+                self._close_aside(self._leave(seat, 1008, "the token is no longer valid"))
             elif seat.submission in finished and seat.relay is None:
-                await self._leave(seat, 1000, "no trial of this submission is left")
+                self._close_aside(self._leave(seat, 1000, "no trial of this submission is left"))
+
+    def _close_aside(self, closing: Coroutine[Any, Any, None]) -> None:
+        """Closes without waiting: a peer that does not read must not keep the others, nor the arena's clock."""
+        task = asyncio.create_task(closing)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _outdated(self, seats: list[Seat]) -> tuple[set[int], set[int]]:
         entries, tokens = {seat.submission for seat in seats}, {seat.token for seat in seats}
+        tokens |= {relay.token for seat in seats if (relay := seat.relay) is not None}
         with self._database.read() as session:
             open_ = session.scalars(
                 select(Submission.id).where(Submission.id.in_(entries), Submission.state == "open")
@@ -359,21 +368,6 @@ class Gateway:
         elif error is not None:
             logger.error("a websocket of a %s failed", sender, exc_info=error)
             await _close(socket, 1011, "the arena failed; see its log")
-
-
-def _check_spec(meta: PolicyMeta, spec: Any, robot_class: str) -> None:
-    """Tells a policy at once when it cannot drive the robots of its benchmark, as far as one has been seen."""
-    if not spec or "observation" not in spec:
-        return
-    described = PolicyMeta.from_json({"name": robot_class, "chunk": 1, **spec})
-    observation: ObservationSpec = described.observation
-    action: ActionSpec = described.action
-    try:
-        check_fit(meta, observation, action, robot_class)
-    except ConfigError as error:
-        raise RefusedError(
-            422, "does_not_fit", error.where, expected=error.expected, got=error.got, fix=error.fix
-        ) from error
 
 
 async def _receive(socket: WebSocket) -> bytes:

@@ -197,6 +197,7 @@ def _lease_trial(
         # On PostgreSQL another worker may have taken a trial of this submission since our look: the index forbids two.
         return None
     note_trial(session, "leased", f"trial {trial.slot} was given to robot {robot.name}", trial, robot.id)
+    policy = {"kind": submission.kind, "sha256": submission.checkpoint, "anchor": submission.anchor}
     return {
         "trial": trial.id,
         "fence": fence,
@@ -208,5 +209,6 @@ def _lease_trial(
         "prompt": benchmark.task,
         "lease_seconds": rules.lease_seconds,
         "watchdog_seconds": rules.watchdog_seconds,
-        "policy": {"kind": submission.kind, "sha256": submission.checkpoint, "anchor": submission.anchor},
+        # Only what the worker needs to play it: nothing of a policy that answers through the relay.
+        "policy": {key: value for key, value in policy.items() if value is not None},
     }

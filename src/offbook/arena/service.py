@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import deque
@@ -31,6 +32,7 @@ class Settings:
         folder: where the settings, the embedded database and the blobs stand.
         database: its address; SQLite in the folder when empty.
         blobs: a folder or an fsspec address; `blobs` of the folder itself when empty.
+        seed: from which scenes and seeds of the benchmarks follow; whoever knows it can prepare for them.
         base_url: how people reach the arena, for the snippets on its pages; taken from each request when empty.
         lease_seconds: how long a lease lives without a heartbeat.
         watchdog_seconds: after this long without an answer to its heartbeats a worker stops its robot.
@@ -45,6 +47,7 @@ class Settings:
     folder: Path
     database: str = ""
     blobs: str = ""
+    seed: int = 0
     base_url: str = ""
     lease_seconds: float = 15.0
     watchdog_seconds: float = 2.0
@@ -79,7 +82,7 @@ class Settings:
         """Writes `arena.json`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = {name: value for name, value in asdict(self).items() if name != "folder"}
-        # The database's address may hold a password.
+        # The database's address may hold a password, and the seed tells what is coming.
         write_atomic(self.folder / _FILE, json.dumps(record, indent=2) + "\n", mode=0o600)
 
     @classmethod
@@ -173,4 +176,5 @@ class Arena:
         self.blobs = BlobStore(settings.blobs or str(settings.folder.resolve()))
         self.meters = Meters()
         self.turnstile = Turnstile()
+        self.checking = asyncio.Semaphore(1)
         self.gateway = Gateway(self.database, self.meters, per_user=settings.policies_per_user)

@@ -17,8 +17,10 @@ from sqlalchemy.orm import Session
 from offbook.arena.accounts import Principal
 from offbook.arena.database import now
 from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.tables import Attempt, Benchmark, Blob, Split, Submission, Trial, User
+from offbook.arena.tables import Attempt, Benchmark, Blob, Robot, Split, Submission, Trial, User
 from offbook.arena.trials import close_if_finished, note
+from offbook.client.protocol import PolicyMeta, check_fit
+from offbook.errors import ConfigError
 
 ANCHORS = ("expert", "random")
 """Policies that every worker can make itself; they mark the two ends of a benchmark's scale."""
@@ -163,11 +165,8 @@ def accept(session: Session, who: Principal, request: Request) -> Submission:
     Raises:
         RefusedError: 404 unknown benchmark or split, 422 an unusable request, 403 scope, 429 quota.
     """
-    benchmark = find_benchmark(session, request.benchmark)
-    split = find_split(session, benchmark, request.split)
-    check_request(session, who, request)
+    benchmark, split = check_request(session, who, request)
     cases = split.cases[: request.trials]
-    _check_quota(session, who, benchmark, len(cases))
     order = list(range(len(cases)))
     random.SystemRandom().shuffle(order)
     nonce = secrets.token_hex(16)
@@ -260,11 +259,11 @@ def used_today(session: Session, user_id: int, benchmark_id: int | None = None) 
     return session.scalar(query) or 0
 
 
-def check_request(session: Session, who: Principal, request: Request) -> None:
-    """Refuses what can be seen to be unusable without looking into a checkpoint.
+def check_request(session: Session, who: Principal, request: Request) -> tuple[Benchmark, Split]:
+    """Refuses what can be seen to be unusable without looking into a checkpoint; returns what is asked for.
 
     Raises:
-        RefusedError: 403 scope, 422 name, kind or blob.
+        RefusedError: 404 unknown benchmark or split, 403 scope, 422 name, kind or blob, 429 quota.
     """
 
     def refuse(expected: str, got: str, fix: str) -> RefusedError:
@@ -272,10 +271,14 @@ def check_request(session: Session, who: Principal, request: Request) -> None:
                             fix=fix)  # fmt: skip
 
     who.require("submit")
+    benchmark = find_benchmark(session, request.benchmark)
+    split = find_split(session, benchmark, request.split)
     if not request.name.strip() or len(request.name) > 80 or not request.name.isprintable():
         raise refuse("a printable name of 1 to 80 characters", f"{len(request.name)} characters", "choose another name")
     if request.trials is not None and request.trials < 1:
         raise refuse("at least 1 trial", str(request.trials), "ask for more")
+    if (request.anchor and request.kind != "anchor") or (request.blob and request.kind != "checkpoint"):
+        raise refuse("an anchor or a blob only with the kind that it makes", request.kind[:40], "leave it out")
     if request.kind == "anchor":
         who.require("admin")
         if request.anchor not in ANCHORS:
@@ -287,6 +290,31 @@ def check_request(session: Session, who: Principal, request: Request) -> None:
             raise refuse("the hash of an uploaded checkpoint", repr(request.blob), "upload it first")
     elif request.kind != "remote":
         raise refuse("kind remote, checkpoint or anchor", repr(request.kind[:40]), "choose one")
+    _check_quota(session, who, benchmark, len(split.cases[: request.trials]))
+    return benchmark, split
+
+
+def robot_spec(session: Session, robot_class: str) -> dict[str, Any]:
+    """What the newest robot of a class says of itself; empty when none has been seen."""
+    newest = select(Robot.spec).where(Robot.robot_class == robot_class).order_by(Robot.seen.desc()).limit(1)
+    return session.scalar(newest) or {}
+
+
+def check_robot(session: Session, meta: PolicyMeta, robot_class: str) -> None:
+    """Tells a policy at once when it cannot drive the robots of its benchmark, as far as one has been seen.
+
+    Raises:
+        RefusedError: 422, it wants or gives something else.
+    """
+    spec = robot_spec(session, robot_class)
+    if "observation" not in spec:
+        return
+    robot = PolicyMeta.from_json({"name": robot_class, "chunk": 1, **spec})
+    try:
+        check_fit(meta, robot.observation, robot.action, robot_class)
+    except ConfigError as error:
+        where, expected, got, fix = error.where, error.expected, error.got, error.fix
+        raise RefusedError(422, "does_not_fit", where, expected=expected, got=got, fix=fix) from error
 
 
 def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ def init(
     *,
     benchmarks: tuple[str, ...] = ("pour", "pendulum"),
     trials: int = 20,
-    seed: int = 0,
+    seed: int | None = None,
     database: str = "",
     blobs: str = "",
     operator: str = "operator",
@@ -38,7 +39,7 @@ def init(
         folder: where settings, the embedded database and recordings will stand.
         benchmarks: what policies are tried on: pour, pendulum.
         trials: scenes in each split of a benchmark.
-        seed: from which scenes and seeds follow.
+        seed: from which scenes and seeds follow; drawn in secret for a new arena, which keeps it in arena.json.
         database: address of a PostgreSQL database; SQLite in the folder when empty.
         blobs: folder or fsspec address for recordings and checkpoints; in the folder when empty.
         operator: name of the user whose token is printed.
@@ -52,7 +53,6 @@ def init(
         from offbook.arena.database import Database
         from offbook.arena.service import Settings
         from offbook.arena.suites import make_suite
-    specs = [make_suite(name, trials, seed) for name in benchmarks]
     fresh = not (folder / "arena.json").exists()
     if not fresh and (database or blobs):
         raise ConfigError(
@@ -60,7 +60,9 @@ def init(
         )
     if fresh and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(str(folder), expected="a new or empty folder", got="something else", fix="choose another")
-    settings = Settings(folder=folder, database=database, blobs=blobs) if fresh else Settings.load(folder)
+    drawn = secrets.randbits(63) if seed is None else seed
+    settings = Settings(folder=folder, database=database, blobs=blobs, seed=drawn) if fresh else Settings.load(folder)
+    specs = [make_suite(name, trials, settings.seed if seed is None else seed) for name in benchmarks]
     store = Database(settings.database_url)
     try:
         folder.mkdir(parents=True, exist_ok=True)

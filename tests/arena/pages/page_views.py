@@ -350,21 +350,19 @@ def robot() -> dict[str, Any]:
         "rate_hz": 31.25,
         "trials_done": 212,
         "faults": 3,
-        "frame_url": None,
-        "current": 712,
+        "current": {"trial": 712, "progress": 0.4},
     }
 
 
 def unseen_robot() -> dict[str, Any]:
     nothing = {"heartbeat_age_s": None, "rate_hz": None, "trials_done": 0, "faults": 0, "current": None}
-    return robot() | nothing | {"state": "offline", "stop": {"action": "/robots/sim-1/stop", "csrf": "c5"}}
+    return robot() | nothing | {"state": "offline"}
 
 
 def submit() -> dict[str, Any]:
     return {
         "base_url": "http://127.0.0.1:8000",
         "benchmark": BENCHMARK,
-        "token_once": "ob_3f9c_M4ybe7hisIsAS3cret",
         "snippets": [
             {
                 "title": "First, check your policy on your own machine",
@@ -383,12 +381,7 @@ def submit() -> dict[str, Any]:
                 "code": "from offbook.client import FunctionPolicy, serve_policy\nserve_policy(policy, url, token)",
             },
         ],
-        "quota": {"used": 120, "limit": 400},
     }
-
-
-def plain_submit() -> dict[str, Any]:
-    return submit() | {"token_once": None, "quota": None}
 
 
 def index() -> dict[str, Any]:
@@ -448,7 +441,6 @@ VIEWS: dict[str, tuple[str, Any]] = {
     "robot": ("robot", robot),
     "robot-unseen": ("robot", unseen_robot),
     "submit": ("submit", submit),
-    "submit-plain": ("submit", plain_submit),
     "error": ("error", error),
 }
 
@@ -459,5 +451,5 @@ def hostile(value: Any, key: str = "") -> Any:
         return {k: hostile(v, k) for k, v in value.items()}
     if isinstance(value, list):
         return [hostile(v, key) for v in value]
-    kept = {"state", "outcome", "kind", "anchor", "url", "poster", "frame_url"}
+    kept = {"state", "outcome", "kind", "anchor", "url", "poster"}
     return HOSTILE if isinstance(value, str) and key not in kept else value

@@ -4,11 +4,9 @@ import math
 import re
 import xml.etree.ElementTree as ET
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from markupsafe import Markup
-from page_views import ANCHORS, HOSTILE, leaderboard, run, trials
+from page_views import ANCHORS, trials
 
 from offbook.arena import charts
 
@@ -83,25 +81,3 @@ def test_a_trace_keeps_peaks_breaks_at_gaps_and_flags_late_steps():
     gap = charts.trace([0.0, 0.1, 0.2, 0.3], [1.0, None, math.nan, 2.0], label="x")
     assert re.search(r'class="t" d="([^"]*)"', gap).group(1).count("M") == 2
     assert "nothing was recorded" in charts.trace([], [], label="x")
-
-
-def test_the_same_chart_stands_alone_as_a_file(tmp_path):
-    view = leaderboard()
-    rows = [row for row in view["rows"] if row["score"]]
-    rows[1]["name"] = HOSTILE
-    chart = charts.interval_chart(rows, view["anchors"])
-    path = charts.write_svg(tmp_path / "board.svg", chart, width=720, height=40 + 34 * len(rows))
-    root = ET.parse(path).getroot()
-    text = path.read_text()
-    assert root.get("width") == "720"
-    assert "light-dark(" in text
-    assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
-    assert "<script" not in text
-    assert len(root.findall(".//{http://www.w3.org/2000/svg}circle")) == len(rows) - 2  # the anchors are diamonds
-    charts.write_svg(tmp_path / "strip.svg", charts.trial_strip(trials(0.5)), width=200, height=40)
-    traces = run()["traces"]
-    charts.write_svg(
-        tmp_path / "trace.svg", charts.trace(traces["time"], traces["reward"], label="r"), width=600, height=80
-    )
-    with pytest.raises(ValueError, match="wants a chart"):
-        charts.write_svg(tmp_path / "no.svg", Markup("<p>"), width=1, height=1)

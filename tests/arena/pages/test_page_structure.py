@@ -19,7 +19,6 @@ ROUTES = [
     r"/",
     r"/benchmarks/[^/]+(/compare)?",
     r"/(submissions|runs|robots)/[^/]+",
-    r"/robots/[^/]+/stop",
     r"/queue",
     r"/submit",
     r"/static/[\w.]+",

@@ -268,7 +268,7 @@ def scene_labels(rows: Iterable[Mapping[str, Any]]) -> dict[int, str]:
             parts = [f"{str(key).replace('_', ' ')} {plain(scene.get(key))}" for key in telling]
             name = scene.get("name") or ", ".join(parts[:2]) + (", …" if len(parts) > 2 else "")
         else:
-            name = scene
+            name = scene or f"scene {slot}, shown when it was played"
         labels[slot] = str(name) if name else f"scene {slot}"
     return labels
 

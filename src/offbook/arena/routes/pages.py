@@ -13,7 +13,7 @@ from offbook.arena import views
 from offbook.arena.events import Feed
 from offbook.arena.pages import render
 from offbook.arena.routes.doors import arena_of
-from offbook.arena.routes.submissions import number
+from offbook.arena.routes.submissions import base_url, number
 
 router = APIRouter(include_in_schema=False)
 
@@ -22,10 +22,6 @@ def _page(request: Request, name: str, make: Callable[[Session], dict[str, Any]]
     with arena_of(request).database.read() as session:
         view = make(session)
     return HTMLResponse(render(name, view, query=request.query_params))
-
-
-def _base(request: Request) -> str:
-    return arena_of(request).settings.base_url or str(request.base_url).rstrip("/")
 
 
 @router.get("/")
@@ -60,7 +56,7 @@ def submission(request: Request, entry: str) -> HTMLResponse:
     return _page(
         request,
         "submission",
-        lambda session: views.submission(session, number("submission", entry), present, _base(request)),
+        lambda session: views.submission(session, number("submission", entry), present, base_url(request)),
     )
 
 
@@ -87,7 +83,7 @@ def robot(request: Request, robot: str) -> HTMLResponse:
 @router.get("/submit")
 def submit(request: Request, benchmark: str | None = None) -> HTMLResponse:
     """How do I take part."""
-    return _page(request, "submit", lambda session: views.submit(session, benchmark, _base(request)))
+    return _page(request, "submit", lambda session: views.submit(session, benchmark, base_url(request)))
 
 
 @router.get("/v1/events", include_in_schema=True, response_class=StreamingResponse)

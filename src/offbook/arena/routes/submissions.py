@@ -7,15 +7,14 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from offbook.arena import accounts, submissions, views
 from offbook.arena.accounts import Principal
 from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.routes.doors import Text, arena_of, needs
 from offbook.arena.service import Arena
-from offbook.arena.tables import Robot, Submission
-from offbook.client.protocol import PolicyMeta, check_fit
+from offbook.arena.tables import Submission
 from offbook.errors import CheckpointError, ConfigError
 
 router = APIRouter()
@@ -58,23 +57,30 @@ def compare(request: Request, a: str, b: str) -> dict[str, Any]:
 
 
 @router.post("/v1/submissions", status_code=201)
-def submit(
+async def submit(
     request: Request, wanted: SubmissionRequest, who: Annotated[Principal, Depends(needs("submit"))]
 ) -> dict[str, Any]:
     """Takes a policy for trials; a checkpoint is opened and checked before it is accepted."""
-    arena = arena_of(request)
-    record = wanted.model_dump()
-    with arena.database.read() as session:
-        # Once before the costly check of a checkpoint, and once more, for good, in the transaction below.
-        submissions.check_request(session, who, submissions.Request(**record))
-        robot_class = submissions.find_benchmark(session, wanted.benchmark).robot_class
-    if wanted.kind == "checkpoint" and wanted.blob is not None:
-        _check_checkpoint(arena, wanted.blob, robot_class)
-    with arena.database.write() as session:
-        submission = submissions.accept(session, who, submissions.Request(**record))
-        accounts.record_audit(session, who, "submission.create", f"{submission.id}: {wanted.name}")
-    with arena.database.read() as session:
-        return views.submission(session, submission.id, arena.gateway.present(), _base(request))
+    arena, asked = arena_of(request), submissions.Request(**wanted.model_dump())
+
+    def check() -> str:
+        with arena.database.read() as session:
+            return submissions.check_request(session, who, asked)[0].robot_class
+
+    def accept() -> dict[str, Any]:
+        with arena.database.write() as session:
+            submission = submissions.accept(session, who, asked)
+            accounts.record_audit(session, who, "submission.create", f"{submission.id}: {wanted.name}")
+        with arena.database.read() as session:
+            return views.submission(session, submission.id, arena.gateway.present(), base_url(request))
+
+    # Once before the costly check of a checkpoint, and once more, for good, in the transaction that accepts it.
+    robot_class = await run_in_threadpool(check)
+    if asked.kind == "checkpoint" and asked.blob is not None:
+        # One at a time: each may take as much memory as the largest checkpoint, and who waits here holds no thread.
+        async with arena.checking:
+            await run_in_threadpool(_check_checkpoint, arena, asked.blob, robot_class)
+    return await run_in_threadpool(accept)
 
 
 def _check_checkpoint(arena: Arena, blob: str, robot_class: str) -> None:
@@ -82,23 +88,13 @@ def _check_checkpoint(arena: Arena, blob: str, robot_class: str) -> None:
 
     path = arena.blobs.local(blob, arena.settings.folder / "cache")
     try:
-        meta: PolicyMeta = load_policy(path, max_bytes=arena.settings.checkpoint_bytes).meta
-        with arena.database.read() as session:
-            _check_robot(session, meta, robot_class)
+        meta = load_policy(path, max_bytes=arena.settings.checkpoint_bytes).meta
     except (CheckpointError, ConfigError) as error:
         # The path in our store is nobody's business.
-        where = error.where.replace(str(path), "checkpoint")
-        raise RefusedError(
-            422, "bad_checkpoint", where, expected=error.expected, got=error.got, fix=error.fix
-        ) from error
-
-
-def _check_robot(session: Session, meta: PolicyMeta, robot_class: str) -> None:
-    newest = select(Robot.spec).where(Robot.robot_class == robot_class).order_by(Robot.seen.desc()).limit(1)
-    spec = session.scalar(newest)
-    if spec and "observation" in spec:
-        robot = PolicyMeta.from_json({"name": robot_class, "chunk": 1, **spec})
-        check_fit(meta, robot.observation, robot.action, robot_class)
+        where, expected, got = error.where.replace(str(path), "checkpoint"), error.expected, error.got
+        raise RefusedError(422, "bad_checkpoint", where, expected=expected, got=got, fix=error.fix) from error
+    with arena.database.read() as session:
+        submissions.check_robot(session, meta, robot_class)
 
 
 @router.get("/v1/submissions")
@@ -131,7 +127,7 @@ def show_submission(request: Request, entry: str) -> dict[str, Any]:
     """A submission with its trials, its log and its figures so far."""
     arena = arena_of(request)
     with arena.database.read() as session:
-        return views.submission(session, number("submission", entry), arena.gateway.present(), _base(request))
+        return views.submission(session, number("submission", entry), arena.gateway.present(), base_url(request))
 
 
 @router.post("/v1/submissions/{entry}/cancel")
@@ -158,5 +154,6 @@ def number(what: str, name: str) -> int:
     return int(name)
 
 
-def _base(request: Request) -> str:
+def base_url(request: Request) -> str:
+    """How people reach this arena."""
     return arena_of(request).settings.base_url or str(request.base_url).rstrip("/")

@@ -15,7 +15,7 @@ from offbook.arena.database import now
 from offbook.arena.pages import searched, sheet
 from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import mean_difference, success_interval
-from offbook.arena.submissions import find_benchmark, find_split
+from offbook.arena.submissions import find_benchmark, find_split, robot_spec
 from offbook.arena.tables import Benchmark, Result, Split, Submission, Trial, User
 from offbook.evaluate.stats import mcnemar_exact
 
@@ -257,6 +257,7 @@ def compare(session: Session, first: int, second: int) -> dict[str, Any]:
         "pairs": len(both),
         "difference": difference,
         "mcnemar_p": p,
+        "rate_hz": robot_spec(session, a.robot_class).get("rate_hz"),
         "scenes": scenes,
         "generated": session.scalar(select(now(session))),
         "command": f"offbook arena status {a.id} --compare {b.id}",

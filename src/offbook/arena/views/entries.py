@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from sqlalchemy import func, select
@@ -20,7 +20,7 @@ from offbook.arena.views.boards import anchors, benchmark_view, interval, trial_
 from offbook.arena.views.robots import ALIVE_SECONDS, positions
 
 MANIFEST = "manifest.json"
-_MANIFEST_BYTES = 8 * 2**20
+_MANIFEST_BYTES = 4 * 2**20
 
 
 def submission(session: Session, entry: int, present: Collection[int], base_url: str) -> dict[str, Any]:
@@ -97,8 +97,7 @@ def _trials(session: Session, found: Submission) -> list[dict[str, Any]]:
         {
             "id": trial.id,
             "slot": trial.slot,
-            "scene": trial.scene,
-            "seed": trial.seed,
+            **_case(trial),
             "state": trial.state,
             "outcome": trial_outcome(trial.state, trial.faults, success),
             "score": score,
@@ -107,6 +106,12 @@ def _trials(session: Session, found: Submission) -> list[dict[str, Any]]:
         }
         for trial, success, score, last_outcome, reason in rows
     ]
+
+
+def _case(trial: Trial) -> dict[str, Any]:
+    """Scene and seed of a trial that was played; before that nobody shall prepare for them, nor by withdrawing it."""
+    played = trial.state in ("done", "policy_fault")
+    return {"scene": trial.scene if played else None, "seed": trial.seed if played else None}
 
 
 def _fault(state: str, last_outcome: str | None, reason: str | None) -> str | None:
@@ -193,8 +198,7 @@ def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
         "id": trial.id,
         "submission": {"id": str(trial.submission_id), "name": trial.submission.name},
         "slot": trial.slot,
-        "scene": trial.scene,
-        "seed": trial.seed,
+        **_case(trial),
         "state": trial.state,
         "outcome": trial_outcome(trial.state, trial.faults, result.success if result else None),
         "fault": _fault(trial.state, ended[-1].outcome, ended[-1].reason) if ended else None,
@@ -223,10 +227,32 @@ def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
 def _manifest(files: list[dict[str, Any]], blobs: BlobStore) -> dict[str, Any]:
     """The worker's account of a run, from its blob; a run page without it still shows the rest."""
     file = next((file for file in files if file["name"] == MANIFEST), None)
-    if file is None or file["size"] > _MANIFEST_BYTES:
-        return {}
     try:
+        # What the worker said of the size does not count.
+        if file is None or blobs.size(file["sha256"]) > _MANIFEST_BYTES:
+            return {}
         record = json.loads(b"".join(blobs.read(file["sha256"])))
-    except (RefusedError, OSError, ValueError):
+    except (RefusedError, OSError, ValueError, RecursionError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return _readable(record) if isinstance(record, dict) else {}
+
+
+def _readable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest only what the page can draw: numbers that are numbers, one for each step, and events in words."""
+    traces, events = record.get("traces"), record.get("events")
+    rows = {key: row for key, row in traces.items() if isinstance(row, list)} if isinstance(traces, dict) else {}
+    steps = len(rows.get("time", []))
+    rows = {key: [_number(value) for value in row] for key, row in rows.items() if len(row) == steps}
+    return {
+        "rate_hz": _number(record.get("rate_hz")),
+        "traces": rows if None not in rows.get("time", [None]) else {},
+        "events": [
+            {"time": _number(event.get("time")), **{key: str(event.get(key, ""))[:2000] for key in ("kind", "text")}}
+            for event in (events if isinstance(events, list) else [])[:1000]
+            if isinstance(event, dict)
+        ],
+    }
+
+
+def _number(value: object) -> float | bool | None:
+    return value if isinstance(value, int | float) and abs(value) < 1e12 else None

@@ -104,11 +104,12 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
     ).all()  # fmt: skip
     waiting: list[dict[str, Any]] = []
     for robot_class in dict.fromkeys(row.robot_class for row in rows):
-        own = [row for row in rows if row.robot_class == robot_class]
         condition = (Submission.robot_class == robot_class) & (Submission.state == "open")
         queued = exists().where(Trial.submission_id == Submission.id, Trial.state == "queued")
         turns = {turn.user_id: turn for turn in queueing.turns(session, robot_class, condition & queued)}
         tags = {user: turn.start_tag for user, turn in turns.items()}
+        # Who had something queued in the first look may have nothing left in the second.
+        own = [row for row in rows if row.robot_class == robot_class and row.user_id in tags]
         used = {user: queueing.robot_seconds(session, user) for user in tags}
         places = []
         for row in own:
@@ -160,7 +161,6 @@ def robot(session: Session, name: str) -> dict[str, Any]:
         "rate_hz": rate if isinstance(rate, int | float) else None,
         "trials_done": ended.get("done", 0) + ended.get("policy_fault", 0),
         "faults": ended.get("robot_fault", 0),
-        "frame_url": None,
         "current": None if state["trial"] is None else {"trial": state["trial"], "progress": state["progress"]},
         "generated": session.scalar(select(now(session))),
     }
@@ -181,8 +181,6 @@ def submit(session: Session, name: str | None, base_url: str) -> dict[str, Any]:
     return {
         "base_url": base_url,
         "benchmark": board,
-        "token_once": None,
-        "quota": None,
         "snippets": [
             {
                 "title": "Check your policy on your own machine first",

@@ -98,12 +98,4 @@
       }, 200);
     });
   }
-
-  const still = matchMedia("(prefers-reduced-motion: reduce)");
-  for (const frame of document.querySelectorAll("[data-frame]")) {
-    const address = frame.getAttribute("src");
-    setInterval(() => {
-      if (!document.hidden && !still.matches) frame.src = `${address}${address.includes("?") ? "&" : "?"}t=${Date.now()}`;
-    }, 1000);
-  }
 })();
