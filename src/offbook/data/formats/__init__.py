@@ -16,6 +16,7 @@ import numpy as np
 from offbook.client.protocol import ActionSpec
 from offbook.data.index import Outcome
 from offbook.data.store import EpisodeStore, Schema
+from offbook.data.video import Video
 from offbook.errors import ConfigError, DataError, nearest
 from offbook.runs.progress import track
 
@@ -37,7 +38,7 @@ class Recordings:
     """
 
     schema: Schema
-    episodes: Iterable[tuple[Mapping[str, np.ndarray | None], Outcome]]
+    episodes: Iterable[tuple[Mapping[str, np.ndarray | Video | None], Outcome]]
     total: int
 
 

@@ -5,7 +5,8 @@ last observation becomes the final one, the last action and its reward are dropp
 out: nothing is invented. Only what `write` exported comes back whole, for it keeps the final observations beside the
 dataset. `next.done` does not tell the end of a task from the end of time, so episodes come in as truncated.
 
-Features keep their names. Text and depth pictures are left out, and named in the schema.
+Features keep their names, and videos stay videos: their files are copied. Text and depth pictures are left out, and
+named in the schema.
 """
 
 import contextlib
@@ -15,15 +16,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from offbook.data.clips import read_clip
 from offbook.data.formats import Recordings
 from offbook.data.formats.lerobot_layout import (
     DONE,
@@ -42,6 +44,7 @@ from offbook.data.formats.lerobot_writing import left_out, write
 from offbook.data.formats.transitions import LAST_DROPPED, recorded_range
 from offbook.data.index import Outcome
 from offbook.data.store import FieldSpec, Role, Schema
+from offbook.data.video import Video, frame_times
 from offbook.errors import DataError
 
 __all__ = ["left_out", "read", "write"]
@@ -255,7 +258,9 @@ def _foreign(key: str, said: Mapping[str, Any]) -> Feature | str:
             shape = (*shape[1:], 3)
         if len(shape) != 3 or shape[2] != 3:
             return f"{kind} of shape {shape}"
-        return Feature(key=key, kind=kind, shape=shape, parts=(FieldSpec(key, "uint8", shape, "observation"),))
+        # A video stays one, and is copied as it is.
+        spec = FieldSpec(key, "uint8", shape, "observation", video=kind == "video" and min(shape[:2]) >= 16)
+        return Feature(key=key, kind=kind, shape=shape, parts=(spec,))
     try:
         numeric = np.dtype(kind).kind in "biuf"
     except TypeError:
@@ -284,23 +289,33 @@ def _licence(folder: Path) -> str:
 
 def _episodes(
     entries: list[_Entry], features: Mapping[str, Feature], fps: float, ours: _Ours | None
-) -> Iterator[tuple[dict[str, np.ndarray | None], Outcome]]:
+) -> Iterator[tuple[dict[str, np.ndarray | Video | None], Outcome]]:
     opened: tuple[Path, pa.Table] | None = None
+    times = cache(frame_times)
     for entry in entries:
         where = f"{entry.data}, episode {entry.number}"
         if opened is None or opened[0] != entry.data:
             with _explained(entry.data, "a Parquet file"):
                 opened = entry.data, pq.read_table(entry.data)
         table = _rows(opened[1], entry, features, fps, where)
-        fields: dict[str, np.ndarray | None] = {}
-        for feature in features.values():
-            values = _values(table, entry, feature, fps, where)
+        fields: dict[str, np.ndarray | Video | None] = {}
+        for key, feature in features.items():
+            if feature.kind == "video":
+                file, start = entry.videos[key]
+                count = entry.length + (ours is not None)
+                video = _video(
+                    file, times(file), start + np.arange(count) / fps, fps, f"{file}, episode {entry.number}"
+                )
+                spec = feature.parts[0]
+                fields[spec.name] = video if spec.video else _cut(_pictures(video, feature.shape), spec)
+                continue
+            values = _decoded(table, feature, where)
             if feature.observed and ours is not None:
                 final = _decoded(ours.final.slice(entry.number, 1), feature, f"{FINAL}, episode {entry.number}")
                 values = np.concatenate([values, final])
             elif not feature.observed and ours is None:
                 values = values[:-1]
-            fields.update(_fields(feature, values))
+            fields |= feature.unpack(values)
         if ours is not None:
             yield fields, Outcome(**{**ours.outcomes[entry.number], "task": entry.task})
         else:
@@ -308,11 +323,9 @@ def _episodes(
             yield fields, Outcome(terminated=False, truncated=True, task=entry.task, success=success)
 
 
-def _fields(feature: Feature, values: np.ndarray) -> dict[str, np.ndarray]:
-    if not feature.camera:
-        return feature.unpack(values)
-    spec = feature.parts[0]
-    return {spec.name: values[:, : spec.shape[0], : spec.shape[1]]}
+def _cut(pictures: np.ndarray, spec: FieldSpec) -> np.ndarray:
+    """Without the edge that made an odd size even."""
+    return pictures[:, : spec.shape[0], : spec.shape[1]]
 
 
 def _rows(table: pa.Table, entry: _Entry, features: Mapping[str, Feature], fps: float, where: str) -> pa.Table:
@@ -334,13 +347,6 @@ def _rows(table: pa.Table, entry: _Entry, features: Mapping[str, Feature], fps: 
         got = f"frame {i} at second {times[i]:g}"
         raise DataError(where, expected=f"{fps:g} frames a second", got=got, fix="correct fps, or record it again")
     return table
-
-
-def _values(table: pa.Table, entry: _Entry, feature: Feature, fps: float, where: str) -> np.ndarray:
-    if feature.kind != "video":
-        return _decoded(table, feature, where)
-    file, start = entry.videos[feature.key]
-    return _frames(file, start, entry.length, fps, feature.shape, f"{file}, episode {entry.number}")
 
 
 def _decoded(table: pa.Table, feature: Feature, where: str) -> np.ndarray:
@@ -382,31 +388,23 @@ def _picture(content: bytes, feature: Feature) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def _frames(file: Path, start: float, count: int, fps: float, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """The frames of an episode, each the one of the video that is nearest to its time and less than half a step off."""
-    frames, distance = np.zeros((count, *shape), np.uint8), np.full(count, np.inf)
-    try:
-        if not file.is_file():
-            raise FileNotFoundError(2, "no such file")
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            container.seek(max(math.floor(start / float(stream.time_base or 1)), 0), stream=stream)
-            for frame in container.decode(stream):
-                exact = (float(frame.time or 0) - start) * fps
-                i = round(exact)
-                if i >= count:
-                    break
-                if (frame.height, frame.width) != shape[:2]:
-                    raise ValueError(f"frames of {frame.height} x {frame.width}")
-                if i >= 0 and abs(exact - i) < distance[i] and not frame.is_corrupt:
-                    frames[i], distance[i] = frame.to_ndarray(format="rgb24"), abs(exact - i)
-    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
-        got = getattr(error, "strerror", None) or str(error)
-        expected = f"a video of {shape[0]} x {shape[1]} pixels"
-        raise DataError(where, expected=expected, got=got, fix=_AGAIN) from error
-    found = int(np.isfinite(distance).sum())
-    if found < count:
-        missing = int(np.argmax(np.isinf(distance)))
-        got = f"{found}, none for frame {missing} at second {start + missing / fps:g}"
-        raise DataError(where, expected=f"a picture for each of {count} rows", got=got, fix=_AGAIN)
+def _video(file: Path, shown: np.ndarray, wanted: np.ndarray, fps: float, where: str) -> Video:
+    """The frames of an episode: each the one that is nearest to its time, and less than half a step off."""
+    after = np.clip(np.searchsorted(shown, wanted), 1, max(len(shown) - 1, 1))
+    near = np.where(wanted - shown[after - 1] < shown[after % len(shown)] - wanted, after - 1, after % len(shown))
+    off = np.abs(shown[near] - wanted) * fps >= 0.5
+    if off.any():
+        i = int(np.argmax(off))
+        got = f"{int((~off).sum())}, none for frame {i} at second {wanted[i]:g}"
+        raise DataError(where, expected=f"a picture for each of {len(wanted)} rows", got=got, fix=_AGAIN)
+    return Video(path=file, frames=near.astype(np.int64))
+
+
+def _pictures(video: Video, shape: tuple[int, ...]) -> np.ndarray:
+    """The frames themselves."""
+    first = int(video.frames.min())
+    frames: np.ndarray = read_clip(video.path, first, int(video.frames.max()) + 1)[video.frames - first]
+    if frames.shape[1:] != shape:
+        got = f"{frames.shape[1]} x {frames.shape[2]}"
+        raise DataError(str(video.path), expected=f"pictures of {shape[0]} x {shape[1]}", got=got, fix=_AGAIN)
     return frames

@@ -15,7 +15,8 @@ INFO = "meta/info.json"
 OURS = "meta/offbook.json"
 """Beside the dataset: the store's schema and outcomes, and checksums of the data that they belong to."""
 FINAL = "meta/offbook_final.parquet"
-"""Beside the dataset: the observation after the last action of each episode, for which the format has no place."""
+"""Beside the dataset: what was observed after the last action of each episode, for which the format has no place. A
+video has it as a frame more, which readers pass over: they look up the frames of the rows by their times."""
 STATE, REWARD, DONE, SUCCESS = "observation.state", "next.reward", "next.done", "next.success"
 INDEX = {"timestamp": "float32"} | dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")
 """Columns that number the rows, with their types; they follow from the order of the rows and are no fields."""

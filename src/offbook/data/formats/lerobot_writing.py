@@ -1,8 +1,8 @@
 """Writing LeRobotDataset v3.0: Parquet for numbers, H.264 in MP4 for cameras, several episodes in each file."""
 
 import contextlib
-import io
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import fields
@@ -14,7 +14,6 @@ import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from offbook.data.formats.lerobot_layout import (
     DONE,
@@ -29,7 +28,8 @@ from offbook.data.formats.lerobot_layout import (
     sha256_of,
 )
 from offbook.data.index import Outcome
-from offbook.data.store import Episode, EpisodeStore, Schema
+from offbook.data.store import EpisodeStore, Schema
+from offbook.data.video import Video, frame_times
 from offbook.errors import DataError
 from offbook.runs.progress import track
 
@@ -45,7 +45,7 @@ Statistics = dict[str, np.ndarray]
 
 
 def left_out(schema: Schema) -> list[str]:
-    """What other readers of an export do not find; `read` does, in files beside the dataset."""
+    """What other readers of an export do not find; `read` does, beside the dataset and at the end of videos."""
     return ["the observations after the last actions"] * bool(schema.observations)
 
 
@@ -100,7 +100,10 @@ class _Export:
         self.tasks: dict[str, int] = {}
         self.rows: list[dict[str, Any]] = []
         self.statistics: dict[str, list[Statistics]] = {}
-        self.final: dict[str, list[Any]] = {key: [] for key, feature in self.features.items() if feature.observed}
+        self.outcomes = _outcomes(store)
+        self.final: dict[str, list[np.ndarray]] = {
+            key: [] for key, feature in self.features.items() if feature.observed and not feature.camera
+        }
         self.videos = {
             key: _Video(root, key, feature, self.rate) for key, feature in self.features.items() if feature.camera
         }
@@ -114,26 +117,27 @@ class _Export:
             for close in (data.close, *(video.close for video in self.videos.values())):
                 stack.callback(close)
             for number in track(range(len(self.store)), "exporting", len(self.store)):
-                self._episode(number, self.store.episode(number), data)
+                self._episode(number, data)
         self._meta()
 
-    def _episode(self, number: int, episode: Episode, data: "_Data") -> None:
-        length, rows = episode.length, {}
+    def _episode(self, number: int, data: "_Data") -> None:
+        columns, outcome = self.store.episodes, self.outcomes[number]
+        start, length = int(columns["start"][number]), int(columns["length"][number])
+        rows: dict[str, np.ndarray] = {}
         stats: dict[str, Statistics] = {}
-        said: dict[str, Any] = {"episode_index": number, "tasks": [episode.task], "length": length}
+        said: dict[str, Any] = {"episode_index": number, "tasks": [outcome["task"]], "length": length}
         for key, feature in self.features.items():
-            values = episode.fields[feature.parts[0].name]
             if feature.camera:
-                frames = _padded(values, feature)
-                said |= self.videos[key].add(frames[:length])
-                stats[key] = _picture_statistics(frames[:length])
-                self.final[key].append(_png(frames[length]))
+                name = feature.parts[0].name
+                said |= self.videos[key].add(self.store, number)
+                chosen = start + np.unique(np.linspace(0, length - 1, _PICTURES_FOR_STATISTICS).round().astype(int))
+                stats[key] = _picture_statistics(self.store.field(name)[chosen])
                 continue
-            packed = feature.pack(episode.fields)
+            packed = feature.pack({part.name: _rows(self.store, part.name, number) for part in feature.parts})
             rows[key] = packed[:length]
             if feature.observed:
-                self.final[key].append(packed[length].reshape(-1))
-        rows |= self._numbers(number, episode)
+                self.final[key].append(packed[length])
+        rows |= self._numbers(number, length)
         stats |= {key: _statistics(values.reshape(length, -1)) for key, values in rows.items()}
         said |= data.add(pa.table({key: _column(values) for key, values in rows.items()}))
         said |= {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
@@ -142,14 +146,14 @@ class _Export:
             said |= {f"stats/{key}/{name}": value.tolist() for name, value in statistics.items()}
         self.rows.append(said)
 
-    def _numbers(self, number: int, episode: Episode) -> dict[str, np.ndarray]:
+    def _numbers(self, number: int, length: int) -> dict[str, np.ndarray]:
         """The columns that number the rows, and the end of the episode, which the format marks in its last row."""
-        start, frames = self.rows[-1]["dataset_to_index"] if self.rows else 0, np.arange(episode.length)
-        last = frames == episode.length - 1
-        task = self.tasks.setdefault(episode.task, len(self.tasks))
+        start, frames = self.rows[-1]["dataset_to_index"] if self.rows else 0, np.arange(length)
+        last, outcome = frames == length - 1, self.outcomes[number]
+        task = self.tasks.setdefault(outcome["task"], len(self.tasks))
         values = {
             DONE: last,
-            SUCCESS: last & bool(episode.success),
+            SUCCESS: last & bool(outcome["success"]),
             "timestamp": frames / float(self.rate),
             "frame_index": frames,
             "episode_index": np.full_like(frames, number),
@@ -169,16 +173,13 @@ class _Export:
         plain = {key: {name: value.tolist() for name, value in parts.items()} for key, parts in stats.items()}
         _write_json(meta / "stats.json", plain)
         _write_json(self.root / INFO, self._info())
-        final = {
-            key: pa.array(rows, pa.binary()) if self.features[key].camera else _column(np.stack(rows))
-            for key, rows in self.final.items()
-        }
+        final = {key: _column(np.stack(rows)) for key, rows in self.final.items()}
         pq.write_table(pa.table(final or {"episode": np.arange(len(self.rows))}), self.root / FINAL)
-        names = [field.name for field in fields(Outcome)]
-        outcomes = [{name: getattr(self.store.episode(i), name) for name in names} for i in range(len(self.store))]
         files = sorted((self.root / "data").glob("*/*.parquet"))
         sums = sha256_of([*files, self.root / FINAL])
-        _write_json(self.root / OURS, {"schema": self.store.schema.to_json(), "outcomes": outcomes, "sha256": sums})
+        _write_json(
+            self.root / OURS, {"schema": self.store.schema.to_json(), "outcomes": self.outcomes, "sha256": sums}
+        )
 
     def _info(self) -> dict[str, Any]:
         kept = self.store.schema.extra.get("import", {})
@@ -250,21 +251,52 @@ class _Data:
 
 
 class _Video:
-    """The MP4 files of a camera. Every second picture is whole, for readers that jump to any frame."""
+    """The MP4 files of a camera, in which an episode of T steps has T + 1 frames.
+
+    What is encoded has every second frame as a key frame, for readers that jump to any; files of a store that keeps the
+    camera as video are copied.
+    """
 
     def __init__(self, root: Path, key: str, feature: Feature, rate: Fraction) -> None:
         self.root, self.file, self.key, self.feature, self.rate = root, root, key, feature, rate
-        self.number, self.count = -1, 0
+        self.number, self.count, self.encoded = -1, 0, 0
+        self.copied: dict[Path, int] = {}
         self.container: Any = None
 
-    def add(self, frames: np.ndarray) -> dict[str, Any]:
-        """Encodes an episode; returns where it is."""
+    def add(self, store: EpisodeStore, number: int) -> dict[str, Any]:
+        """Writes an episode; returns where it is."""
+        spec, length = self.feature.parts[0], int(store.episodes["length"][number])
+        if spec.video and (found := self._copy(store.video(spec.name, number))) is not None:
+            file, start = found
+        else:
+            file, start = self._encode(_padded(_rows(store, spec.name, number), self.feature))
+        chunk, index = divmod(file, _FILES_IN_A_CHUNK)
+        times = {"from_timestamp": start, "to_timestamp": start + length / float(self.rate)}
+        where = {"chunk_index": chunk, "file_index": index} | times
+        return {f"videos/{self.key}/{name}": value for name, value in where.items()}
+
+    def _next(self) -> tuple[int, Path]:
+        self.number += 1
+        chunk, index = divmod(self.number, _FILES_IN_A_CHUNK)
+        file = self.root / _VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=index)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return self.number, file
+
+    def _copy(self, video: Video) -> tuple[int, float] | None:
+        """Number of the file and first second, unless its frames do not follow one another at the right times."""
+        times = frame_times(video.path)[video.frames]
+        if np.any(np.abs((times - times[0]) * float(self.rate) - np.arange(len(times))) > 1e-3):
+            return None
+        if video.path not in self.copied:
+            self.copied[video.path], file = self._next()
+            shutil.copyfile(video.path, file)
+        return self.copied[video.path], float(times[0])
+
+    def _encode(self, frames: np.ndarray) -> tuple[int, float]:
         if self.container is not None and self.file.stat().st_size >= _VIDEO_MB * 2**20:
             self.close()
-        chunk, number = divmod(self.number + (self.container is None), _FILES_IN_A_CHUNK)
         if self.container is None:
-            self.number += 1
-            self._open(self.root / _VIDEO_PATH.format(video_key=self.key, chunk_index=chunk, file_index=number))
+            self._open()
         start = self.count
         for picture in frames:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -273,14 +305,12 @@ class _Video:
                 frame.pict_type = av.video.frame.PictureType.I
             self.container.mux(self.stream.encode(frame))
             self.count += 1
-        times = {"from_timestamp": start / float(self.rate), "to_timestamp": self.count / float(self.rate)}
-        where = {"chunk_index": chunk, "file_index": number} | times
-        return {f"videos/{self.key}/{name}": value for name, value in where.items()}
+        return self.encoded, start / float(self.rate)
 
-    def _open(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.count = file, 0
-        self.container = av.open(str(file), "w", "mp4", {"movflags": "+faststart"})
+    def _open(self) -> None:
+        self.encoded, self.file = self._next()
+        self.count = 0
+        self.container = av.open(str(self.file), "w", "mp4", {"movflags": "+faststart"})
         self.stream = self.container.add_stream("libx264", rate=self.rate)
         self.stream.height, self.stream.width = self.feature.shape[:2]
         self.stream.pix_fmt = "yuv420p"
@@ -296,15 +326,27 @@ class _Video:
             self.container = None
 
 
+def _rows(store: EpisodeStore, name: str, number: int) -> np.ndarray:
+    """A field's values in an episode, T + 1 of an observation."""
+    start, length = (int(store.episodes[column][number]) for column in ("start", "length"))
+    values: np.ndarray = store.field(name)[start : start + length]
+    if store.schema[name].role == "observation":
+        values = np.concatenate([values, store.final(name)[number : number + 1]])
+    return values
+
+
+def _outcomes(store: EpisodeStore) -> list[dict[str, Any]]:
+    """What is said of each episode as a whole, as JSON types."""
+    columns = {field.name: store.episodes[field.name].tolist() for field in fields(Outcome)}
+    for name in ("success", "score"):
+        columns[name] = [None if math.isnan(value) else value for value in columns[name]]
+    columns["success"] = [None if value is None else bool(value) for value in columns["success"]]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def _padded(values: np.ndarray, feature: Feature) -> np.ndarray:
     height, width = (even - size for even, size in zip(feature.shape[:2], values.shape[1:3], strict=True))
     return np.pad(values, ((0, 0), (0, height), (0, width), (0, 0)), mode="edge")
-
-
-def _png(picture: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, "PNG")
-    return stream.getvalue()
 
 
 def _column(values: np.ndarray) -> pa.Array:
@@ -333,10 +375,9 @@ def _statistics(values: np.ndarray, axis: int | tuple[int, ...] = 0) -> Statisti
 
 
 def _picture_statistics(frames: np.ndarray) -> Statistics:
-    """For each colour, from 0 to 1, over frames spread evenly; of the shape (3, 1, 1) that the format wants."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, _PICTURES_FOR_STATISTICS).round().astype(int))
+    """For each colour, from 0 to 1; of the shape (3, 1, 1) that the format wants."""
     step = max(1, max(frames.shape[1:3]) // 150)
-    found = _statistics(frames[chosen, ::step, ::step] / 255, (0, 1, 2))
+    found = _statistics(frames[:, ::step, ::step] / 255, (0, 1, 2))
     return {name: value if name == "count" else value.reshape(3, 1, 1) for name, value in found.items()}
 
 
