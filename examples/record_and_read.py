@@ -5,6 +5,7 @@ from pathlib import Path
 
 from offbook.data.normalise import Normalizer
 from offbook.data.returns import ReturnSpec
+from offbook.data.splits import draw_split
 from offbook.data.store import EpisodeStore
 from offbook.data.windows import WindowSampler
 from offbook.sim.recording import record
@@ -18,7 +19,8 @@ def main(folder: Path) -> None:
     first = store.episode(0)
     print({name: values.shape for name, values in first.fields.items()}, f"return {first.return_:.1f}")
 
-    train, held_out = store.split(0.2, seed=0)
+    split = draw_split(store, 0.2, seed=0)
+    train, held_out = split["train"], split["held_out"]
     sampler = WindowSampler(
         store,
         ["observation", "action"],

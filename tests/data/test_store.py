@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import shutil
 from dataclasses import replace
-from itertools import pairwise
 from math import isnan, nan
 from tempfile import TemporaryDirectory
 
@@ -17,7 +16,7 @@ from made import SCHEMA, values
 
 from offbook.client.protocol import ActionSpec
 from offbook.data.store import EpisodeStore, FieldSpec, Schema
-from offbook.errors import ConfigError, DataError
+from offbook.errors import DataError
 from offbook.runs.benchmark import timed
 
 DTYPES = ("bool", "int8", "uint8", "int64", "uint32", "float16", "float32", "float64")
@@ -249,8 +248,6 @@ def test_an_empty_store_can_be_read(tmp_path):
     assert store.episodes["task"].shape == (0,)
     with pytest.raises(DataError, match="the store is empty"):
         store.episode(0)
-    with pytest.raises(DataError, match="two episodes or more"):
-        store.split(0.5, 0)
 
 
 def test_a_reader_sees_what_was_there_when_it_opened(make_store):
@@ -264,19 +261,6 @@ def test_a_reader_sees_what_was_there_when_it_opened(make_store):
         assert len(EpisodeStore.open(path)) == 3
     assert len(during) == 2
     np.testing.assert_array_equal(during.episode(1).fields["joints"], values(1, 3)["joints"])
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.2, 0.5, 0.99])
-def test_split_is_a_partition_by_episode_that_the_seed_decides(make_store, fraction):
-    store = make_store([2] * 10)
-    train, held_out = store.split(fraction, 3)
-    assert sorted([*train, *held_out]) == list(range(10))
-    assert len(held_out) == min(max(round(10 * fraction), 1), 9)
-    assert all(a < b for part in (train, held_out) for a, b in pairwise(part.tolist()))
-    again = store.split(fraction, 3)
-    assert all((a == b).all() for a, b in zip((train, held_out), again, strict=True))
-    with pytest.raises(ConfigError, match="share held out"):
-        store.split(1.0, 3)
 
 
 def test_verify_names_the_episode_that_changed(make_store):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from offbook.client.protocol import Observation, Policy, check_chunk
+from offbook.data.splits import write_splits
 from offbook.errors import ConfigError, DataError
 from offbook.learning import cloning
 from offbook.learning.cloning import CloningConfig, train_cloning
@@ -152,6 +153,20 @@ def test_validation_episodes_are_not_trained_on(store, tmp_path, monkeypatch):
     assert not set(data.held_out) & set(data.train)
     drawn = {int(e) for i in range(50) for e in data.sampler.sample(64, i).episode}
     assert drawn == set(data.train.tolist())
+
+
+@pytest.mark.parametrize("name", ["held_out", "valid"])
+def test_episodes_that_the_store_holds_out_are_not_trained_on(name, tmp_path):
+    store = point_world.record(tmp_path / "store")
+    write_splits(store, {name: [0, 4], "elsewhere": [1]})
+    data = cloning._Recordings(store, replace(CONFIG, success_only=False))
+    assert data.held_out.tolist() == [0, 4]
+    assert sorted([*data.train, 0, 4]) == list(range(len(store)))
+    write_splits(store, {name: [0, 4], "train": [1, 2, 4]})
+    assert cloning._Recordings(store, replace(CONFIG, success_only=False)).train.tolist() == [1, 2]
+    write_splits(store, {name: range(len(store))})
+    with pytest.raises(DataError, match="an episode to train on"):
+        cloning._Recordings(store, CONFIG)
 
 
 def test_failed_episodes_are_left_out(tmp_path):

@@ -202,6 +202,7 @@ def described(store: EpisodeStore) -> Report:
         f"licence      {schema.licence or 'not stated'}",
         f"tasks        {data['tasks']}",
         f"success      {_share(data['success'])}",
+        *([f"splits       {', '.join(f'{name} {n}' for name, n in data['splits'].items())}"] if data["splits"] else []),
         f"digest       {data['digest']}",
         *(f"as imported  {line}" for line in data["as_imported"]),
         "",
@@ -222,6 +223,8 @@ def described(store: EpisodeStore) -> Report:
 
 def _facts(store: EpisodeStore) -> dict[str, Any]:
     import numpy as np
+
+    from offbook.data.splits import read_splits
 
     columns, schema = store.episodes, store.schema
     known = columns["success"][~np.isnan(columns["success"])]
@@ -252,6 +255,7 @@ def _facts(store: EpisodeStore) -> dict[str, Any]:
             }
             for spec in schema.fields
         ],
+        "splits": {name: len(numbers) for name, numbers in read_splits(store).items()},
         "digest": store.digest,
         "as_imported": _as_imported(schema.extra.get("import", {})),
     }

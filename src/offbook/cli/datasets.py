@@ -1,4 +1,4 @@
-"""`offbook data generate`."""
+"""`offbook data generate` and `split`."""
 
 from __future__ import annotations
 
@@ -57,3 +57,25 @@ def generate(
         else f"The reference has the digest {made.digest}: other versions of simulator or libraries made that one."
     )
     return replace(report, text=f"{report.text}\n\n{said}", data={**report.data, "reference_digest": made.digest})
+
+
+def split(store: tyro.conf.Positional[Path], *, held_out: float = 0.1, seed: int = 0) -> Report:
+    """Draws which episodes are held out, and keeps that with the store: every training then learns from the others.
+
+    Args:
+        store: folder of the store.
+        held_out: share of the episodes, between 0 and 1.
+        seed: the same seed gives the same split.
+
+    Examples:
+        offbook data split stores/pour
+        offbook data split stores/pour --held-out 0.2 --seed 1
+    """
+    from offbook.data.splits import draw_split, write_splits
+    from offbook.data.store import EpisodeStore
+
+    opened = EpisodeStore.open(store)
+    drawn = draw_split(opened, held_out, seed)
+    write_splits(opened, drawn)
+    text = f"{store}: {len(drawn['train'])} episodes to train on, {len(drawn['held_out'])} held out."
+    return Report(text=text, data={"path": store, "splits": {name: ids.tolist() for name, ids in drawn.items()}})

@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data generate": ("offbook.cli.datasets:generate", "make one of the project's own datasets"),
     "data info": ("offbook.cli.data:info", "what a store holds"),
     "data check": ("offbook.cli.data:check", "whether a store is sound"),
+    "data split": ("offbook.cli.datasets:split", "hold episodes out, and keep that with the store"),
     "data export": ("offbook.cli.data:export", "write a store in a format that others read"),
     "train bc": ("offbook.cli.train:bc", "learn a policy from recordings by behaviour cloning"),
     "evaluate": ("offbook.cli.evaluate:evaluate", "test a policy in a simulator, with intervals and videos"),

@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int64, Shaped
+from jaxtyping import Bool, Shaped
 
 from offbook.data.index import Index, Outcome
 from offbook.data.layout import (
@@ -35,9 +35,8 @@ from offbook.data.layout import (
 from offbook.data.schema import FieldSpec, Role, Schema
 from offbook.data.video import Video, VideoFrames, stamps, video_file
 from offbook.data.writer import Writer, explained, sync_path
-from offbook.errors import ConfigError, DataError
+from offbook.errors import DataError
 from offbook.runs.directory import write_atomic
-from offbook.runs.seeding import generator
 
 __all__ = ["Episode", "EpisodeStore", "FieldSpec", "Role", "Schema", "Writer"]
 
@@ -240,30 +239,6 @@ class EpisodeStore:
             else:
                 fields[spec.name] = self._rows(spec.name, number)
         return Episode(fields=fields, length=length, return_=row.pop("return"), **row)
-
-    def split(self, fraction: float, seed: int) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
-        """Splits the episodes at random for training and for tests on data that was held out.
-
-        Args:
-            fraction: share to hold out, between 0 and 1; at least one episode, and never all.
-            seed: the same seed gives the same split.
-
-        Returns:
-            Numbers of the episodes to train on and of those held out, each in ascending order.
-
-        Raises:
-            ConfigError: the share is not between 0 and 1.
-            DataError: there are fewer than two episodes.
-        """
-        if not 0 < fraction < 1:
-            fix = "choose a share such as 0.1"
-            raise ConfigError("share held out", expected="between 0 and 1", got=str(fraction), fix=fix)
-        if len(self) < 2:
-            expected = "two episodes or more to split"
-            raise DataError(str(self.path), expected=expected, got=str(len(self)), fix="record more")
-        held_out = min(max(round(fraction * len(self)), 1), len(self) - 1)
-        order = generator(seed, "split").permutation(len(self)).astype(np.int64)
-        return np.sort(order[held_out:]), np.sort(order[:held_out])
 
     def verify(self) -> None:
         """Reads everything and compares it with the checksums that were taken when it was written.

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from offbook.client.protocol import Observation, ObservationSpec, PolicyMeta
 from offbook.data.normalise import Normalizer
+from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
 from offbook.data.windows import Windows, WindowSampler
 from offbook.errors import ConfigError, DataError, nearest
@@ -43,7 +44,7 @@ class CloningConfig:
         dropout: share of their units that is dropped while training.
         shift: largest random shift of the images in pixels, sideways and up or down, while training.
         success_only: learn from successful episodes only, where the recordings know of success.
-        held_out: share of the episodes kept for the validation loss; 0 trains on all.
+        held_out: share of the episodes kept for the validation loss, where the store does not say which; 0 for none.
         validate_every: steps between two validations; each also saves the policy.
         fit: the training loop.
     """
@@ -326,7 +327,7 @@ def _chosen(store: EpisodeStore, config: CloningConfig) -> ObservationSpec:
 def _episodes(
     store: EpisodeStore, config: CloningConfig, fields: Sequence[str]
 ) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
-    """Numbers of the episodes to train on, and of those held out."""
+    """Numbers of the episodes to train on, and of those held out: as the store says, else drawn."""
     use = np.logical_and.reduce([store.present(name) for name in fields])
     success = store.episodes["success"]
     if config.success_only and not np.isnan(success).all():
@@ -336,6 +337,15 @@ def _episodes(
         fix = "record more, choose other parts, or add --no-success-only"
         expected = "a successful episode with " + ", ".join(fields)
         raise DataError(str(store.path), expected=expected, got=f"none among {len(store)}", fix=fix)
+    splits = read_splits(store)
+    for name in HELD_OUT:
+        if name in splits:
+            held = np.intersect1d(kept, splits[name])
+            train = np.setdiff1d(np.intersect1d(kept, splits.get("train", kept)), held)
+            if not len(train):
+                got, fix = f"all of them in the group {name!r}", "split anew: offbook data split"
+                raise DataError(str(store.path), expected="an episode to train on", got=got, fix=fix)
+            return train, held
     order = kept[generator(config.fit.seed, "held out").permutation(len(kept))]
     held_out = min(round(config.held_out * len(kept)), len(kept) - 1)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
