@@ -74,14 +74,17 @@ def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str 
 
     Args:
         source: format and name: minari:ID is a dataset on this machine, where MINARI_DATASETS_PATH says, and
-            minari:./FOLDER one anywhere; d4rl:FILE.hdf5; robomimic:FILE.hdf5; exorl:FOLDER of .npz episodes;
-            paths:FILE.pkl, a list of dicts; toto:FOLDER or toto:FOLDER@120x160; zarr:FOLDER or zarr:FILE.zarr.zip.
+            minari:./FOLDER one anywhere; lerobot:FOLDER; d4rl:FILE.hdf5; robomimic:FILE.hdf5; exorl:FOLDER of .npz
+            episodes; paths:FILE.pkl, a list of dicts; toto:FOLDER or toto:FOLDER@120x160; zarr:FOLDER or
+            zarr:FILE.zarr.zip.
         out: folder of the store, new or empty.
         env: the environment that they are from, such as gym:Hopper-v5, where the recordings do not tell; it also gives
-            the bounds of the actions, which otherwise are the range of those recorded.
+            the bounds of the actions, which otherwise are the range of those recorded, and the parts of an observation
+            that was recorded as one array.
 
     Examples:
         offbook data import minari:D4RL/door/human-v2 --out stores/door
+        offbook data import lerobot:downloads/so100-pick --out stores/pick
         offbook data import d4rl:hopper_medium-v2.hdf5 --env gym:Hopper-v5 --out stores/hopper
         offbook data import robomimic:low_dim_v141.hdf5 --out stores/lift
         offbook data import exorl:datasets/walker/proto --env dmc:walker-walk --out stores/walker
@@ -89,19 +92,20 @@ def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str 
         offbook data import toto:cloud-dataset-pouring@120x160 --out stores/toto
         offbook data import zarr:pusht_cchi_v7_replay.zarr --out stores/pusht
     """
-    from offbook.data.formats import import_dataset
+    from offbook.data.formats import Setting, import_dataset
 
     if env is None:
         return described(import_dataset(source, out))
     with needs_extra("sim"):
         from offbook.sim.adapters import make
-        from offbook.sim.spaces import action_spec
+        from offbook.sim.spaces import action_spec, observation_spec
     world = make(env)
     try:
-        bounds = action_spec(world.action_space)
+        observation, action = observation_spec(world.observation_space), action_spec(world.action_space)
     finally:
         world.close()
-    return described(import_dataset(source, out, environment=env, action=bounds))
+    setting = Setting(environment=env, observation=observation, action=action)
+    return described(import_dataset(source, out, setting=setting))
 
 
 def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str]) -> Report:

@@ -156,6 +156,15 @@ def test_files_that_are_cut_or_absent(tmp_path, cli):
     assert not list(tmp_path.glob("store*"))
 
 
+@pytest.mark.faults
+def test_a_file_that_claims_to_be_enormous(tmp_path, cli):
+    with h5py.File(tmp_path / "f.hdf5", "w") as file:
+        for name, width in (("observations", (3,)), ("actions", (2,)), ("rewards", ()), ("terminals", ())):
+            file.create_dataset(name, (10**11, *width), "f4", chunks=True)
+    outcome = cli(["data", "import", f"d4rl:{tmp_path}/f.hdf5", "--out", str(tmp_path / "store")])
+    assert (outcome.exit_code, "bytes for an episode, got more" in outcome.stderr) == (1, True), outcome.stderr
+
+
 def test_bounds_of_an_environment(tmp_path, cli):
     d4rl(tmp_path / "f.hdf5", walks(actions=1))
     words = ["data", "import", f"d4rl:{tmp_path}/f.hdf5", "--out", str(tmp_path / "store"), "--env"]

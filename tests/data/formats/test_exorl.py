@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from foreign import assert_same, exorl, walks
 
-from offbook.data.formats import exorl as reader
-from offbook.data.formats import import_dataset
+from offbook.data.formats import import_dataset, transitions
+from offbook.data.store import EpisodeStore
 from offbook.errors import DataError
 
 
@@ -23,6 +23,24 @@ def test_alignment_order_and_physics(tmp_path):
     # The fillers of row 0 are nowhere.
     assert store.schema.action_spec().high[0] < 1
     assert "row t + 1 belong to observation t" in store.schema.extra["import"]["stated"][0]
+
+
+def test_one_array_is_cut_into_the_parts_of_the_environment(tmp_path, cli):
+    episodes = walks(size=24, actions=6)
+    exorl(tmp_path / "walker", episodes)
+    words = ["data", "import", f"exorl:{tmp_path}/walker", "--out", str(tmp_path / "store"), "--env", "dmc:walker-walk"]
+    outcome = cli(words)
+    assert outcome.exit_code == 0, outcome.stderr
+    taken = (
+        "as imported  the observation is taken for what dmc:walker-walk shows, in its order: orientations 14, height"
+    )
+    assert taken in outcome.stdout
+    fields = EpisodeStore.open(tmp_path / "store").episode(2).fields
+    joined = np.concatenate([fields[name] for name in ("orientations", "height", "velocity")], axis=1)
+    np.testing.assert_array_equal(joined, episodes[2]["observation"])
+    exorl(tmp_path / "other", walks(size=23, actions=6))
+    words[2], words[4] = f"exorl:{tmp_path}/other", str(tmp_path / "second")
+    assert "dmc:walker-walk does not show what was recorded (observation 23): it shows orient" in cli(words).stdout
 
 
 def save(file, **changes):
@@ -75,6 +93,6 @@ def test_damaged_large_and_absent_files(tmp_path, cli, monkeypatch):
         outcome = cli(words)
         assert (outcome.exit_code, "expected a whole .npz of numbers" in outcome.stderr) == (1, True), outcome.stderr
     file.write_bytes(content)
-    monkeypatch.setattr(reader, "MAX_BYTES", 100)
+    monkeypatch.setattr(transitions, "MAX_BYTES", 100)
     assert "expected arrays of at most 100 bytes, got a larger one" in cli(words).stderr
     assert [path.name for path in tmp_path.iterdir()] == [file.name]

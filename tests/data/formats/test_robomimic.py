@@ -35,7 +35,7 @@ def test_demonstrations_come_in_step_for_step_and_in_order(tmp_path):
     assert set(store.episodes["task"]) == {"Lift"}
     assert store.episodes["success"].tolist() == [0.0, 1.0] * 6
     assert store.episodes["terminated"].tolist() == [True, False] * 6
-    assert schema.extra["import"]["splits"] == {"train": [0, 10, 2], "valid": [1]}
+    assert schema.extra["splits"] == {"train": [0, 10, 2], "valid": [1]}
     assert schema.extra["import"]["demonstrations"][10] == "demo_10"
     assert schema.extra["import"]["env_args"] == LIFT
 

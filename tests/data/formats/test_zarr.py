@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from foreign import assert_same, walks, zarr_buffer
 
-from offbook.data.formats import import_dataset
-from offbook.data.formats import zarr as reader
+from offbook.data.formats import import_dataset, transitions
 from offbook.errors import DataError
 
 RENAME = {"observation": "obs", "front": "img"}
@@ -96,8 +95,8 @@ def test_damaged_unknown_large_and_absent_stores(tmp_path, cli, monkeypatch):
     chunk.write_bytes(content[:10])
     assert "expected a whole Zarr store that can be decoded" in cli(words).stderr
     chunk.write_bytes(content)
-    monkeypatch.setattr(reader, "MAX_BYTES", 100)
-    assert "expected at most 100 bytes, got more" in cli(words).stderr
+    monkeypatch.setattr(transitions, "MAX_BYTES", 100)
+    assert "expected at most 100 bytes for an episode, got more" in cli(words).stderr
     zarr_buffer(tmp_path / "g.zarr.zip", walks())
     content = (tmp_path / "g.zarr.zip").read_bytes()
     (tmp_path / "g.zarr.zip").write_bytes(content[: len(content) // 2])

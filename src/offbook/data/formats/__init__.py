@@ -7,13 +7,13 @@ Each format is a module with `read(source) -> Recordings`, and those that are wr
 import importlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offbook.client.protocol import ActionSpec
+from offbook.client.protocol import ActionSpec, ObservationSpec
 from offbook.data.index import Outcome
 from offbook.data.store import EpisodeStore, Schema
 from offbook.data.video import Video
@@ -42,16 +42,28 @@ class Recordings:
     total: int
 
 
-def import_dataset(
-    source: str, out: str | Path, *, environment: str = "", action: ActionSpec | None = None
-) -> EpisodeStore:
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """An environment as a user names it.
+
+    Attributes:
+        environment: library and name, such as `"dmc:walker-walk"`.
+        observation: what it shows.
+        action: what it accepts.
+    """
+
+    environment: str
+    observation: ObservationSpec
+    action: ActionSpec
+
+
+def import_dataset(source: str, out: str | Path, *, setting: Setting | None = None) -> EpisodeStore:
     """Copies foreign recordings into a new store, which appears under its name only when it is whole.
 
     Args:
         source: the format and what it calls the recordings, such as `"minari:D4RL/door/human-v2"`.
         out: the store's folder, new or empty.
-        environment: library and name of the environment that they are from, where the recordings do not tell.
-        action: its bounds of actions, instead of the range of those recorded.
+        setting: the environment that they are from, where they do not tell.
 
     Raises:
         ConfigError: there is no such format.
@@ -62,18 +74,17 @@ def import_dataset(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(str(out), expected="a new or empty folder", got="one in use", fix="choose another folder")
     recordings: Recordings = read(name)
-    schema = recordings.schema
-    if environment:
-        schema = replace(schema, environment=environment)
-    if action is not None:
-        schema = _bounded(schema, action, environment or "given", source)
+    if setting is not None:
+        from offbook.data.formats.setting import placed
+
+        recordings = placed(recordings, setting, source)
     partial = out.with_name(f"{out.name}.partial")
     if (partial / "store.json").exists():
         # Raises when another process is importing there this very moment; else it is what a kill left.
         EpisodeStore.append_to(partial).close()
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with EpisodeStore.create(partial, schema) as writer:
+        with EpisodeStore.create(partial, recordings.schema) as writer:
             for fields, outcome in track(recordings.episodes, "importing", recordings.total):
                 writer.append(fields, **asdict(outcome), sync=False)
     except DataError as error:
@@ -87,19 +98,6 @@ def import_dataset(
         raise
     partial.replace(out)
     return EpisodeStore.open(out)
-
-
-def _bounded(schema: Schema, action: ActionSpec, by: str, source: str) -> Schema:
-    size = sum(schema[name].size for name in schema.actions)
-    whole = all(schema[name].dtype.startswith(("int", "uint")) for name in schema.actions)
-    if size != action.size or (action.choices is not None and not whole):
-        got = f"{size} {'whole ' * whole}numbers"
-        expected = f"actions of {action.size} {'' if action.choices is None else 'whole '}numbers, as {by} has"
-        raise DataError(source, expected=expected, got=got, fix="name the environment of these recordings")
-    extra = dict(schema.extra)
-    if "import" in extra:
-        extra["import"] = {**extra["import"], "bounds": by}
-    return replace(schema, action=action, extra=extra)
 
 
 def export_dataset(store: EpisodeStore, target: str) -> str:

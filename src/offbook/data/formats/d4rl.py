@@ -21,8 +21,8 @@ from offbook.data.formats.transitions import (
     flattened,
     hdf5,
     need,
-    numbers,
     recorded_range,
+    rows_of,
     same_rows,
     schema,
     seen,
@@ -63,7 +63,7 @@ def read(source: str) -> Recordings:
         if "next_observations" not in file:
             long = cut.stops - cut.starts > 1
             stated += [f"{np.sum(~long)} episodes of a single row are left out"] * (not long.all())
-            cut.starts, cut.stops, cut.terminated = cut.starts[long], cut.stops[long], cut.terminated[long] & False
+            cut.starts, cut.stops, cut.terminated = cut.starts[long], cut.stops[long], np.zeros(long.sum(), bool)
         left = sorted(set(flattened(file.get("infos", {}), "infos.")) - set(others))
         stated += [f"left out, being no numbers for each step: {', '.join(left)}"] * bool(left)
         if not len(cut.starts):
@@ -94,7 +94,11 @@ def _episodes(
 
 def _steps(file: Any, cut: _Cut, number: int, others: list[str], metadata: Mapping[str, Any]) -> Steps:
     start, stop = int(cut.starts[number]), int(cut.stops[number])
-    infos = {name: file[name.replace(".", "/")][start:stop] for name in others}
+
+    def rows(part: Any, name: str) -> np.ndarray:
+        return rows_of(part, start, stop, f"{file.filename}, episode {number}, {name}")
+
+    infos = {name: rows(file[name.replace(".", "/")], name) for name in others}
     success = succeeded(infos) if cut.goal is None else bool(cut.goal[start:stop].any())
     terminated = bool(cut.terminated[number])
     source = str(metadata.get("algorithm", ""))
@@ -102,9 +106,9 @@ def _steps(file: Any, cut: _Cut, number: int, others: list[str], metadata: Mappi
     if "next_observations" in file:
         after = {name: part[stop - 1 : stop] for name, part in seen(file["next_observations"]).items()}
     return Steps(
-        observations={name: part[start:stop] for name, part in seen(file["observations"]).items()},
-        action=file["actions"][start:stop],
-        reward=file["rewards"][start:stop],
+        observations={name: rows(part, name) for name, part in seen(file["observations"]).items()},
+        action=rows(file["actions"], "actions"),
+        reward=rows(file["rewards"], "rewards"),
         others=infos,
         after=after,
         outcome=Outcome(terminated=terminated, truncated=not terminated, source=source, success=success),
@@ -137,7 +141,9 @@ def _cut(file: Any, where: str) -> _Cut:
             got, fix = f"shape {part.shape}", "give each step its own row"
             raise DataError(f"{where}, {name}", expected="shape (steps, size)", got=got, fix=fix)
     flags: dict[str, Any] = {
-        name: numbers(parts[name][:], where).reshape(rows, -1).any(1) for name in parts if name.startswith("t")
+        name: rows_of(parts[name], 0, rows, f"{where}, {name}").reshape(rows, -1).any(1)
+        for name in ("terminals", "timeouts")
+        if name in parts
     }
     terminals, timeouts = flags["terminals"], flags.get("timeouts")
     goal, stated = None, []

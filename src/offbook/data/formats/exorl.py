@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from offbook.data.formats import Recordings
+from offbook.data.formats import Recordings, transitions
 from offbook.data.formats.transitions import Steps, need, numbers, recorded_range, same_rows, schema
 from offbook.data.index import Outcome
 from offbook.errors import DataError
 
-MAX_BYTES = 8 * 2**30
-"""Most bytes that one array of one episode may have; more is a damaged file, or one made to fill the memory."""
 _CORE = ("observation", "action", "reward", "discount")
 _FIX = "copy the file again from where it came from"
 _STATED = (
@@ -82,12 +80,12 @@ def _steps(file: Path, keys: tuple[str, ...]) -> Steps:
 
 
 def _arrays(file: Path, wanted: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of one file; never a pickled object, and none larger than `MAX_BYTES`."""
+    """The arrays of one file; never a pickled object, and none larger than `transitions.MAX_BYTES`."""
     try:
         with zipfile.ZipFile(file) as archive:
-            large = [part.filename for part in archive.infolist() if part.file_size > MAX_BYTES]
+            large = [part.filename for part in archive.infolist() if part.file_size > transitions.MAX_BYTES]
         if large:
-            expected = f"arrays of at most {MAX_BYTES} bytes"
+            expected = f"arrays of at most {transitions.MAX_BYTES} bytes"
             raise DataError(str(file), expected=expected, got=f"a larger one, {large[0]}", fix=_FIX)
         with np.load(file, allow_pickle=False) as content:
             if wanted is not None:

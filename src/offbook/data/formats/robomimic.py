@@ -8,6 +8,7 @@ observation keep their names, those in a group with the group's name before a do
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from offbook.data.formats.transitions import (
     need,
     numbers,
     recorded_range,
+    rows_of,
     schema,
     seen,
 )
@@ -67,14 +69,15 @@ def read(source: str) -> Recordings:
             path,
             values,
             seen(first["obs"]),
-            recorded_range(numbers(data[name]["actions"][:], f"{path}, data/{name}, actions") for name in names),
+            recorded_range(_all(data[name]["actions"], f"{path}, data/{name}, actions") for name in names),
             stated,
             environment=about["environment"],
             rate_hz=about["rate_hz"],
             env_args=about["env_args"],
             demonstrations=names,
-            splits=splits,
         )
+    # Where the store looks for groups of episodes.
+    made = replace(made, extra={**made.extra, "splits": splits})
     return Recordings(schema=made, episodes=_episodes(path, names, about, keys), total=len(names))
 
 
@@ -90,8 +93,8 @@ def _episodes(
 
 def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> Steps:
     need(demo, keys, where, "give every demonstration the same keys")
-    observations = {name: numbers(part[()], f"{where}, obs, {name}") for name, part in seen(demo["obs"]).items()}
-    action = numbers(demo["actions"][()], f"{where}, actions")
+    observations = {name: _all(part, f"{where}, obs, {name}") for name, part in seen(demo["obs"]).items()}
+    action = _all(demo["actions"], f"{where}, actions")
     if not len(action):
         raise DataError(where, expected="one step or more", got="none", fix="leave empty demonstrations out")
     said = demo.attrs.get("num_samples")
@@ -100,11 +103,11 @@ def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> 
         raise DataError(
             f"{where}, actions", expected=f"{said} rows, as num_samples says", got=str(len(action)), fix=fix
         )
-    others: dict[str, np.ndarray] = {name: demo[name][()] for name in ("states", "dones") if name in keys}
+    others = {name: _all(demo[name], f"{where}, {name}") for name in keys if name in ("states", "dones")}
     dones = others.get("dones", np.zeros(len(action)))
     # A simulator's state is empty or a dummy where there is none.
     others = {name: array for name, array in others.items() if 0 not in array.shape}
-    reward = numbers(demo["rewards"][()], f"{where}, rewards") if "rewards" in keys else None
+    reward = _all(demo["rewards"], f"{where}, rewards") if "rewards" in keys else None
     last = None
     if "next_obs" in keys:
         nexts = seen(demo["next_obs"])
@@ -123,6 +126,10 @@ def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> 
         after=last,
         outcome=Outcome(terminated=terminated, truncated=not terminated, task=about["task"], success=success),
     )
+
+
+def _all(part: Any, where: str) -> np.ndarray:
+    return rows_of(part, 0, (part.shape or (0,))[0], where)
 
 
 def _about(data: Any, where: str) -> dict[str, Any]:

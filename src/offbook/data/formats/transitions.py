@@ -6,6 +6,7 @@ final one, and the step that began there is left out. Whoever does so says it in
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ LAST_DROPPED = (
     "what the last step of an episode led to is not recorded: the last observation is the final one, and the action "
     "and the reward of that row are left out"
 )
+MAX_BYTES = 8 * 2**30
+"""Most bytes that one array of one episode may have; more is a damaged file, or one made to fill the memory."""
 _DEPTH = 8
 _LIST = 100_000_000
 
@@ -124,6 +127,20 @@ def numbers(value: Any, where: str) -> np.ndarray:
         got = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else kind
         raise DataError(where, expected="numbers", got=got, fix=fix)
     return value
+
+
+def rows_of(part: Any, start: int, stop: int, where: str) -> np.ndarray:
+    """Rows of an array that lies in a file, which says itself how large it is.
+
+    Raises:
+        DataError: they would have more than `MAX_BYTES`, or are no numbers.
+    """
+    if not part.shape:
+        raise DataError(where, expected="rows of values, one for each step", got="a single value", fix="give all rows")
+    if (stop - start) * math.prod(part.shape[1:]) * part.dtype.itemsize > MAX_BYTES:
+        fix = "copy the file again from where it came from, or keep less in one episode"
+        raise DataError(where, expected=f"at most {MAX_BYTES} bytes for an episode", got="more", fix=fix)
+    return numbers(part[start:stop], where)
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 
 from offbook.data.formats import Recordings
-from offbook.data.formats.transitions import LAST_DROPPED, Steps, need, numbers, recorded_range, schema
+from offbook.data.formats.transitions import LAST_DROPPED, Steps, need, recorded_range, rows_of, schema
 from offbook.data.index import Outcome
 from offbook.errors import DataError, needs_extra
 
-MAX_BYTES = 8 * 2**30
-"""Most bytes that one array of one episode may have; more is a damaged store, or one made to fill the memory."""
 _OTHERS = ("timestamp", "stage", "n_contacts")
 _FIX = "copy it again from where it came from"
 
@@ -78,12 +76,8 @@ def _steps(data: Mapping[str, Any], start: int, stop: int, where: str) -> Steps:
 
 
 def _values(data: Mapping[str, Any], name: str, start: int, stop: int, where: str) -> np.ndarray:
-    part = data[name]
-    if (stop - start) * int(np.prod(part.shape[1:], dtype=object)) * part.dtype.itemsize > MAX_BYTES:
-        raise DataError(f"{where}, {name}", expected=f"at most {MAX_BYTES} bytes", got="more", fix=_FIX)
     with _explained(f"{where}, {name}"):
-        values = part[start:stop]
-    return numbers(values, f"{where}, {name}")
+        return rows_of(data[name], start, stop, f"{where}, {name}")
 
 
 def _picture(array: np.ndarray, where: str) -> np.ndarray:
