@@ -45,7 +45,7 @@ bench: venv
 	$(BIN)/offbook bench all
 
 soak: venv
-	$(BIN)/pytest -m slow -q
+	$(BIN)/pytest -n 2 --dist worksteal -m slow -q
 
 gpu: venv
 	$(BIN)/pytest -m gpu -q -rs

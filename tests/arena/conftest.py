@@ -46,6 +46,7 @@ def postgres_address() -> Iterator[str]:
 
     data, control = str(folder / "data"), str(binaries[-1].parent / "pg_ctl")
     options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c max_connections=80"
+    options += " -c synchronous_commit=off -c full_page_writes=off"
     try:
         run(str(binaries[-1]), "-D", data, "-U", "offbook", "-A", "trust", "--no-sync", "-E", "UTF8")
         run(control, "-D", data, "-w", "-t", "30", "-o", options, "-l", str(folder / "server.log"), "start")

@@ -248,6 +248,54 @@ def test_the_verb(cli, tmp_path):
     assert "expected an episode store, got no such folder" in outcome.stderr
 
 
+def filmed(path, kept=(9, 12)):
+    schema = Schema(
+        (FieldSpec("front", "uint8", (16, 16, 3), "observation", video=True), SCHEMA["action"]), rate_hz=10.0
+    )
+    with EpisodeStore.create(path, schema) as writer:
+        for i, length in enumerate(kept):
+            fields = {name: part for name, part in values(i, length).items() if name in ("front", "action")}
+            writer.append(fields, terminated=True, truncated=False)
+    return path
+
+
+def test_videos_agree_with_the_rows(tmp_path):
+    path = filmed(tmp_path / "s")
+    check = check_store(path)
+    assert check.sound
+    assert found(check, "videos")[0].text.startswith("23 frames are where the rows say")
+    shutil.copy(path / "video/front/000000.mp4", path / "video/front/000001.mp4")
+    check = check_store(path)
+    assert [finding.result for finding in (*found(check, "checksums"), *found(check, "videos"))] == ["wrong", "wrong"]
+    assert "000001.mp4, episode 1: expected 13 frames, got 3 frames missing" in found(check, "videos")[0].text
+    (path / "video/front/000001.mp4").write_bytes(b"")
+    assert "expected a video" in found(check_store(path), "videos")[0].text
+    (path / "video/front/000001.mp4").unlink()
+    assert "got no such file" in found(check_store(path), "videos")[0].text
+
+
+@pytest.mark.faults
+def test_a_video_cut_at_twenty_places_is_named(tmp_path):
+    path = filmed(tmp_path / "s", (4,))
+    file = path / "video/front/000000.mp4"
+    content, chance = file.read_bytes(), random.Random(0)
+    for size in [0, len(content) - 1, *(chance.randrange(len(content)) for _ in range(18))]:
+        file.write_bytes(content[:size])
+        assert found(check_store(path), "checksums")[0].result == "wrong", size
+
+
+@pytest.mark.faults
+def test_repair_drops_videos_of_no_episode(tmp_path):
+    path = filmed(tmp_path / "s")
+    for name in ("000002.mp4", ".000003.mp4.x7.mp4"):
+        shutil.copy(path / "video/front/000000.mp4", path / "video/front" / name)
+    assert not check_store(path).sound
+    check = check_store(path, repair=True)
+    assert check.sound
+    assert "all 2 finished are kept" in check.repaired
+    assert sorted(file.name for file in path.glob("video/front/*")) == ["000000.mp4", "000001.mp4"]
+
+
 def system(path, shift, *, policy=0.5, noise=0.3, moving=1.0, measured=0.0, episodes=12, length=60):
     """s' = M s + B a under a = K s + noise, with actions stored where they belong, or a step away from there."""
     chance = np.random.default_rng(7)

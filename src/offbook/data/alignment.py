@@ -94,12 +94,15 @@ def _rows(store: EpisodeStore, states: list[str], seed: int) -> tuple[dict[str, 
     parts: dict[str, list[np.ndarray]] = {name: [] for name in names}
     folds: list[np.ndarray] = []
     count = 0
-    for number in generator(seed, "alignment").permutation(len(store)):
-        fields = store.episode(int(number)).fields
-        if count >= _STEPS or any(name not in fields for name in (*states, *store.schema.actions)):
-            continue
-        s = _joined([fields[name] for name in states])
-        a = _joined([fields[name] for name in store.schema.actions])
+    whole = np.logical_and.reduce([store.present(name) for name in (*states, *store.schema.actions)])
+    for number in generator(seed, "alignment").permutation(np.flatnonzero(whole)).tolist():
+        if count >= _STEPS:
+            break
+        start, length = (int(store.episodes[column][number]) for column in ("start", "length"))
+        rows = slice(start, start + length)
+        # Not by `episode`, which would decode videos.
+        s = _joined([np.concatenate([store.field(n)[rows], store.final(n)[number : number + 1]]) for n in states])
+        a = _joined([store.field(name)[rows] for name in store.schema.actions])
         n = min(len(a) - 3, _STEPS - count)
         if n < 1:
             continue

@@ -10,8 +10,9 @@ import numpy as np
 
 from offbook.data.alignment import Alignment, check_alignment
 from offbook.data.index import JOURNAL, Index
-from offbook.data.layout import check_file, data_files, offset
+from offbook.data.layout import check_file, data_files, disk_dtype, field_file, final_file, offset, video_folder
 from offbook.data.store import EpisodeStore
+from offbook.data.video import stamps, video_file
 from offbook.errors import DataError
 from offbook.runs.progress import track
 
@@ -24,7 +25,7 @@ class Finding:
     """What one check found.
 
     Attributes:
-        check: which one: `index`, `leftovers`, `checksums`, `numbers`, `bounds` or `alignment`.
+        check: which one: `index`, `leftovers`, `checksums`, `videos`, `numbers`, `bounds` or `alignment`.
         result: `"ok"`; `"wrong"`; `"look"` for what may be meant so; `"unclear"` where the data cannot tell.
         text: one sentence.
         details: field, first episode and step, counts: whatever the sentence says in numbers.
@@ -91,7 +92,9 @@ def check_store(path: str | Path, *, repair: bool = False) -> StoreCheck:
     leftovers, repaired = _leftovers(path, store), ""
     if repair and leftovers.result == "wrong" and leftovers.details.get("repairable"):
         before = len(store)
-        EpisodeStore.append_to(path).close()
+        with EpisodeStore.append_to(path):
+            for file in _orphans(store):
+                file.unlink()
         store = EpisodeStore.open(path)
         repaired = (
             f"dropped {leftovers.details['bytes']} bytes of unfinished episodes; all {len(store)} finished are kept"
@@ -99,7 +102,7 @@ def check_store(path: str | Path, *, repair: bool = False) -> StoreCheck:
         if len(store) < before:
             raise DataError(str(path), expected=f"{before} episodes", got=str(len(store)), fix="copy the store again")
         leftovers = _leftovers(path, store)
-    checks = (_index, _checksums, _numbers, _bounds, _alignment)
+    checks = (_index, _checksums, _videos, _numbers, _bounds, _alignment)
     findings = [finding for check in track(checks, "checking", len(checks)) for finding in check(store)]
     return StoreCheck(
         path=path,
@@ -134,6 +137,7 @@ def _leftovers(path: Path, store: EpisodeStore) -> Finding:
         beyond += file.stat().st_size - offset(spec, rows) if file.exists() else 0
     journal = path / JOURNAL
     beyond += journal.stat().st_size - index.journal_bytes if journal.exists() else 0
+    beyond += sum(file.stat().st_size for file in _orphans(store))
     if more > 0:
         text = f"the files hold {more} finished rows more than the index: it has lost episodes; copy the store again"
         return Finding(check="leftovers", result="wrong", text=text, details={"rows": more, "repairable": False})
@@ -143,6 +147,56 @@ def _leftovers(path: Path, store: EpisodeStore) -> Finding:
         )
         return Finding(check="leftovers", result="wrong", text=text, details={"bytes": beyond, "repairable": True})
     return Finding(check="leftovers", result="ok", text="nothing behind the last finished episode")
+
+
+def _orphans(store: EpisodeStore) -> list[Path]:
+    """Files in the folders of videos in which no episode lies."""
+    found: list[Path] = []
+    for spec in store.schema.fields:
+        if spec.video:
+            used = {video_file(Path(), number) for number in _video_rows(store, spec.name)}
+            found += [file for file in video_folder(store.path, spec.name).glob("*") if Path(file.name) not in used]
+    return found
+
+
+def _video_rows(store: EpisodeStore, name: str) -> dict[int, np.ndarray]:
+    """By file of a camera kept as video: time stamps and episodes of all frames in it, [n, 2], by episode and time."""
+    length = store.episodes["length"]
+    spec = store.schema[name]
+    files = (field_file(store.path, name), store.steps), (final_file(store.path, name), len(store))
+    rows = np.concatenate(
+        [np.fromfile(file, disk_dtype(spec), 2 * count, offset=offset(spec, 0)).reshape(-1, 2) for file, count in files]
+    )
+    episodes = np.concatenate([np.repeat(np.arange(len(store)), length), np.arange(len(store))])
+    table = np.column_stack([rows, episodes])[rows[:, 0] >= 0]
+    return {int(number): table[table[:, 0] == number, 1:] for number in np.unique(table[:, 0])}
+
+
+def _videos(store: EpisodeStore) -> Iterator[Finding]:
+    """Whether each frame that a row speaks of is in its video, and the ends of each episode can be decoded."""
+    names = [spec.name for spec in store.schema.fields if spec.video]
+    frames = 0
+    wrong = False
+    for name in names:
+        folder, start = video_folder(store.path, name), store.episodes["start"].tolist()
+        try:
+            for number, table in _video_rows(store, name).items():
+                frames += len(table)
+                file = video_file(folder, number)
+                absent = table[~np.isin(table[:, 0], stamps(file)[0])]
+                if len(absent):
+                    fix = "copy the store again from where it came from"
+                    where, got = f"{file}, episode {absent[:, 1].min()}", f"{len(absent)} frames missing"
+                    raise DataError(where, expected=f"{len(table)} frames", got=got, fix=fix)
+            for number in np.flatnonzero(store.present(name)).tolist():
+                _ = store.field(name)[start[number]], store.final(name)[number]
+        except DataError as error:
+            wrong = True
+            details = {"field": name, "where": error.where}
+            yield Finding(check="videos", result="wrong", text=str(error), details=details)
+    if names and not wrong:
+        text = f"{frames} frames are where the rows say; the first and last of each episode decode"
+        yield Finding(check="videos", result="ok", text=text)
 
 
 def _writer(path: Path) -> str:
@@ -173,11 +227,11 @@ def _numbers(store: EpisodeStore) -> Iterator[Finding]:
     for spec in store.schema.fields:
         if not spec.dtype.startswith("float"):
             continue
-        rows = _not_finite(store.field(spec.name))
+        rows = _not_finite(np.asarray(store.field(spec.name)))
         episodes = np.searchsorted(store.episodes["start"], rows[:, 0], "right") - 1
         steps = rows[:, 0] - store.episodes["start"][episodes]
         if spec.role == "observation":
-            last = _not_finite(store.final(spec.name))
+            last = _not_finite(np.asarray(store.final(spec.name)))
             rows = np.concatenate([rows, last])
             episodes = np.concatenate([episodes, last[:, 0]])
             steps = np.concatenate([steps, store.episodes["length"][last[:, 0]]])
