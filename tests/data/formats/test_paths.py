@@ -123,6 +123,22 @@ def test_crooked_lists_are_refused_with_a_sentence(tmp_path, cli, make, words, m
 
 
 @pytest.mark.faults
+def test_bombs_are_refused_in_bounded_time(tmp_path):
+    """Small files whose contents, followed through, would never end."""
+    tree = {}
+    for _ in range(30):
+        tree = {"a": tree, "b": tree}
+    with pytest.raises(DataError, match="expected at most 2000 of them, got more"):
+        imported(tmp_path, [{"observations": tree, "actions": 1}])
+    row = [0.0] * 10_000
+    with pytest.raises(DataError, match="expected every array once"):
+        imported(tmp_path, [{"observations": [row] * 10_000, "actions": 1}])
+    names = [{"observations": np.zeros((2, 1)), "actions": np.zeros((2, 1)), "env_infos": {"a.b": 1, "a": {"b": 2}}}]
+    with pytest.raises(DataError, match=r"a\.b: expected names that differ, got two of this"):
+        imported(tmp_path, names)
+
+
+@pytest.mark.faults
 def test_files_that_are_cut_or_absent(tmp_path, cli):
     paths(tmp_path / "p.pkl", walks())
     content = (tmp_path / "p.pkl").read_bytes()
@@ -136,4 +152,6 @@ def test_files_that_are_cut_or_absent(tmp_path, cli):
         b"\x80\x04]q\x00}q\x01(X\x0c\x00\x00\x00observationsh\x01X\x07\x00\x00\x00actionsK\x01ua."
     )
     outcome = cli(words)
-    assert (outcome.exit_code, "expected at most 8 levels, got more" in outcome.stderr) == (1, True), outcome.stderr
+    assert (outcome.exit_code, "keys: expected at most 2000 of them, got more" in outcome.stderr) == (1, True), (
+        outcome.stderr
+    )

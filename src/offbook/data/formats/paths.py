@@ -17,6 +17,7 @@ from offbook.data.formats.transitions import (
     LAST_DROPPED,
     NEXT_KEPT,
     Steps,
+    entries,
     flattened,
     need,
     numbers,
@@ -85,12 +86,13 @@ def check_paths(paths: Any, file: Path) -> list[dict[str, Any]]:
     if not isinstance(paths, list | tuple) or not paths:
         got = "an empty list" if isinstance(paths, list | tuple) else f"a {type(paths).__name__}"
         raise DataError(str(file), expected="a list of paths", got=got, fix=fix)
+    # A list may hold the same array many times, and would fill the disk from a small file.
     total, limit = 0, 2**20 + 16 * file.stat().st_size
     for number, one in enumerate(paths):
         if not isinstance(one, dict):
             raise DataError(f"{file}, path {number}", expected="a dict", got=f"a {type(one).__name__}", fix=fix)
         need(one, ("observations", "actions"), f"{file}, path {number}", fix)
-        total += sum(array.nbytes for array in flattened(one).values() if isinstance(array, np.ndarray))
+        total += 8 * sum(map(entries, flattened(one).values()))
         if total > limit:
             fix = "save every path with arrays of its own"
             raise DataError(str(file), expected="every array once", got="the same ones again and again", fix=fix)

@@ -237,5 +237,7 @@ _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     # How protocols 0 to 2 write bytes, and no bytes.
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): lambda: b"",
-    ("collections", "OrderedDict"): lambda items=(): _Machine().fill({}, [part for item in items for part in item]),
+    ("collections", "OrderedDict"): lambda pairs=(): _Machine().fill(
+        {}, [part for key, value in pairs for part in (key, value)]
+    ),
 }

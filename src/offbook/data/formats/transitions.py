@@ -29,7 +29,7 @@ LAST_DROPPED = (
 )
 MAX_BYTES = 8 * 2**30
 """Most bytes that one array of one episode may have; more is a damaged file, or one made to fill the memory."""
-_DEPTH = 8
+_LEAVES = 2_000
 _LIST = 100_000_000
 
 
@@ -104,6 +104,13 @@ def native(array: np.ndarray) -> np.ndarray:
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
+def entries(value: Any) -> int:
+    """How many numbers an array, or a list of rows, would have at most; 1 for everything else."""
+    if isinstance(value, list | tuple):
+        return sum(len(row) if isinstance(row, list | tuple) else getattr(row, "size", 1) for row in value)
+    return value.size if isinstance(value, np.ndarray) else 1
+
+
 def numbers(value: Any, where: str) -> np.ndarray:
     """An array, or a list of numbers or of rows of numbers, as an array.
 
@@ -112,9 +119,9 @@ def numbers(value: Any, where: str) -> np.ndarray:
     """
     fix = "save numbers, in rows of the same length"
     if isinstance(value, list):
-        rows = [row for row in value if isinstance(row, list | tuple | np.ndarray)]
-        nested = any(isinstance(part, list | tuple) for row in rows for part in row)
-        if nested or sum(len(row) if np.ndim(row) else 1 for row in rows) > _LIST or len(value) > _LIST:
+        rows = [row for row in value if isinstance(row, list | tuple)]
+        long = entries(value) > _LIST
+        if long or any(isinstance(part, list | tuple | np.ndarray) for row in rows for part in row):
             raise DataError(where, expected="rows of numbers", got="a list nested too deep or too long", fix=fix)
         try:
             value = np.asarray(value)
@@ -147,15 +154,22 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """The leaves of nested groups or dicts, named by their keys joined with dots.
 
     Raises:
-        DataError: it is nested more than 8 deep, as something that contains itself is.
+        DataError: they are more than 2000, as in something that contains itself, or two have the same name.
     """
-    if prefix.count(".") > _DEPTH:
-        raise DataError(prefix, expected=f"at most {_DEPTH} levels", got="more", fix="save a flatter structure")
     found: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = isinstance(value, Mapping)
-        found |= flattened(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
+    pending: list[tuple[str, Any]] = [(prefix, tree)]
+    for _ in range(_LEAVES):
+        if not pending:
+            return found
+        name, value = pending.pop()
+        if isinstance(value, Mapping):
+            pending += [(f"{name}{key}.", child) for key, child in reversed(list(value.items()))]
+        elif name[:-1] in found:
+            raise DataError(name[:-1], expected="names that differ", got="two of this", fix="rename one of them")
+        else:
+            found[name[:-1]] = value
+    fix = "save a flatter structure"
+    raise DataError(prefix or "keys", expected=f"at most {_LEAVES} of them", got="more", fix=fix)
 
 
 def seen(value: Any) -> dict[str, Any]:
