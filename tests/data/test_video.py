@@ -88,6 +88,8 @@ def test_every_way_of_reading_gives_the_same_pictures(name, request, monkeypatch
     np.testing.assert_array_equal(column[:], whole)
     np.testing.assert_array_equal(np.asarray(column), whole)
     np.testing.assert_array_equal(column[-1], whole[-1])
+    np.testing.assert_array_equal(column[[3, 25]], whole[[3, 25]])
+    np.testing.assert_array_equal(column[np.int64(7)], whole[7])
     np.testing.assert_array_equal(column[40:10:-7], whole[40:10:-7])
     np.testing.assert_array_equal(column[np.arange(42) % 5 == 0], whole[::5])
     random = np.random.default_rng(0)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from offbook.data.layout import disk_dtype, field_file, offset
 from offbook.data.normalise import Normalizer, stretches
 from offbook.data.returns import ReturnSpec, returns_to_go
 from offbook.data.store import EpisodeStore
@@ -109,9 +110,7 @@ class Pack:
         used = 0
         for name, columns in self.columns.items():
             used = columns.stop
-            source = self._source(name)
-            for to, first, last in self._parts():
-                part = source[first:last]
+            for to, first, last, part in self._parts(name):
                 if self._normalizer is not None and name in self._normalizer:
                     part = self._normalizer.encode(name, part)
                 rows[to : to + last - first, columns] = part.reshape(last - first, -1)
@@ -120,18 +119,20 @@ class Pack:
                 rows[np.repeat(~present[self._episodes], self._lengths), columns] = 0
         rows[:, used:] = 0
 
-    def _source(self, name: str) -> np.ndarray:
-        if name != RETURN_TO_GO or self._returns is None:
-            return np.asarray(self._store.field(name))
-        starts = self._store.episodes["start"][self._episodes]
-        rewards = np.asarray(self._store.field(self._store.schema.reward or ""))
-        return returns_to_go(rewards, starts, self._lengths, self._returns)
-
-    def _parts(self) -> Iterator[tuple[int, int, int]]:
-        """Row of the pack, and first and last row of the store, piece by piece."""
-        to = 0
+    def _parts(self, name: str) -> Iterator[tuple[int, int, int, np.ndarray]]:
+        """Row of the pack, first and last row of the store, and the values there, piece by piece."""
+        spec, to = self._store.schema[self._store.schema.reward or "" if name == RETURN_TO_GO else name], 0
+        file, whole = field_file(self._store.path, spec.name), None
+        if name == RETURN_TO_GO and self._returns is not None:
+            starts = self._store.episodes["start"][self._episodes]
+            whole = returns_to_go(np.asarray(self._store.field(spec.name)), starts, self._lengths, self._returns)
         for first, last in stretches(self._store, self._episodes, _ROWS):
-            yield to, first, last
+            if whole is None:
+                # Read rather than mapped: pages of a map would stay resident beside the pack.
+                part = np.fromfile(file, disk_dtype(spec), (last - first) * spec.size, offset=offset(spec, first))
+                yield to, first, last, part.reshape(last - first, *spec.shape)
+            else:
+                yield to, first, last, whole[first:last]
             to += last - first
 
 

@@ -15,7 +15,7 @@ What identifies an episode is the SHA-256 of its file and its time stamps.
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -161,7 +161,9 @@ class VideoFrames:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
-    def __getitem__(self, index: int | slice | np.ndarray) -> UInt8[np.ndarray, "..."]:
+    def __getitem__(
+        self, index: int | np.integer[Any] | slice | Sequence[int] | np.ndarray
+    ) -> UInt8[np.ndarray, "..."]:
         asked = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
         if asked.dtype == bool:
             asked = np.flatnonzero(asked)
@@ -173,6 +175,12 @@ class VideoFrames:
             frames = self._read(rows)
         whole: np.ndarray = frames[back.reshape(-1)].reshape(*asked.shape, *self.shape[1:])
         return whole
+
+    def forget(self) -> None:
+        """Drops the decoded frames that were kept."""
+        with self._lock:
+            self._kept = None
+            self._place[:], self._row[:], self._used[:] = -1, -1, 0
 
     def _read(self, rows: Int64[np.ndarray, " rows"]) -> UInt8[np.ndarray, "rows height width 3"]:
         """Different rows in ascending order."""

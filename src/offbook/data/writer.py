@@ -2,9 +2,10 @@
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +195,7 @@ class Writer:
             The episode's number, once it is safe. What goes wrong is raised by its `result`, by `flush` and by `close`.
         """
         if self._behind is None:
-            self._behind = ThreadPoolExecutor(1, thread_name_prefix="append")
+            self._behind = ThreadPoolExecutor(1, "append", _give_way)
         future = self._behind.submit(self.append, fields, **outcome)
         self._unfinished = [f for f in self._unfinished if not f.done() or f.exception()] + [future]
         return future
@@ -370,3 +371,9 @@ def _length(schema: Schema, arrays: Mapping[str, np.ndarray | Video | None], whe
             where, expected="one step or more", got=f"{max(length, 0)} steps", fix="leave empty episodes out"
         )
     return length
+
+
+def _give_way() -> None:
+    """Lets the loop that records go first where the processor is short; Linux has priorities for single threads."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

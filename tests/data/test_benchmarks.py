@@ -1,0 +1,61 @@
+"""The benchmarks of the data layer, small: each side draws what it should, and each claim has figures."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+
+from offbook.runs.benchmark import Options
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name, monkeypatch, **sizes):
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for size, value in sizes.items():
+        monkeypatch.setattr(module, size, value)
+    return module
+
+
+def check(claims, system):
+    for claim in claims:
+        assert claim.system == system
+        assert claim.verdict in ("met", "missed", "recorded")
+        for metric in (*claim.metrics, *claim.baseline_metrics):
+            assert math.isfinite(metric.value)
+            assert metric.value > 0
+
+
+def test_windows(monkeypatch, tmp_path):
+    slow = {"item by item": 8, "list of transitions": 8, "Minari": 2}
+    windows = load("windows", monkeypatch, EPISODES=3, STEPS=40, LENGTHS=(4,), BATCH=32, BATCHES=2, SLOW=slow)
+    # TorchRL takes seconds to import.
+    monkeypatch.setattr(windows, "find_spec", lambda name: None)
+    claims = windows.run(Options(repeats=2))
+    check(claims, "windows")
+    assert {metric.name for metric in claims[0].metrics} == {"ours, T = 4", "share of the bound, T = 4"}
+    store = windows.fill(tmp_path / "s", 0)
+    known = np.lib.stride_tricks.sliding_window_view(store.field("action"), 4, axis=0).transpose(0, 2, 1)
+    items = windows.item_by_item(store, 4, 0)()["action"].numpy()
+    listed = windows.list_of_transitions(store, 4, 0)()[1]
+    read = windows.minari(store, tmp_path / "minari", 4, 0)()[1]
+    for found in (items, listed, read):
+        assert found.shape[1:] == (4, 3)
+        assert all((known == window).all(axis=(1, 2)).any() for window in found)
+
+
+def test_video(monkeypatch, tmp_path):
+    video = load("video", monkeypatch, EPISODES=2, STEPS=20, SIZE=(32, 48), LENGTH=4, BATCH=2)
+    check(video.run(Options(repeats=2)), "video")
+    for store in video.stores(tmp_path, 0).values():
+        np.testing.assert_array_equal(video.ours(store, 1)().reshape(-1, 32, 48, 3), video.frame_by_frame(store, 1)())
+
+
+def test_recording(monkeypatch):
+    recording = load("recording", monkeypatch, EPISODE=5, TURNS=1, RATE=100.0)
+    claims = recording.run(Options(repeats=2))
+    check(claims, "recording")
+    assert [metric.n for metric in claims[0].metrics] == [11, 11]
