@@ -21,11 +21,9 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-import av
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
-from offbook.data.clips import opened, pictures
 from offbook.errors import DataError
 
 # Decoded frames kept by each field of a store: with a few thousand frames of 64 x 64 pixels, all of them.
@@ -51,6 +49,8 @@ class Video:
 
 def stamps(path: str | Path) -> tuple[Int64[np.ndarray, " frames"], float]:
     """The time stamps of all frames of a file in the order in which they are shown, and the seconds of one tick."""
+    from offbook.data.clips import opened
+
     with opened(path) as container:
         stream = container.streams.video[0]
         found = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
@@ -76,6 +76,8 @@ class _File:
     """One open file and where its decoder stands."""
 
     def __init__(self, path: Path) -> None:
+        from offbook.data.clips import opened  # stores without video do not wait for PyAV
+
         self.path = path
         self._exit = opened(path)
         self._container = self._exit.__enter__()
@@ -85,18 +87,20 @@ class _File:
         keys = [entry.timestamp for entry in self._stream.index_entries if entry.is_keyframe]
         self._keys = np.array(keys or [0], np.int64)
         self._skip = _SEEK_FRAMES / float((self._stream.average_rate or 1) * (self._stream.time_base or 1))
-        self._frames: Iterator[av.VideoFrame] = iter(())
+        self._frames: Iterator[Any] = iter(())
         self._stands: int | None = None
 
     def close(self) -> None:
         self._exit.__exit__(None, None, None)
 
-    def decode(self, wanted: Int64[np.ndarray, " frames"]) -> Iterator[av.VideoFrame]:
+    def decode(self, wanted: Int64[np.ndarray, " frames"]) -> Iterator[Any]:
         """The frames of ascending time stamps; neighbours are decoded in one go.
 
         Raises:
             DataError: the file has no frame with such a stamp.
         """
+        import av
+
         try:
             for target in wanted.tolist():
                 yield self._one(target)
@@ -104,7 +108,7 @@ class _File:
             self._stands = None
             raise self._refusal(error.strerror or type(error).__name__) from error
 
-    def _one(self, target: int) -> av.VideoFrame:
+    def _one(self, target: int) -> Any:
         key = max(int(np.searchsorted(self._keys, target, "right")) - 1, 0)
         if self._stands is None or target <= self._stands or self._keys[key] - self._stands > self._skip:
             frame = self._begin(key)
@@ -122,7 +126,7 @@ class _File:
         self._stands = target
         return frame
 
-    def _begin(self, key: int) -> av.VideoFrame | None:
+    def _begin(self, key: int) -> Any:
         self._container.seek(int(self._keys[key]), stream=self._stream)
         self._frames = self._container.decode(self._stream)
         return next(self._frames, None)
@@ -207,6 +211,8 @@ class VideoFrames:
         return frames
 
     def _decode(self, rows: np.ndarray, to: np.ndarray, frames: np.ndarray) -> None:
+        from offbook.data.clips import pictures
+
         file, stamp = np.asarray(self._rows[rows]).T
         order = np.lexsort((stamp, file))
         for number in np.unique(file).tolist():

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from offbook.data.filming import Filming
 from offbook.data.index import JOURNAL, Index, Outcome, journal_line
 from offbook.data.layout import (
     DAMAGED,
@@ -62,6 +61,7 @@ class Writer:
         index = Index.read(self.path)
         self._episodes, self._steps, self._compacted = len(index), index.steps, index.compacted
         self._pending: list[bytes] = []
+        self._filming: dict[str, Any] = {}
         self._journal = self.path / JOURNAL
         for name, file, rows in data_files(self.path, self.schema, index):
             spec = self.schema[name]
@@ -74,11 +74,12 @@ class Writer:
                 raise DataError(str(self.path), expected=expected, got=f"one of {rows}", fix=DAMAGED)
             self._handles[file] = os.open(file, os.O_RDWR)
             os.ftruncate(self._handles[file], offset(spec, rows))
-        self._filming = {
-            spec.name: Filming(video_folder(self.path, spec.name), spec, self.schema.rate_hz, self._films(spec))
-            for spec in self.schema.fields
-            if spec.video
-        }
+        for spec in self.schema.fields:
+            if spec.video:
+                from offbook.data.filming import Filming  # stores without video do not wait for PyAV
+
+                folder = video_folder(self.path, spec.name)
+                self._filming[spec.name] = Filming(folder, spec, self.schema.rate_hz, self._films(spec))
         self._handles[self._journal] = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._handles[self._journal], index.journal_bytes)
         self._journal_bytes = index.journal_bytes
@@ -152,24 +153,10 @@ class Writer:
             success=None if success is None else bool(success),
             score=None if score is None else float(score),
         )
-        arrays: dict[str, np.ndarray | None] = {}
-        videos: dict[str, bytes] = {}
-        for name, values in given.items():
-            if name in self._filming and values is not None:
-                with explained(self.path):
-                    arrays[name], videos[name] = self._filming[name].add(values, f"{where}, field {name!r}")
-            elif not isinstance(values, Video):
-                arrays[name] = values
-        reward = arrays.get(self.schema.reward or "")
-        row = {
-            **outcome.to_json(),
-            "start": self._steps,
-            "length": length,
-            "return": float("nan") if reward is None else float(np.sum(reward, dtype=np.float64)),
-            "missing": [name for name, values in arrays.items() if values is None],
-        }
-        row["sha256"] = episode_sha256(self.schema, arrays, row, videos)
         with explained(self.path):
+            arrays, videos = self._filmed(given, where)
+            row = {**outcome.to_json(), "start": self._steps, "length": length, **self._facts(arrays)}
+            row["sha256"] = episode_sha256(self.schema, arrays, row, videos)
             self._write(arrays, length)
             self._pending.append(journal_line(self._episodes, row))
             if sync:
@@ -199,6 +186,25 @@ class Writer:
         future = self._behind.submit(self.append, fields, **outcome)
         self._unfinished = [f for f in self._unfinished if not f.done() or f.exception()] + [future]
         return future
+
+    def _filmed(
+        self, given: Mapping[str, np.ndarray | Video | None], where: str
+    ) -> tuple[dict[str, np.ndarray | None], dict[str, bytes]]:
+        """The values as they will stand on disk, with the videos written, and the checksums of those."""
+        arrays, videos = dict[str, np.ndarray | None](), dict[str, bytes]()
+        for name, values in given.items():
+            if name in self._filming and values is not None:
+                arrays[name], videos[name] = self._filming[name].add(values, f"{where}, field {name!r}")
+            elif not isinstance(values, Video):
+                arrays[name] = values
+        return arrays, videos
+
+    def _facts(self, arrays: Mapping[str, np.ndarray | None]) -> dict[str, Any]:
+        reward = arrays.get(self.schema.reward or "")
+        return {
+            "return": float("nan") if reward is None else float(np.sum(reward, dtype=np.float64)),
+            "missing": [name for name, values in arrays.items() if values is None],
+        }
 
     def _write(self, arrays: Mapping[str, np.ndarray | None], length: int) -> None:
         for spec in self.schema.fields:
