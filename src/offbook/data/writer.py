@@ -122,13 +122,7 @@ class Writer:
             fields: values by name, exactly those of the schema: T + 1 rows for an observation (the last after the
                 last step), T for others; None for a field that this episode does not have. A camera that is kept as
                 video may be given as a `Video`.
-            terminated: the task ended the episode.
-            truncated: something else did, such as a limit of time.
-            task: what was to be done, in words.
-            source: who acted.
-            seed: what the environment was reset with.
-            success: whether the task was done.
-            score: the task's own measure.
+            terminated, truncated, task, source, seed, success, score: what is said of it as a whole; see `Outcome`.
             sync: False puts the durability off to the next `flush`, `close` or append with True; this is for imports,
                 which can be repeated.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,15 +147,14 @@ def evaluate_policy(
 
     Args:
         env_id: what `offbook.sim.adapters.make` takes.
-        policy: who acts; its cameras decide what the environment draws.
+        policy: who acts; its cameras decide what is drawn.
         episodes: how many, 1 or more.
         seed: from which the episodes' seeds follow.
         settings: further arguments of `make`, such as `{"split": "position"}` of `offbook:pour`.
         scenes: for each episode an arrangement, given to the environment as the reset option `scene`.
         parallel: environments that take turns in one process, so that the policy answers several at once.
         jobs: processes.
-        video_dir: where clips of the first `videos` episodes go; None draws none.
-        videos: how many.
+        video_dir, videos: where clips of the first so many episodes go; None draws none.
         max_steps: truncates longer episodes.
 
     Raises:
@@ -170,13 +169,7 @@ def evaluate_policy(
         >>> result.summary["length"].value, result.metric
         (5.0, 'return')
     """
-    for name, value in {"episodes": episodes, "parallel": parallel, "jobs": jobs, "max_steps": max_steps}.items():
-        if value is not None and value < 1:
-            flag = f"--{name.replace('_', '-')}"
-            raise ConfigError(flag, expected="1 or more", got=str(value), fix=f"change {flag}")
-    if scenes is not None and len(scenes) != episodes:
-        expected = f"{episodes}, one for each episode"
-        raise ConfigError("scenes", expected=expected, got=str(len(scenes)), fix="give as many")
+    _check_counts(scenes, episodes=episodes, parallel=parallel, jobs=jobs, max_steps=max_steps)
     shards = _shards(evaluation_seeds(seed, episodes), scenes, jobs, videos if video_dir is not None else 0)
     label = f"evaluating {policy.meta.name}"
     work = partial(
@@ -189,14 +182,23 @@ def evaluate_policy(
         max_steps=max_steps,
         label="" if jobs > 1 else label,
     )
-    played = run_parallel(work, shards, jobs=jobs, label=label if jobs > 1 else "")
     return Evaluation(
         environment=env_id,
         settings=settings or {},
         policy=policy.meta.name,
         scenes=None if scenes is None else tuple(scenes),
-        results=tuple(result for shard in played for result in shard),
+        results=tuple(chain(*run_parallel(work, shards, jobs=jobs, label=label if jobs > 1 else ""))),
     )
+
+
+def _check_counts(scenes: Sequence[Mapping[str, Any]] | None, *, episodes: int, **counts: int | None) -> None:
+    for name, value in {"episodes": episodes, **counts}.items():
+        if value is not None and value < 1:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(flag, expected="1 or more", got=str(value), fix=f"change {flag}")
+    if scenes is not None and len(scenes) != episodes:
+        expected = f"{episodes}, one for each episode"
+        raise ConfigError("scenes", expected=expected, got=str(len(scenes)), fix="give as many")
 
 
 def pictures_for(env_id: str, wanted: ObservationSpec) -> dict[str, Any]:

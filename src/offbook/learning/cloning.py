@@ -179,18 +179,7 @@ def train_cloning(
     meta = PolicyMeta(
         name=f"bc-{run.path.name}", observation=data.observation, action=data.action, chunk=config.execute
     )
-    # The initial weights come from the default generator; forked and seeded, it is a function of the seed alone.
-    with torch.random.fork_rng():
-        torch.manual_seed(int(generator(config.fit.seed, "weights").integers(2**62)))
-        module = CloningNetwork(
-            data.observation,
-            data.action,
-            chunk=config.chunk,
-            hidden=config.hidden,
-            depth=config.depth,
-            dropout=config.dropout,
-        )
-    module.standardise(data.normalizer, data.parts, data.action_field if data.action.choices is None else None)
+    module = _network(data, config)
     provenance = {
         "environment": store.schema.environment,
         "rate_hz": store.schema.rate_hz,
@@ -216,6 +205,16 @@ def train_cloning(
     if not isinstance(trained, CloningNetwork):
         raise TypeError("fit hands back the module that it was given")
     return ClonedPolicy(trained, meta, provenance)
+
+
+def _network(data: _Recordings, config: CloningConfig) -> CloningNetwork:
+    sizes = {"chunk": config.chunk, "hidden": config.hidden, "depth": config.depth}
+    # The initial weights come from the default generator; forked and seeded, it is a function of the seed alone.
+    with torch.random.fork_rng():
+        torch.manual_seed(int(generator(config.fit.seed, "weights").integers(2**62)))
+        module = CloningNetwork(data.observation, data.action, dropout=config.dropout, **sizes)
+    module.standardise(data.normalizer, data.parts, data.action_field if data.action.choices is None else None)
+    return module
 
 
 def _loss(
