@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
-from collections.abc import Mapping
+import queue
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from offbook.data.clips import write_clip
 
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from offbook.robots.base import RobotSpec
     from offbook.robots.trial import TrialRecord
 
+WAITING_FRAMES, PATIENCE_S = 64, 10.0
 CAMERA = "scene"
 """The name of the film's camera: the robot's own picture for people."""
 
@@ -50,29 +55,88 @@ class Recording:
         }
 
 
-def recordings_of(record: TrialRecord, spec: RobotSpec, folder: Path) -> list[Recording]:
+class Film:
+    """The film of one trial, encoded in a thread while it is played: only the few pictures that wait are in memory.
+
+    Args:
+        path: where it is written, ending in .mp4.
+        rate: pictures a second.
+        patient: whether a full queue may hold up who adds (a simulator); else the picture is left out.
+    """
+
+    def __init__(self, path: Path, rate: float, *, patient: bool) -> None:
+        self.path, self.left_out = path, 0
+        self._rate, self._patient = rate, patient
+        self._poster: NDArray[np.uint8] | None = None
+        self._error: Exception | None = None
+        self._waiting: queue.Queue[NDArray[np.uint8] | None] = queue.Queue(WAITING_FRAMES)
+        self._thread = threading.Thread(target=self._encode, daemon=True)
+        self._thread.start()
+
+    def add(self, frame: NDArray[np.uint8]) -> None:
+        """Takes the next picture."""
+        self._poster = frame if self._poster is None else self._poster
+        try:
+            self._waiting.put(frame, block=self._patient, timeout=PATIENCE_S)
+        except queue.Full:
+            self.left_out += 1
+
+    def close(self) -> None:
+        """Ends the film; the file is whole then, unless it failed."""
+        if self._thread.is_alive():
+            self._waiting.put(None)
+            self._thread.join()
+
+    def files(self) -> list[Recording]:
+        """Film and poster; none when there was no picture.
+
+        Raises:
+            OSError: the film could not be written.
+        """
+        self.close()
+        if self._error is not None:
+            raise OSError(f"the film could not be written: {self._error}") from self._error
+        if self._poster is None:
+            return []
+        from PIL import Image
+
+        poster = io.BytesIO()
+        Image.fromarray(self._poster).save(poster, "JPEG", quality=85)
+        return [
+            Recording(name=f"video-{CAMERA}.mp4", media_type="video/mp4", content=self.path.read_bytes()),
+            Recording(name=f"poster-{CAMERA}.jpg", media_type="image/jpeg", content=poster.getvalue()),
+        ]
+
+    def _frames(self) -> Iterator[NDArray[np.uint8]]:
+        while (frame := self._waiting.get()) is not None:
+            yield frame
+
+    def _encode(self) -> None:
+        frames = self._frames()
+        try:
+            first = next(frames, None)
+            if first is not None:
+                write_clip(self.path, itertools.chain([first], frames), self._rate)
+        except Exception as error:  # told by `files`; what still comes must not wait for a reader
+            self._error = error
+            for _ in frames:
+                pass
+
+
+def recordings_of(record: TrialRecord, spec: RobotSpec, film: Film) -> list[Recording]:
     """The files of one trial, the manifest last.
 
     Args:
         record: the trial.
         spec: of the robot that played it.
-        folder: a temporary place for the encoder.
+        film: what took its pictures.
     """
-    files: list[Recording] = []
-    if record.frames:
-        from PIL import Image
-
-        path = folder / "film.mp4"
-        write_clip(path, np.stack(record.frames), record.frame_rate)
-        files.append(Recording(name=f"video-{CAMERA}.mp4", media_type="video/mp4", content=path.read_bytes()))
-        path.unlink()
-        poster = io.BytesIO()
-        Image.fromarray(record.frames[0]).save(poster, "JPEG", quality=85)
-        files.append(Recording(name=f"poster-{CAMERA}.jpg", media_type="image/jpeg", content=poster.getvalue()))
+    files = film.files()
     if record.steps:
         content = _episode(record)
         files.append(Recording(name="episode.parquet", media_type="application/vnd.apache.parquet", content=content))
-    manifest = json.dumps(_manifest(record, spec, files), allow_nan=False, sort_keys=True).encode()
+    told = _manifest(record, spec, files) | {"frames_left_out": film.left_out}
+    manifest = json.dumps(told, allow_nan=False, sort_keys=True).encode()
     return [*files, Recording(name="manifest.json", media_type="application/json", content=manifest)]
 
 

@@ -41,6 +41,7 @@ class Settings:
         artifact_bytes: largest file that a worker may upload.
         daily_bytes: most bytes that one user may upload as checkpoints in a day.
         policies_per_user: most policies of one user that may be connected at once.
+        connections_per_address: most connections of one address at once; behind a proxy all come from one.
         listeners: most pages that may listen to live events at once.
     """
 
@@ -56,6 +57,7 @@ class Settings:
     artifact_bytes: int = 1024 * 2**20
     daily_bytes: int = 4 * 2**30
     policies_per_user: int = 32
+    connections_per_address: int = 1000
     listeners: int = 500
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ import uvicorn
 
 from offbook.arena.app import create_app
 from offbook.arena.service import Settings
+from offbook.arena.sockets import protocols
 from offbook.client.wire import RAW_FRAME_LIMIT
 from offbook.errors import ConfigError
 
@@ -37,13 +38,14 @@ class Server(uvicorn.Server):
         port = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._app = create_app(settings)
+        http, websocket = protocols(settings.connections_per_address)
         super().__init__(
             uvicorn.Config(
                 self._app,
                 log_level=logging.WARNING,
                 access_log=False,
                 server_header=False,
-                ws="websockets-sansio",
+                ws=websocket,
                 ws_max_size=RAW_FRAME_LIMIT,
                 ws_per_message_deflate=False,
                 ws_ping_interval=10.0,
@@ -51,7 +53,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=5,
                 timeout_keep_alive=30,
                 h11_max_incomplete_event_size=64 * 1024,
-                http="h11",
+                http=http,
             )
         )
 

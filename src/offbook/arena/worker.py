@@ -8,6 +8,7 @@ gives the trial to another robot, so that at no time two arms play one trial.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import signal
@@ -17,16 +18,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-import httpx
-
-from offbook.arena.recordings import Recording, capabilities, recordings_of
+from offbook.arena.recordings import Film, capabilities, recordings_of
 from offbook.client.protocol import Policy
 from offbook.client.remote import RemotePolicy
+from offbook.client.submit import ArenaClient
 from offbook.errors import OffbookError, PolicyError, RobotError, SubmissionError
 
 if TYPE_CHECKING:
@@ -35,6 +33,8 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 0.5
 REPORT_SECONDS = 60.0
+FRAME_EVERY = 2  # control steps from one picture of the film to the next
+CACHED = 4  # checkpoints that stay in the cache's folder
 _POLL_FIRST, _POLL_MOST = 0.2, 2.0
 
 
@@ -55,52 +55,6 @@ class WorkerReport:
     dropped: int = 0
 
 
-class _Arena:
-    """The worker's side of the HTTP interface: answers, not exceptions, for what the loop must tell apart."""
-
-    def __init__(self, url: str, token: str) -> None:
-        self.url, self.token = url.rstrip("/"), token
-        loopback = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-        self._http = httpx.Client(
-            base_url=self.url,
-            headers={"Authorization": f"Bearer {token}"},
-            timeout=httpx.Timeout(30.0, connect=5.0),
-            trust_env=not loopback,
-        )
-
-    def post(self, path: str, body: Mapping[str, Any], **options: Any) -> tuple[int, dict[str, Any]]:
-        """Status and JSON of the answer; httpx.HTTPError when there is none."""
-        return self._read(self._http.post(path, json=dict(body), **options))
-
-    def put(self, recording: Recording) -> tuple[int, dict[str, Any]]:
-        """Uploads a file."""
-        path = f"/v1/blobs/{recording.reference['sha256']}"
-        headers = {"Content-Type": recording.media_type}
-        return self._read(self._http.put(path, content=recording.content, headers=headers))
-
-    def download(self, sha256: str, path: Path) -> None:
-        """Fetches a blob, streamed."""
-        part = path.with_suffix(".part")
-        with self._http.stream("GET", f"/v1/blobs/{sha256}") as answer:
-            answer.raise_for_status()
-            with part.open("wb") as file:
-                for piece in answer.iter_bytes():
-                    file.write(piece)
-        part.replace(path)
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self._http.close()
-
-    @staticmethod
-    def _read(answer: httpx.Response) -> tuple[int, dict[str, Any]]:
-        try:
-            record = answer.json() if answer.content else {}
-        except ValueError:
-            record = {}
-        return answer.status_code, record if isinstance(record, dict) else {}
-
-
 class _Heart:
     """Heartbeats for one lease, in a thread of their own.
 
@@ -110,7 +64,7 @@ class _Heart:
         robot: what is stopped when no answer comes and the control loop does not see to it.
     """
 
-    def __init__(self, arena: _Arena, lease: Mapping[str, Any], robot: Robot, stopping: threading.Event) -> None:
+    def __init__(self, arena: ArenaClient, lease: Mapping[str, Any], robot: Robot, stopping: threading.Event) -> None:
         self._arena, self._lease, self._robot, self._stopping = arena, lease, robot, stopping
         self._watchdog = float(lease["watchdog_seconds"])
         self._answered = time.monotonic()
@@ -155,8 +109,8 @@ class _Heart:
             asked = time.monotonic()
             try:
                 body = {"fence": self._lease["fence"], "progress": self._progress}
-                status, _ = self._arena.post(path, body, timeout=self._watchdog / 2)
-            except httpx.HTTPError:
+                status, _ = self._arena.ask("POST", path, json=body, timeout=self._watchdog / 2)
+            except SubmissionError:
                 continue
             if status == 200:
                 # From when it was asked: the answer may have been on its way while this process slept.
@@ -208,7 +162,7 @@ def run_worker(
 
     stopping = stop or threading.Event()
     machine = robot or make_robot(robot_name)
-    arena = _Arena(url, token)
+    arena = ArenaClient(url, token)
     name = name or f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="offbook-worker-") as folder, _signals(stopping):
         worker = _Worker(
@@ -247,7 +201,7 @@ def _signals(stopping: threading.Event) -> Iterator[None]:
 
 @dataclass(kw_only=True)
 class _Worker:
-    arena: _Arena
+    arena: ArenaClient
     robot: Robot
     robot_name: str
     name: str
@@ -285,16 +239,17 @@ class _Worker:
             "capabilities": capabilities(self.robot.spec),
         }
         try:
-            status, answer = self.arena.post("/v1/leases", body)
-        except httpx.HTTPError as error:
-            self.say(f"{self.name}: no answer from {self.arena.url} ({type(error).__name__}): trying again")
+            status, answer = self.arena.ask("POST", "/v1/leases", json=body)
+        except SubmissionError as error:
+            self.say(f"{self.name}: no answer from {self.arena.url} ({error.got}): trying again")
             return None
         if status == 200:
             return answer
-        if status in (401, 403, 404, 422) or answer.get("error") in ("robot_class", "robot_taken"):
-            raise _refused(self.arena.url, status, answer)
+        said = answer or {}
+        if status in (401, 403, 404, 422) or said.get("error") in ("robot_class", "robot_taken"):
+            raise self.arena.refusal("POST", "/v1/leases", status, answer)
         if status != 204:
-            self.say(f"{self.name}: {answer.get('detail', f'HTTP status {status}')}")
+            self.say(f"{self.name}: {said.get('detail', f'HTTP status {status}')}")
         return None
 
     def _play(self, lease: Mapping[str, Any]) -> int:
@@ -302,25 +257,27 @@ class _Worker:
         self.say(f"{self.name}: trial {lease['trial']}, attempt {lease['attempt']} ({lease['blind_label']})")
         heart = _Heart(self.arena, lease, self.robot, self.stopping)
         policy: Policy | None = None
+        spec = self.robot.spec
+        film = Film(self.scratch / "film.mp4", spec.rate_hz / FRAME_EVERY, patient=spec.simulated)
         try:
             try:
                 policy = self._policy(lease)
                 self._send(lease, "start", {})
-            except (OffbookError, httpx.HTTPError) as error:
+            except OffbookError as error:
                 # A relay that does not open has shown the policy nothing: no harm in trying another time.
                 kind = "released" if isinstance(error, PolicyError | RobotError) else "robot_fault"
                 self._end(lease, "fault", {"kind": kind, "reason": _line(error)})
                 self.stopping.wait(1.0)
                 return 0
-            record = self._trial(lease, policy, heart)
+            record = self._trial(lease, policy, heart, film)
             heart.rest()
             if isinstance(policy, RemotePolicy):
                 policy.close(record.outcome)
-            self._deliver(lease, record)
-        except (OffbookError, OSError, httpx.HTTPError) as error:
+            self._deliver(lease, record, film)
+        except (OffbookError, OSError) as error:
             # One trial's trouble is not the worker's end; what concerns every trial, the next lease will say.
             self.say(f"{self.name}: trial {lease['trial']} could not be reported: {_line(error)}")
-            with contextlib.suppress(OffbookError, OSError, httpx.HTTPError, _StaleLeaseError):
+            with contextlib.suppress(OffbookError, OSError, _StaleLeaseError):
                 self._end(lease, "fault", {"kind": "robot_fault", "reason": "its result could not be reported"})
             self.stopping.wait(1.0)
         except _StaleLeaseError:
@@ -328,11 +285,13 @@ class _Worker:
             self.say(f"{self.name}: the lease of trial {lease['trial']} is gone; what was done is dropped")
         finally:
             heart.end()
+            film.close()
+            film.path.unlink(missing_ok=True)
             if isinstance(policy, RemotePolicy):
                 policy.close()
         return 1
 
-    def _trial(self, lease: Mapping[str, Any], policy: Policy, heart: _Heart) -> TrialRecord:
+    def _trial(self, lease: Mapping[str, Any], policy: Policy, heart: _Heart, film: Film) -> TrialRecord:
         from offbook.robots.trial import run_trial
 
         return run_trial(
@@ -343,7 +302,9 @@ class _Worker:
             sync=self.robot.spec.simulated,
             # Neither scene nor seed can be read from it, and it is the same when the trial is attempted again.
             session=f"trial-{lease['trial']}",
+            frame_every=FRAME_EVERY,
             heartbeat=heart.beat,
+            on_frame=film.add,
         )
 
     def _policy(self, lease: Mapping[str, Any]) -> Policy:
@@ -361,25 +322,30 @@ class _Worker:
             from offbook.learning.policies import load_policy
 
             path = self.cache / f"{sha256}.safetensors"
-            if not path.exists():
+            if not path.exists() or not _holds(path, sha256):
                 self.arena.download(sha256, path)
+            path.touch()
+            for old in sorted(self.cache.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED]:
+                old.unlink(missing_ok=True)
             self.known.clear()  # one at a time: a robot's computer need not hold every policy it ever played
             self.known[sha256] = load_policy(path)
         return self.known[sha256]
 
-    def _deliver(self, lease: Mapping[str, Any], record: TrialRecord) -> None:
+    def _deliver(self, lease: Mapping[str, Any], record: TrialRecord, film: Film) -> None:
         """Encodes and uploads what was recorded, then reports; a robot's fault is reported without files."""
         if record.outcome == "robot_fault":
             self._end(lease, "fault", {"kind": "robot_fault", "reason": record.reason, "steps": record.steps})
             return
-        files = recordings_of(record, self.robot.spec, self.scratch)
+        files = recordings_of(record, self.robot.spec, film)
         for file in files:
-            status, answer = self._insist(partial(self.arena.put, file))
+            path, kind = f"/v1/blobs/{file.reference['sha256']}", {"Content-Type": file.media_type}
+            status, answer = self._insist("PUT", path, content=file.content, headers=kind)
             if status == 507:
-                self._end(lease, "fault", {"kind": "needs_storage", "reason": answer.get("detail", "no room")})
+                reason = (answer or {}).get("detail", "no room")
+                self._end(lease, "fault", {"kind": "needs_storage", "reason": reason})
                 return
             if status != 201:
-                raise _refused(self.arena.url, status, answer)
+                raise self.arena.refusal("PUT", path, status, answer)
         latencies = sorted(value for value in record.latency_ms.tolist() if value == value)
         body: dict[str, Any] = {
             "steps": record.steps,
@@ -403,27 +369,24 @@ class _Worker:
 
     def _send(self, lease: Mapping[str, Any], what: str, body: Mapping[str, Any]) -> dict[str, Any]:
         path, message = f"/v1/trials/{lease['trial']}/{what}", {"fence": lease["fence"], **body}
-        if what == "start":
-            status, answer = self.arena.post(path, message)
-        else:
-            status, answer = self._insist(partial(self.arena.post, path, message))
+        status, answer = (self.arena.ask if what == "start" else self._insist)("POST", path, json=message)
         if status in (404, 409):
             raise _StaleLeaseError
-        if status != 200:
-            raise _refused(self.arena.url, status, answer)
+        if status != 200 or answer is None:
+            raise self.arena.refusal("POST", path, status, answer)
         return answer
 
-    def _insist(self, ask: Callable[[], tuple[int, dict[str, Any]]]) -> tuple[int, dict[str, Any]]:
+    def _insist(self, method: str, path: str, **options: Any) -> tuple[int, dict[str, Any] | None]:
         """Repeats a request that got no answer or a server's error, as long as it can still matter."""
         begin, pause = time.monotonic(), 0.2
         while True:
             try:
-                status, answer = ask()
+                status, answer = self.arena.ask(method, path, **options)
                 if status < 500 or status == 507:
                     return status, answer
                 got = f"HTTP status {status}"
-            except httpx.HTTPError as error:
-                got = type(error).__name__
+            except SubmissionError as error:
+                got = error.got
             # One that was told to stop does not keep its operator waiting.
             patience = 2.0 if self.stopping.is_set() else REPORT_SECONDS
             if time.monotonic() - begin > patience:
@@ -433,13 +396,9 @@ class _Worker:
             pause = min(2 * pause, 2.0)
 
 
-def _refused(url: str, status: int, answer: Mapping[str, Any]) -> SubmissionError:
-    return SubmissionError(
-        f"arena at {url}",
-        expected="to take this worker's message",
-        got=f"{answer.get('detail') or 'no reason'} (status {status})",
-        fix=str(answer.get("hint") or "check address and token").rstrip("."),
-    )
+def _holds(path: Path, sha256: str) -> bool:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
 def _line(error: Exception) -> str:

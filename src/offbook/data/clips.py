@@ -42,7 +42,7 @@ class ClipInfo:
 
 def write_clip(
     path: str | Path,
-    frames: UInt8[np.ndarray, "time height width 3"],
+    frames: UInt8[np.ndarray, "time height width 3"] | Iterator[UInt8[np.ndarray, "height width 3"]],
     fps: float | int,
     *,
     crf: int = 18,
@@ -55,7 +55,7 @@ def write_clip(
 
     Args:
         path: the file, ending in .mp4.
-        frames: RGB, T of at least 1.
+        frames: RGB, T of at least 1; of an iterator one is held at a time.
         fps: frames a second, above 0.
         crf: quality, from 0 (best) to 51; 18 is hard to tell from the original.
         key_every: frames from one key frame to the next; few make a larger file from which single frames are read
@@ -77,19 +77,21 @@ def write_clip(
         fix = "correct the one that is out of range"
         expected = "a name ending in .mp4, a positive rate and a quality of 0 to 51"
         raise ConfigError(f"clip {path}", expected=expected, got=f"rate {fps}, quality {crf}", fix=fix)
-    if not frames.size:
-        raise DataError(f"clip {path}", expected="frames", got=f"shape {frames.shape}", fix="give one or more")
-    _, height, width, _ = frames.shape
-    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    pictures = iter(frames)
+    first = next(pictures, None)
+    if first is None or not first.size:
+        raise DataError(f"clip {path}", expected="frames", got="none", fix="give one or more")
+    height, width, _ = first.shape
     with atomic_path(path) as temporary, av.open(temporary, "w", "mp4", {"movflags": "+faststart"}) as container:
         container.metadata["comment"] = f"{_SIZE}{width}x{height}"
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = even.shape[2], even.shape[1], "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         # One thread: the same frames give the same file on any machine.
         stream.codec_context.thread_count = 1
         stream.options = {"crf": str(crf), "preset": "fast", **({"g": str(key_every), "bf": "0"} if key_every else {})}
-        for picture in even:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for picture in itertools.chain([first], pictures):
+            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         container.mux(stream.encode())
 
 

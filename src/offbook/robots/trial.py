@@ -53,7 +53,7 @@ class TrialRecord:
         reward: (T,).
         late: (T,) whether the robot had to hold because no action was there in time; real time only.
         latency_ms: (T,) time the policy took for the answer that arrived in a step; NaN where none arrived.
-        frames: pictures (H, W, 3), one for every `frame_every` steps and the last.
+        frames: pictures (H, W, 3), one for every `frame_every` steps and the last; none when `on_frame` took them.
         frame_rate: pictures in a second at the robot's own speed.
         events: the first hundred.
         clipped: number of steps in which a limit changed the action, by limit.
@@ -100,6 +100,7 @@ def run_trial(
     frame_every: int = 2,
     heartbeat: Callable[[float], None] = lambda progress: None,
     on_event: Callable[[TrialEvent], None] = lambda event: None,
+    on_frame: Callable[[NDArray[np.uint8]], None] | None = None,
 ) -> TrialRecord:
     """Plays one trial and never raises for what robot or policy do: faults are outcomes with a reason.
 
@@ -120,6 +121,7 @@ def run_trial(
         heartbeat: called with the share of the trial that is done, at each control step and at least every half
             second; it must be quick. When it raises, the robot is stopped and the trial is a robot fault.
         on_event: called with each event as it happens.
+        on_frame: takes each picture, which then is not kept in the record; it must be quick and not raise.
 
     Raises:
         ConfigError: `sync` on a robot that is not simulated.
@@ -139,7 +141,7 @@ def run_trial(
             f"trial on {robot.spec.name}", expected="a simulated robot with sync", got="a real one", fix=fix
         )
     guard = robot if isinstance(robot, SafeRobot) else SafeRobot(robot)
-    trial = _Trial(guard, policy, session, deadline_s, frame_every, heartbeat, on_event)
+    trial = _Trial(guard, policy, session, deadline_s, frame_every, heartbeat, on_event, on_frame)
     outcome, reason = DONE, ""
     try:
         trial.begin(scene, seed)
@@ -176,6 +178,7 @@ class _Trial:
     frame_every: int
     heartbeat: Callable[[float], None]
     on_event: Callable[[TrialEvent], None]
+    on_frame: Callable[[NDArray[np.uint8]], None] | None
     thread: InferenceThread = field(default_factory=InferenceThread)
     chunk: NDArray[np.float32] | None = None  # the newest answer, (N, A)
     chunk_tick: int = 0  # the control step in which its observation was made
@@ -356,7 +359,7 @@ class _Trial:
         if self.frame_every:
             frame = self._robot(self.robot.frame)
             if frame is not None:
-                self.frames.append(np.array(frame))
+                (self.on_frame or self.frames.append)(np.array(frame))
 
     def note(self, kind: str, text: str) -> None:
         """Keeps an event and tells it; the end is always kept."""
