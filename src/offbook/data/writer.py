@@ -122,7 +122,13 @@ class Writer:
             fields: values by name, exactly those of the schema: T + 1 rows for an observation (the last after the
                 last step), T for others; None for a field that this episode does not have. A camera that is kept as
                 video may be given as a `Video`.
-            terminated, truncated, task, source, seed, success, score: what is said of it as a whole; see `Outcome`.
+            terminated: the task ended the episode.
+            truncated: something else did, such as a limit of time.
+            task: what was to be done, in words.
+            source: who acted.
+            seed: what the environment was reset with.
+            success: whether the task was done.
+            score: the task's own measure.
             sync: False puts the durability off to the next `flush`, `close` or append with True; this is for imports,
                 which can be repeated.
 
@@ -154,11 +160,7 @@ class Writer:
             self._write(arrays, length)
             self._pending.append(journal_line(self._episodes, row))
             if sync:
-                try:
-                    self._commit()
-                except OSError:
-                    self._pending.pop()
-                    raise
+                self._commit(drop_last=True)
         self._episodes, self._steps = self._episodes + 1, self._steps + length
         return self._episodes - 1
 
@@ -221,7 +223,16 @@ class Writer:
             future.result()
         self._commit()
 
-    def _commit(self) -> None:
+    def _commit(self, *, drop_last: bool = False) -> None:
+        """Commits what is pending; `drop_last` takes the last episode back where that fails."""
+        try:
+            self._write_journal()
+        except OSError:
+            if drop_last:
+                self._pending.pop()
+            raise
+
+    def _write_journal(self) -> None:
         if not self._pending:
             return
         for file, handle in self._handles.items():
