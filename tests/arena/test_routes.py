@@ -282,8 +282,8 @@ def test_an_anchor_is_the_operators_to_set(client) -> None:
     ("content", "named"),
     [
         (b"\x80\x04\x95cos\nsystem\n", "a pickle"),
-        (b"PK\x03\x04" + b"\0" * 60, "a zip archive"),
-        (b"\x1f\x8b" + b"\0" * 60, "a gzip archive"),
+        (b"PK\x03\x04" + b"\0" * 60, "a zip file"),
+        (b"\x1f\x8b" + b"\0" * 60, "a gzip file"),
         (b"\xff" * 64, "something else"),
         (b"\0" * 64, "something else"),
         (b"{}", "something else"),

@@ -44,14 +44,9 @@ class Principal:
     def require(self, scope: str) -> None:
         """Refuses a token that lacks a scope, naming both sides."""
         if not self.allows(scope):
-            raise RefusedError(
-                403,
-                "missing_scope",
-                f"token ob_{self.prefix}",
-                expected=f"the scope {scope!r}",
-                got=", ".join(sorted(self.scopes)) or "no scopes",
-                fix="ask the operator for a token with this scope",
-            )
+            raise RefusedError(403, "missing_scope", f"token ob_{self.prefix}", expected=f"the scope {scope!r}",
+                               got=", ".join(sorted(self.scopes)) or "no scopes",
+                               fix="ask the operator for a token with this scope")  # fmt: skip
 
 
 def find_user(session: Session, name: str, *, create: bool = False) -> User:
@@ -61,14 +56,9 @@ def find_user(session: Session, name: str, *, create: bool = False) -> User:
         RefusedError: the name is not usable (422) or not known (404).
     """
     if not _NAME.fullmatch(name):
-        raise RefusedError(
-            422,
-            "bad_name",
-            f"user name {name[:80]!r}",
-            expected="1 to 64 letters, digits or . _ @ + - and blanks",
-            got=f"{len(name)} characters",
-            fix="choose another name",
-        )
+        raise RefusedError(422, "bad_name", f"user name {name[:80]!r}",
+                           expected="1 to 64 letters, digits or . _ @ + - and blanks", got=f"{len(name)} characters",
+                           fix="choose another name")  # fmt: skip
     user = session.scalar(select(User).where(User.name == name))
     if user is None:
         if not create:
@@ -213,11 +203,6 @@ def _hash(text: str) -> str:
 
 
 def _unauthorised(got: str) -> RefusedError:
-    return RefusedError(
-        401,
-        "unauthorised",
-        "Authorization header",
-        expected="Bearer ob_PREFIX_SECRET with a valid token",
-        got=got,
-        fix="ask the operator for a token: offbook arena token create",
-    )
+    return RefusedError(401, "unauthorised", "Authorization header",
+                        expected="Bearer ob_PREFIX_SECRET with a valid token", got=got,
+                        fix="ask the operator for a token: offbook arena token create")  # fmt: skip

@@ -122,12 +122,9 @@ def _engine(url: str) -> Engine:
 
 
 def _bad_address(url: str) -> ConfigError:
-    return ConfigError(
-        f"database address {url.split('@')[-1]!r}",
-        expected="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME",
-        got="another kind of database",
-        fix="give one of these two",
-    )
+    return ConfigError(f"database address {url.split('@')[-1]!r}",
+                       expected="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME", got="another kind of database",
+                       fix="give one of these two")  # fmt: skip
 
 
 def _prepare_sqlite(connection: Any, record: Any) -> None:

@@ -191,14 +191,9 @@ class Gateway:
         submission = await run_in_threadpool(self._check_hello, who, hello["submission"], meta)
         others = (seat for seat in self._seats.values() if seat.submission != submission)
         if sum(seat.user == who.user_id for seat in others) >= self._per_user:
-            raise RefusedError(
-                429,
-                "too_many_policies",
-                f"policies of {who.user}",
-                expected=f"at most {self._per_user} connected at once",
-                got="one more",
-                fix="stop another one first",
-            )
+            raise RefusedError(429, "too_many_policies", f"policies of {who.user}",
+                               expected=f"at most {self._per_user} connected at once", got="one more",
+                               fix="stop another one first")  # fmt: skip
         return Seat(
             submission=submission,
             user=who.user_id,
@@ -295,14 +290,9 @@ class Gateway:
                     .where(Trial.lease_until > now(session), Worker.user_id == who.user_id)
                 ).one_or_none()
         if found is None:
-            raise RefusedError(
-                409,
-                "stale_fence",
-                f"relay {name[:40]!r}",
-                expected="TRIAL.FENCE of a lease that you hold",
-                got="none such",
-                fix="ask for a new lease",
-            )
+            raise RefusedError(409, "stale_fence", f"relay {name[:40]!r}",
+                               expected="TRIAL.FENCE of a lease that you hold", got="none such",
+                               fix="ask for a new lease")  # fmt: skip
         return found.submission_id, found.blind_label
 
     async def _carry(self, socket: WebSocket, seat: Seat, relay: Relay) -> None:

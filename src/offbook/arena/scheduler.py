@@ -94,14 +94,9 @@ def _register(session: Session, applicant: Applicant) -> tuple[Robot, Worker]:
         session.add(robot)
         session.flush()
     if robot.robot_class != applicant.robot_class:
-        raise RefusedError(
-            409,
-            "robot_class",
-            f"robot {robot.name!r}",
-            expected=f"the class {robot.robot_class!r} with which it first came",
-            got=repr(applicant.robot_class),
-            fix="give the worker another name",
-        )
+        raise RefusedError(409, "robot_class", f"robot {robot.name!r}",
+                           expected=f"the class {robot.robot_class!r} with which it first came",
+                           got=repr(applicant.robot_class), fix="give the worker another name")  # fmt: skip
     robot.seen = present
     robot.spec = dict(applicant.spec)
     worker = session.scalar(select(Worker).where(Worker.name == applicant.worker))
@@ -116,14 +111,8 @@ def _register(session: Session, applicant: Applicant) -> tuple[Robot, Worker]:
         )
         session.add(worker)
     elif worker.user_id != applicant.user_id:
-        raise RefusedError(
-            409,
-            "robot_taken",
-            f"robot {robot.name!r}",
-            expected="the user who first connected it",
-            got="another user's token",
-            fix="give the worker another name",
-        )
+        raise RefusedError(409, "robot_taken", f"robot {robot.name!r}", expected="the user who first connected it",
+                           got="another user's token", fix="give the worker another name")  # fmt: skip
     worker.seen = present
     session.flush()
     return robot, worker

@@ -131,14 +131,9 @@ class Turnstile:
         while failures and failures[0] < time.monotonic() - 60:
             failures.popleft()
         if failures is not None and len(failures) >= self.limit:
-            raise RefusedError(
-                429,
-                "too_many_failures",
-                "Authorization header",
-                expected=f"fewer than {self.limit} failed attempts in a minute",
-                got=str(len(failures)),
-                fix="wait a minute, then use a valid token",
-            )
+            raise RefusedError(429, "too_many_failures", "Authorization header",
+                               expected=f"fewer than {self.limit} failed attempts in a minute", got=str(len(failures)),
+                               fix="wait a minute, then use a valid token")  # fmt: skip
 
     def fail(self, address: str) -> None:
         """Notes a failure; the oldest addresses are forgotten so that memory stays flat."""

@@ -88,12 +88,8 @@ def serve_arena(
     server = Server(settings, announce, host=host, port=port)
     server.serve_here()
     if not server.started:
-        raise ConfigError(
-            f"arena in {settings.folder}",
-            expected="to start",
-            got="a failure that is told above",
-            fix="check database and blob store in arena.json",
-        )
+        raise ConfigError(f"arena in {settings.folder}", expected="to start", got="a failure that is told above",
+                          fix="check database and blob store in arena.json")  # fmt: skip
     return server.url
 
 
@@ -102,10 +98,6 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"{host}:{port}",
-            expected="an address and a free port of this machine",
-            got=str(error),
-            fix="choose another with --port or --host",
-        ) from error
+        raise ConfigError(f"{host}:{port}", expected="an address and a free port of this machine", got=str(error),
+                          fix="choose another with --port or --host") from error  # fmt: skip
     return listener

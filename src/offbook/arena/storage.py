@@ -50,12 +50,9 @@ class BlobStore:
         try:
             self._files, root = fsspec.core.url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise ConfigError(
-                f"blob store {url!r}",
-                expected="a folder or an address that fsspec can open",
-                got=str(error),
-                fix="give a folder, or install the driver that is named",
-            ) from error
+            raise ConfigError(f"blob store {url!r}", expected="a folder or an address that fsspec can open",
+                              got=str(error),
+                              fix="give a folder, or install the driver that is named") from error  # fmt: skip
         self._root = root.rstrip("/")
         self._local = isinstance(self._files, LocalFileSystem)
 
@@ -66,14 +63,8 @@ class BlobStore:
             RefusedError: 422, this is not the hexadecimal form of a SHA-256.
         """
         if not _SHA256.fullmatch(sha256):
-            raise RefusedError(
-                422,
-                "bad_hash",
-                "blob",
-                expected="a SHA-256 as 64 lower-case hexadecimal digits",
-                got=repr(sha256[:80]),
-                fix="give the hash of the content",
-            )
+            raise RefusedError(422, "bad_hash", "blob", expected="a SHA-256 as 64 lower-case hexadecimal digits",
+                               got=repr(sha256[:80]), fix="give the hash of the content")  # fmt: skip
         return f"{self._root}/blobs/sha256/{sha256[:2]}/{sha256[2:]}"
 
     def upload(self, *, limit: int, expected: str | None = None) -> Upload:
@@ -193,14 +184,8 @@ class Upload:
         """
         self.size += len(piece)
         if self.size > self._limit:
-            raise RefusedError(
-                413,
-                "too_large",
-                "upload",
-                expected=f"at most {self._limit} bytes",
-                got=f"more than {self._limit}",
-                fix="send a smaller file",
-            )
+            raise RefusedError(413, "too_large", "upload", expected=f"at most {self._limit} bytes",
+                               got=f"more than {self._limit}", fix="send a smaller file")  # fmt: skip
         self._hash.update(piece)
         try:
             self._file.write(piece)
@@ -215,14 +200,9 @@ class Upload:
         """
         sha256 = self._hash.hexdigest()
         if self._expected is not None and sha256 != self._expected:
-            raise RefusedError(
-                422,
-                "hash_mismatch",
-                "upload",
-                expected=f"content with the SHA-256 {self._expected}",
-                got=f"{self.size} bytes with {sha256}",
-                fix="send the file again, it was damaged on the way",
-            )
+            raise RefusedError(422, "hash_mismatch", "upload", expected=f"content with the SHA-256 {self._expected}",
+                               got=f"{self.size} bytes with {sha256}",
+                               fix="send the file again, it was damaged on the way")  # fmt: skip
         try:
             self._store.finish(self._name, self._file, sha256)
         except OSError as error:
@@ -248,14 +228,9 @@ def _pieces(path: Path) -> Iterable[bytes]:
 
 
 def _storage_failed(error: OSError) -> RefusedError:
-    return RefusedError(
-        507,
-        "storage_failed",
-        "blob store",
-        expected="room for the file",
-        got=error.strerror or type(error).__name__,
-        fix="the operator must make room; the trial waits meanwhile",
-    )
+    return RefusedError(507, "storage_failed", "blob store", expected="room for the file",
+                        got=error.strerror or type(error).__name__,
+                        fix="the operator must make room; the trial waits meanwhile")  # fmt: skip
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
@@ -276,12 +251,6 @@ def parse_range(header: str | None, size: int) -> tuple[int, int] | None:
     else:
         start, stop = max(0, size - int(match[2])), size
     if start >= stop:
-        raise RefusedError(
-            416,
-            "bad_range",
-            "Range header",
-            expected=f"a range within {size} bytes",
-            got=repr(header),
-            fix="ask for an existing range",
-        )
+        raise RefusedError(416, "bad_range", "Range header", expected=f"a range within {size} bytes", got=repr(header),
+                           fix="ask for an existing range")  # fmt: skip
     return start, stop

@@ -87,14 +87,9 @@ class Request:
 def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
     """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", spec.name) or not spec.splits:
-        raise RefusedError(
-            422,
-            "bad_benchmark",
-            f"benchmark {spec.name!r}",
-            expected="a name of lower-case letters, digits and dashes, and at least one split",
-            got=f"{len(spec.splits)} splits",
-            fix="correct the description",
-        )
+        raise RefusedError(422, "bad_benchmark", f"benchmark {spec.name!r}",
+                           expected="a name of lower-case letters, digits and dashes, and at least one split",
+                           got=f"{len(spec.splits)} splits", fix="correct the description")  # fmt: skip
     latest = session.scalar(
         select(Benchmark).where(Benchmark.name == spec.name).order_by(Benchmark.version.desc()).limit(1)
     )
@@ -325,14 +320,9 @@ def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted:
         (benchmark.daily_trials, used_today(session, user.id, benchmark.id), benchmark.name),
     ):
         if used + wanted > limit:
-            raise RefusedError(
-                429,
-                "quota",
-                f"trials of {user.name} in 24 hours on {what}",
-                expected=f"at most {limit}",
-                got=f"{used} used and {wanted} more asked for",
-                fix="wait, or ask for fewer trials",
-            )
+            raise RefusedError(429, "quota", f"trials of {user.name} in 24 hours on {what}",
+                               expected=f"at most {limit}", got=f"{used} used and {wanted} more asked for",
+                               fix="wait, or ask for fewer trials")  # fmt: skip
 
 
 def _digest(cases: Sequence[Mapping[str, Any]]) -> str:

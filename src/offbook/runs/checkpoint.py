@@ -32,11 +32,12 @@ _ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-_MAGIC = {
+MAGIC = {
     b"PK\x03\x04": "a zip file, as torch.save writes (pickle inside)",
     b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
     b"\x89HDF": "an HDF5 file", b"\x1f\x8b": "a gzip file",
 }  # fmt: skip
+"""By their first bytes, the kinds of file that are taken for checkpoints and are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ def _expect(path: Path, holds: bool, expected: str, got: str) -> None:
 def _refuse_foreign(path: Path, start: bytes) -> None:
     # The first eight bytes are the header's length; a plausible length may look like magic bytes (640 is 80 02 hex).
     if len(start) < 8 or int.from_bytes(start, "little") > MAX_HEADER_BYTES:
-        for magic, name in _MAGIC.items():
+        for magic, name in MAGIC.items():
             if start.startswith(magic):
                 fix = "pickle can run code and is never read; save it with offbook.runs.checkpoint.save_checkpoint"
                 fix = fix if "pickle" in name else "give a checkpoint that offbook wrote"

@@ -17,6 +17,7 @@ from offbook.arena.routes.doors import arena_of, identify
 from offbook.arena.service import Arena
 from offbook.arena.storage import Upload, parse_range
 from offbook.arena.tables import Blob
+from offbook.runs.checkpoint import MAGIC
 
 router = APIRouter()
 
@@ -40,14 +41,8 @@ async def upload(request: Request, sha256: str, who: Annotated[Principal, Depend
         try:
             await _take(request, incoming, checkpoint=not worker)
         except ClientDisconnect:
-            raise RefusedError(
-                400,
-                "incomplete",
-                "upload",
-                expected="the whole file",
-                got="a connection that ended",
-                fix="send the file again",
-            ) from None
+            raise RefusedError(400, "incomplete", "upload", expected="the whole file", got="a connection that ended",
+                               fix="send the file again") from None  # fmt: skip
         await run_in_threadpool(incoming.commit)
     kind = kind if worker else _BINARY
     await run_in_threadpool(_record, arena, who, sha256, incoming.size, kind, not worker)
@@ -75,40 +70,19 @@ def check_magic(head: bytes) -> None:
     Raises:
         RefusedError: 415, a pickle, an archive or anything that does not begin like safetensors.
     """
-    kinds = {
-        b"\x80\x02": "a pickle",
-        b"\x80\x03": "a pickle",
-        b"\x80\x04": "a pickle",
-        b"\x80\x05": "a pickle",
-        b"PK\x03\x04": "a zip archive, such as torch.save writes",
-        b"\x1f\x8b": "a gzip archive",
-        b"\x89HDF": "an HDF5 file",
-    }
     # The first eight bytes are the header's length, which may look like magic bytes: 640 is 80 02 in hexadecimal.
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000:
         return
-    got = next((kind for magic, kind in kinds.items() if head.startswith(magic)), None)
-    raise RefusedError(
-        415,
-        "not_safetensors",
-        "checkpoint",
-        expected="a safetensors file",
-        got=got or "something else",
-        fix="save the policy with offbook; pickles are never opened here",
-    )
+    got = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+    raise RefusedError(415, "not_safetensors", "checkpoint", expected="a safetensors file", got=got or "something else",
+                       fix="save the policy with offbook; pickles are never opened here")  # fmt: skip
 
 
 def _check_length(request: Request, limit: int) -> None:
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > limit:
-        raise RefusedError(
-            413,
-            "too_large",
-            "upload",
-            expected=f"at most {limit} bytes",
-            got=announced[:20],
-            fix="send a smaller file",
-        )
+        raise RefusedError(413, "too_large", "upload", expected=f"at most {limit} bytes", got=announced[:20],
+                           fix="send a smaller file")  # fmt: skip
 
 
 def _check_daily(arena: Arena, who: Principal) -> None:
@@ -118,14 +92,9 @@ def _check_daily(arena: Arena, who: Principal) -> None:
         )
         used = session.scalar(recent) or 0
     if used >= arena.settings.daily_bytes:
-        raise RefusedError(
-            429,
-            "upload_quota",
-            f"uploads of {who.user} in 24 hours",
-            expected=f"less than {arena.settings.daily_bytes} bytes",
-            got=str(used),
-            fix="wait a day",
-        )
+        raise RefusedError(429, "upload_quota", f"uploads of {who.user} in 24 hours",
+                           expected=f"less than {arena.settings.daily_bytes} bytes", got=str(used),
+                           fix="wait a day")  # fmt: skip
 
 
 def _record(arena: Arena, who: Principal, sha256: str, size: int, kind: str, private: bool) -> None:
