@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 from offbook.client.protocol import Policy
 from offbook.evaluate.rollout import evaluate_policy
-from offbook.evaluate.stats import Interval, bootstrap_mean
+from offbook.evaluate.stats import Interval, bounded_mean
 from offbook.learning.cloning import CloningConfig, train_cloning
 from offbook.runs.benchmark import Options
 from offbook.runs.directory import RunDirectory
@@ -47,7 +47,7 @@ def fraction(policy: Policy, split: str, seed: int) -> Interval:
     results = evaluate_policy(
         WORLD, policy, episodes=EPISODES, seed=seed, settings={"split": split}, parallel=4, jobs=JOBS
     ).results
-    return bootstrap_mean([float(result.score or 0.0) for result in results], seed=seed)
+    return bounded_mean([float(result.score or 0.0) for result in results], 0.0, 1.0, seed=seed)
 
 
 def claim(text: str, fractions: dict[str, Interval], baseline: Sequence[str], seeds: list[int], met: bool) -> Claim:

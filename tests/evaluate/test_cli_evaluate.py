@@ -3,6 +3,7 @@ import json
 import line_world
 import pytest
 import torch
+from joblib.externals.loky import get_reusable_executor
 
 from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
 from offbook.learning.cloning import ClonedPolicy
@@ -77,6 +78,8 @@ def test_a_policy_of_ones_own_is_tested_in_other_processes_too(cli, tmp_path, mo
         "SEEN, DONE = ObservationSpec(state=(('observation', 3),)), ActionSpec(size=1, low=(-2.0,), high=(2.0,))\n"
         "policy = FunctionPolicy(PolicyMeta(name='one', observation=SEEN, action=DONE), act)\n"
     )
+    # Processes that another test left waiting know nothing of this folder.
+    get_reusable_executor().shutdown(wait=True)
     words = ["--task", "gym:Pendulum-v1", "--episodes", "2", "--max-steps", "3", "--jobs", jobs, "--json"]
     done = cli(["evaluate", f"{module}:policy", *words])
     assert done.exit_code == 0, done.stderr
