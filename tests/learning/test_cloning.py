@@ -164,6 +164,9 @@ def test_episodes_that_the_store_holds_out_are_not_trained_on(name, tmp_path):
     assert sorted([*data.train, 0, 4]) == list(range(len(store)))
     write_splits(store, {name: [0, 4], "train": [1, 2, 4]})
     assert cloning._Recordings(store, replace(CONFIG, success_only=False)).train.tolist() == [1, 2]
+    write_splits(store, {"train": [1, 2], "test": [0]})
+    alone = cloning._Recordings(store, replace(CONFIG, success_only=False))
+    assert (alone.train.tolist(), alone.held_out.tolist()) == ([1, 2], [])
     write_splits(store, {name: range(len(store))})
     with pytest.raises(DataError, match="an episode to train on"):
         cloning._Recordings(store, CONFIG)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def test_a_replay_is_the_same_each_time(name, tmp_path, monkeypatch):
     stores = [agents.record_replay(made, 100, tmp_path / place, round_steps=50) for place in ("first", "again")]
     assert stores[0].digest == stores[1].digest
     assert stores[0].steps >= 100
+    shutil.rmtree(stores[1].path)  # its agent is left
+    assert agents.record_replay(made, 100, tmp_path / "again", round_steps=50).digest == stores[0].digest
     other = agents.record_replay(made, 50, tmp_path / "other", round_steps=50, seed=1)
     assert not np.array_equal(stores[0].episode(0).fields["action"][:5], other.episode(0).fields["action"][:5])
 

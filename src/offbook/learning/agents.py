@@ -96,11 +96,11 @@ class _Life:
         self._agent = SAC("MlpPolicy", env, seed=first, device="cpu", policy_kwargs=width)
         self._agent.set_logger(configure(None, []))
         self._rounds = self.steps = self.episodes = 0
-        if self._saved.exists():
-            saved = load_checkpoint(self._saved, "sac")
+        store = EpisodeStore.open(out)
+        # An agent that outlived its recordings begins anew.
+        if self._saved.exists() and len(store) >= (saved := load_checkpoint(self._saved, "sac")).record["lived"][2]:
             self._rounds, self.steps, self.episodes, self._agent._n_updates = saved.record["lived"]
             load_agent_state(self._agent, saved.values)
-            store = EpisodeStore.open(out)
             for number in range(self.episodes):
                 episode = store.episode(number)
                 seen, actions, rewards = (episode.fields[name] for name in ("observation", ACTION, REWARD))

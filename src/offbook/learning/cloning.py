@@ -337,14 +337,14 @@ def _episodes(
         expected = "a successful episode with " + ", ".join(fields)
         raise DataError(str(store.path), expected=expected, got=f"none among {len(store)}", fix=fix)
     splits = read_splits(store)
-    for name in HELD_OUT:
-        if name in splits:
-            held = np.intersect1d(kept, splits[name])
-            train = np.setdiff1d(np.intersect1d(kept, splits.get("train", kept)), held)
-            if not len(train):
-                got, fix = f"all of them in the group {name!r}", "split anew: offbook data split"
-                raise DataError(str(store.path), expected="an episode to train on", got=got, fix=fix)
-            return train, held
+    chosen = [splits[name] for name in HELD_OUT if name in splits]
+    if chosen or "train" in splits:
+        held = np.intersect1d(kept, np.concatenate([*chosen, np.zeros(0, np.int64)]))
+        train = np.setdiff1d(np.intersect1d(kept, splits.get("train", kept)), held)
+        if not len(train):
+            got, fix = "none in its groups of episodes", "split anew: offbook data split"
+            raise DataError(str(store.path), expected="an episode to train on", got=got, fix=fix)
+        return train, held
     order = kept[generator(config.fit.seed, "held out").permutation(len(kept))]
     held_out = min(round(config.held_out * len(kept)), len(kept) - 1)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

@@ -49,12 +49,14 @@ DATASETS: dict[str, Dataset] = {
         size=667,
         grades=(1.0, 0.7, 0.4, 0.1),
         settings={"reset_target": True},
+        digest="532eda006cd298f56f2bff923a5e3d2b1027bd9285b1290398181e78b23ee0f0",
     ),
     "hopper-replay": Dataset(
         about="all that a soft actor-critic lives through while it learns to hop",
         env_id="gym:Hopper-v5",
         size=150_000,
         policy="sac",
+        digest="20e2261255204e98bd20a1011cc041a9b5fe8c602b99bacb0d18b07a8f2598e4",
     ),
     "walker-replay": Dataset(
         about="all that a soft actor-critic lives through while it learns to walk",
@@ -67,18 +69,21 @@ DATASETS: dict[str, Dataset] = {
         env_id="metaworld:door-open-v3",
         size=100,
         grades=(1.0, 0.75, 0.5, 0.25),
+        digest="8c65367bc94412f5bec3513b6f83f5ff798b8055a1aeede44f7ea2ca7cb9c8c0",
     ),
     "minigrid-bot": Dataset(
         about="find the key, open the door, reach the goal: a planner with a narrow view, at four rates of mistakes",
         env_id="minigrid:MiniGrid-DoorKey-8x8-v0",
         size=1000,
         grades=(1.0, 0.9, 0.7, 0.5),
+        digest="539d2571adfa105e15e2b395119066100b6881f5bc2f3db351e8fc28b463fc3d",
     ),
     "pour-mixed": Dataset(
         about="an arm pours grains into a bowl: the scripted expert, every second episode with faults",
         env_id="offbook:pour",
         size=200,
         grades=(1.0, 0.6, 1.0, 0.3),
+        digest="72757792ea045a2325c846e1839661886fc52c038a23abe88ba1409d118ed28e",
     ),
     "walker-explore": Dataset(
         about="a planar walker under slowly drifting random actions, without rewards; keeps the state of the physics",
@@ -87,6 +92,7 @@ DATASETS: dict[str, Dataset] = {
         policy="drift",
         rewards=False,
         settings={"physics": True},
+        digest="caa4a32a2d6a4c6ad2e9750af3dee792f5dee4344b70ba2d492f179779d60c73",
     ),
 }
 """The datasets by name."""
