@@ -1,6 +1,8 @@
 """Replay buffers in Zarr: folders and zip files, both versions, several codecs."""
 
 import json
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -103,3 +105,29 @@ def test_damaged_unknown_large_and_absent_stores(tmp_path, cli, monkeypatch):
     outcome = cli(["data", "import", f"zarr:{tmp_path}/g.zarr.zip", "--out", str(tmp_path / "store")])
     assert (outcome.exit_code, "expected a whole Zarr store" in outcome.stderr) == (1, True), outcome.stderr
     assert not list(tmp_path.glob("store*"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("key", ["compressor", "filters"])
+@pytest.mark.parametrize("name", ["data/obs", "data/timestamp", "meta/episode_ends"])
+def test_pickles_in_chunks_are_never_opened(tmp_path, key, name):
+    zarr_buffer(tmp_path / "f.zarr", walks(), **{"data/timestamp": np.arange(18.0)})
+    file = tmp_path / "f.zarr" / name / ".zarray"
+    codec = {"id": "pickle", "protocol": 4}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: [codec] if key == "filters" else codec}))
+    for chunk in file.parent.glob("[0-9]*"):
+        chunk.write_bytes(pickle.dumps(Canary(tmp_path / "canary")))
+    plain = json.loads(file.read_text())
+    for change in ({}, {"dtype": "|O", "filters": [codec], "compressor": None, "fill_value": 0}):
+        file.write_text(json.dumps(plain | change))
+        with pytest.raises(DataError, match=r"expected (a whole Zarr store|chunks of plain numbers|numbers)"):
+            import_dataset(f"zarr:{tmp_path}/f.zarr", tmp_path / "store")
+    assert not (tmp_path / "canary").exists()
+
+
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)

@@ -144,6 +144,9 @@ def rows_of(part: Any, start: int, stop: int, where: str) -> np.ndarray:
     """
     if not part.shape:
         raise DataError(where, expected="rows of values, one for each step", got="a single value", fix="give all rows")
+    if part.dtype.kind not in "biuf":
+        got, fix = f"an array of {part.dtype}", "save numbers, in rows of the same length"
+        raise DataError(where, expected="numbers", got=got, fix=fix)
     if (stop - start) * math.prod(part.shape[1:]) * part.dtype.itemsize > MAX_BYTES:
         fix = "copy the file again from where it came from, or keep less in one episode"
         raise DataError(where, expected=f"at most {MAX_BYTES} bytes for an episode", got="more", fix=fix)

@@ -111,11 +111,36 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         data, meta = groups["data"], groups["meta"]
         need(meta, ("episode_ends",), f"{path}, meta", layout)
         need(data, ("action",), f"{path}, data", layout)
+        _check_plain(meta["episode_ends"], f"{path}, meta/episode_ends")
+        for name, array in data.items():
+            _check_plain(array, f"{path}, data/{name}")
         yield data, _ends(meta["episode_ends"], data, str(path))
     finally:
         # Its own close stumbles over a zip file that could not be opened.
         with contextlib.suppress(AttributeError):
             store.close()
+
+
+def _check_plain(array: Any, where: str) -> None:
+    """Refuses an array whose chunks could be pickles, before anything of it is decoded."""
+    with _explained(where):
+        about = array.metadata.to_dict()
+        names = list(_codecs([about.get(key) for key in ("codecs", "compressor", "filters")]))
+    if array.dtype.kind not in "biuf":
+        fix = "save numbers, in rows of the same length"
+        raise DataError(where, expected="numbers", got=f"an array of {array.dtype}", fix=fix)
+    if any("pickle" in name.lower() for name in names):
+        raise DataError(where, expected="chunks of plain numbers", got="pickles", fix="save it without that codec")
+
+
+def _codecs(part: Any) -> Iterator[str]:
+    """Names of all codecs in an array's metadata, those inside others too."""
+    if isinstance(part, Mapping):
+        yield from (str(part[key]) for key in ("id", "name") if key in part)
+        part = list(part.values())
+    if isinstance(part, list | tuple):
+        for child in part:
+            yield from _codecs(child)
 
 
 @contextlib.contextmanager
