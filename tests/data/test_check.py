@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,12 @@ def test_actions_beyond_their_bounds_are_reported_and_no_error(tmp_path):
     assert "3 of 20 steps (15.00%)" in bounds.text
     assert bounds.details["excess"] == pytest.approx(0.5, abs=1e-5)
     assert found(check_store(write(tmp_path / "t", [9], SCHEMA)), "bounds")[0].result == "unclear"
+
+
+def test_bounds_that_are_the_recorded_range_say_nothing(tmp_path):
+    extra = {"import": {"format": "exorl", "bounds": "recorded"}}
+    (bounds,) = found(check_store(write(tmp_path / "s", [9], replace(BOUNDED, extra=extra))), "bounds")
+    assert (bounds.result, "range of the recorded actions" in bounds.text) == ("unclear", True)
 
 
 def test_changed_values_are_wrong(tmp_path):
@@ -296,6 +303,23 @@ def test_repair_drops_videos_of_no_episode(tmp_path):
     assert sorted(file.name for file in path.glob("video/front/*")) == ["000000.mp4", "000001.mp4"]
 
 
+@pytest.mark.faults
+def test_repair_keeps_the_videos_that_another_writer_finished_before_it_had_the_lock(tmp_path, monkeypatch):
+    path, real = filmed(tmp_path / "s"), EpisodeStore.append_to
+    shutil.copy(path / "video/front/000000.mp4", path / "video/front/000002.mp4")
+
+    def late(path):
+        with real(path) as writer:
+            fields = {name: part for name, part in values(2, 5).items() if name in ("front", "action")}
+            writer.append(fields, terminated=True, truncated=False)
+        return real(path)
+
+    monkeypatch.setattr(EpisodeStore, "append_to", late)
+    check = check_store(path, repair=True)
+    assert (check.sound, check.episodes) == (True, 3)
+    assert (path / "video/front/000002.mp4").exists()
+
+
 def system(path, shift, *, policy=0.5, noise=0.3, moving=1.0, measured=0.0, episodes=12, length=60):
     """s' = M s + B a under a = K s + noise, with actions stored where they belong, or a step away from there."""
     chance = np.random.default_rng(7)
@@ -331,6 +355,28 @@ def test_what_the_data_cannot_tell_is_unclear(tmp_path, settings, reason):
     alignment = check_alignment(system(tmp_path / "s", 0, **settings))
     assert alignment.verdict == "unclear"
     assert reason in alignment.reason
+
+
+@pytest.mark.parametrize("lengths", [[25_000, 25_000], [400, 3]])
+def test_alignment_where_one_of_several_episodes_is_used(tmp_path, lengths):
+    schema = Schema((FieldSpec("s", "float64", (1,), "observation"), FieldSpec("a", "float64", (1,), "action")))
+    chance = np.random.default_rng(0)
+    with EpisodeStore.create(tmp_path / "s", schema) as writer:
+        for length in lengths:
+            fields = {"s": chance.normal(size=(length + 1, 1)), "a": chance.normal(size=(length, 1))}
+            writer.append(fields, terminated=True, truncated=False)
+    assert check_alignment(EpisodeStore.open(tmp_path / "s")).verdict == "unclear"
+
+
+def test_alignment_where_nothing_is_left_to_hold_out(tmp_path):
+    schema = Schema((FieldSpec("s", "float64", (1,), "observation"), FieldSpec("a", "float64", (1,), "action")))
+    chance = np.random.default_rng(0)
+    with EpisodeStore.create(tmp_path / "s", schema) as writer:
+        for none in (1.0, np.nan):
+            fields = {"s": none * chance.normal(size=(101, 1)), "a": chance.normal(size=(100, 1))}
+            writer.append(fields, terminated=True, truncated=False)
+    alignment = check_alignment(EpisodeStore.open(tmp_path / "s"))
+    assert (alignment.verdict, "none to hold out" in alignment.reason) == ("unclear", True)
 
 
 def test_alignment_needs_states_and_actions(tmp_path):

@@ -69,6 +69,9 @@ def check_alignment(store: EpisodeStore, *, seed: int = 0) -> Alignment:
     steps = len(fold)
     if steps < 20 + 4 * (2 * blocks["s0"].shape[1] + 3 * blocks["a0"].shape[1]):
         return Alignment(verdict="unclear", gains={}, steps=steps, reason="too few steps")
+    if len(np.unique(fold)) < 2:
+        reason = "the steps that can be used lie in one part of the recordings, which leaves none to hold out"
+        return Alignment(verdict="unclear", gains={}, steps=steps, reason=reason)
     lags = (-1, 0, 1)
     past = [blocks["s0"], blocks["s-1"], blocks["a-2"]]
     whole = _error([*past, *(blocks[f"a{lag}"] for lag in lags)], blocks["change"], fold)
@@ -116,10 +119,13 @@ def _rows(store: EpisodeStore, states: list[str], seed: int) -> tuple[dict[str, 
             "a-2": a[:n],
         }.items():
             parts[name].append(values)
-        folds.append(np.full(n, len(folds) % 2) if len(store) > 1 else np.arange(n) * 2 // n)
+        folds.append(np.full(n, len(folds) % 2))
         count += n
     if not folds:
         return {name: np.zeros((0, 1)) for name in names}, np.zeros(0, np.int64)
+    if len(folds) == 1:
+        # One episode is held out by halves.
+        folds = [np.arange(count) * 2 // count]
     blocks = {name: np.concatenate(values) for name, values in parts.items()}
     kept = np.isfinite(np.concatenate(list(blocks.values()), axis=1)).all(axis=1)
     return {name: _useful(values[kept]) for name, values in blocks.items()}, np.concatenate(folds)[kept]

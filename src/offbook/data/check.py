@@ -93,7 +93,8 @@ def check_store(path: str | Path, *, repair: bool = False) -> StoreCheck:
     if repair and leftovers.result == "wrong" and leftovers.details.get("repairable"):
         before = len(store)
         with EpisodeStore.append_to(path):
-            for file in _orphans(store):
+            # Another writer may have finished episodes until this one had the lock.
+            for file in _orphans(EpisodeStore.open(path)):
                 file.unlink()
         store = EpisodeStore.open(path)
         repaired = (
@@ -281,7 +282,11 @@ def _bounds(store: EpisodeStore) -> Iterator[Finding]:
         worst = max(worst, float(np.nan_to_num(excess).max(initial=0)))
     count = int(outside.sum())
     if not count:
-        yield Finding(check="bounds", result="ok", text="all actions are within the declared bounds")
+        if store.schema.extra.get("import", {}).get("bounds") == "recorded":
+            text = "the declared bounds are the range of the recorded actions, so that none can be outside"
+            yield Finding(check="bounds", result="unclear", text=text)
+        else:
+            yield Finding(check="bounds", result="ok", text="all actions are within the declared bounds")
         return
     row = int(np.argmax(outside))
     episode = int(np.searchsorted(store.episodes["start"], row, "right")) - 1
