@@ -1,5 +1,6 @@
 """LeRobot datasets: v3.0 and v2.1 folders come in, stores go out and back equal, and damage is named."""
 
+import io
 import json
 import math
 import shutil
@@ -11,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made import SCHEMA, values
+from PIL import Image, UnidentifiedImageError
 
 from offbook.data.clips import probe, read_clip, write_clip
-from offbook.data.formats import export_dataset, import_dataset
+from offbook.data.formats import export_dataset, import_dataset, lerobot
 from offbook.data.store import EpisodeStore, FieldSpec, Schema
 from offbook.data.video import Video
 from offbook.errors import DataError
@@ -450,6 +452,8 @@ DAMAGE = {
         "a list of the episodes",
     ),
     "fewer episodes than it says": (edit_info(total_episodes=5), "expected episodes 0 to 4, got 4 in the list"),
+    "far fewer episodes": (edit_info(total_episodes=10**12), "expected episodes 0 to 999999999999, got 4 in the list"),
+    "no number of episodes": (edit_info(total_episodes=[4]), "a list of the episodes, got TypeError"),
     "another version": (edit_info(codebase_version="v1.6"), r"v3\.0, v2\.1 or v2\.0, got 'v1\.6'; convert it"),
     "a version to come": (edit_info(codebase_version="v4.0"), "got 'v4.0'"),
     "info.json cut short": (cut("meta/info.json", 0.5), "description of a LeRobot dataset, got JSONDecodeError"),
@@ -488,3 +492,17 @@ def test_the_verbs_tell_what_an_export_leaves_out(cli, store, tmp_path):
     outcome = cli(["data", "import", f"lerobot:{tmp_path}/out", "--out", str(tmp_path / "back")])
     assert (outcome.exit_code, outcome.stdout) == (1, "")
     assert "info.json: expected the description of a LeRobot dataset" in outcome.stderr
+
+
+@pytest.mark.faults
+def test_pictures_are_read_as_png_or_jpeg_alone():
+    feature = lerobot.Feature(key="front", kind="image", shape=(17, 21, 3), parts=())
+    picture = scene(1, 1, 17, 21)[0]
+    for kind in ("PNG", "JPEG", "GIF", "EPS", "TIFF"):
+        content = io.BytesIO()
+        Image.fromarray(picture).save(content, kind)
+        if kind in ("PNG", "JPEG"):
+            assert lerobot._picture(content.getvalue(), feature).shape == (17, 21, 3)
+        else:
+            with pytest.raises(UnidentifiedImageError):
+                lerobot._picture(content.getvalue(), feature)

@@ -139,9 +139,9 @@ def _entries(folder: Path, info: Mapping[str, Any]) -> list[_Entry]:
         else:
             lines = (folder / "meta" / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
             entries = [_entry_of_v2(folder, info, json.loads(line), videos) for line in lines if line.strip()]
+        total = int(info.get("total_episodes", len(entries)))
     entries.sort(key=lambda entry: entry.number)
-    numbers, total = [entry.number for entry in entries], info.get("total_episodes", len(entries))
-    if numbers != list(range(total)):
+    if len(entries) != total or [entry.number for entry in entries] != list(range(total)):
         got = f"{len(entries)} in the list of episodes"
         raise DataError(str(folder / "meta"), expected=f"episodes 0 to {total - 1}", got=got, fix=_AGAIN)
     return entries
@@ -381,7 +381,7 @@ def _numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def _picture(content: bytes, feature: Feature) -> np.ndarray:
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
     height, width = feature.shape[:2]
     if image.size != (width, height):
         raise ValueError(f"a picture of {image.size[1]} x {image.size[0]}")
