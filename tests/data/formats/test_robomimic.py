@@ -108,3 +108,23 @@ def test_files_that_are_cut(tmp_path, cli):
     assert outcome.exit_code == 1
     assert "expected a whole HDF5 file" in outcome.stderr
     assert not list(tmp_path.glob("store*"))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("kind", ["external link", "external values", "virtual"])
+def test_values_in_other_files_are_not_followed(tmp_path, kind):
+    robomimic(tmp_path / "other.hdf5", walks())
+    robomimic(tmp_path / "f.hdf5", walks())
+    with h5py.File(tmp_path / "f.hdf5", "a") as file:
+        demo = file["data/demo_1"]
+        del demo["actions"]
+        if kind == "external link":
+            demo["actions"] = h5py.ExternalLink("other.hdf5", "/data/demo_1/actions")
+        elif kind == "external values":
+            demo.create_dataset("actions", (3, 2), "f4", external=[(str(tmp_path / "other.hdf5"), 0, 24)])
+        else:
+            layout = h5py.VirtualLayout((3, 2), "f4")
+            layout[:] = h5py.VirtualSource(tmp_path / "other.hdf5", "data/demo_1/actions", (3, 2))
+            demo.create_virtual_dataset("actions", layout)
+    with pytest.raises(DataError, match="expected a file that holds its own values, got one that points at others"):
+        import_dataset(f"robomimic:{tmp_path}/f.hdf5", tmp_path / "store")

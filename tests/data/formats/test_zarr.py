@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -123,6 +124,24 @@ def test_pickles_in_chunks_are_never_opened(tmp_path, key, name):
         with pytest.raises(DataError, match=r"expected (a whole Zarr store|chunks of plain numbers|numbers)"):
             import_dataset(f"zarr:{tmp_path}/f.zarr", tmp_path / "store")
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.faults
+def test_links_that_lead_out_of_the_folder(tmp_path):
+    zarr_buffer(tmp_path / "f.zarr", walks())
+    (tmp_path / "g.zarr").symlink_to("f.zarr")
+    array = tmp_path / "f.zarr" / "data" / "obs"
+    shutil.move(array / "0.0", array / "kept")
+    (array / "0.0").symlink_to("kept")
+    import_dataset(f"zarr:{tmp_path}/g.zarr", tmp_path / "store")
+    for name, target in (("0.0", tmp_path / "secret"), ("kept", tmp_path)):
+        (tmp_path / "secret").write_bytes(bytes(48))
+        (array / name).unlink()
+        (array / name).symlink_to(target)
+        with pytest.raises(DataError, match=f"{name}: expected a file of the store, got a link out of it"):
+            import_dataset(f"zarr:{tmp_path}/f.zarr", tmp_path / "other")
+        (array / name).unlink()
+        (array / name).write_bytes(b"")
 
 
 class Canary:

@@ -270,7 +270,7 @@ def hdf5(path: Path) -> Iterator[Any]:
     """Opens an HDF5 file for reading.
 
     Raises:
-        DataError: it is not there, or is damaged, there or wherever the block reads.
+        DataError: it is not there, or points at other files, or is damaged, there or wherever the block reads.
         MissingExtraError: h5py is not installed.
     """
     with needs_extra("formats"):
@@ -281,7 +281,22 @@ def hdf5(path: Path) -> Iterator[Any]:
     try:
         # Episodes are read one after another, and a compressed chunk often holds several: keep a few of them.
         with h5py.File(path, "r", rdcc_nbytes=2**26) as file:
+            _check_own(file, str(path))
             yield file
     except (OSError, RuntimeError, KeyError) as error:
         got = f"one that is damaged or cut short ({str(error).partition(chr(10))[0]})"
         raise DataError(str(path), expected="a whole HDF5 file", got=got, fix=fix) from error
+
+
+def _check_own(file: Any, where: str) -> None:
+    """Refuses an HDF5 file that would have others read, which may be any on this machine."""
+    import h5py
+
+    def elsewhere(_: str, part: Any) -> bool | None:
+        if isinstance(part, h5py.ExternalLink):
+            return True
+        return (isinstance(part, h5py.Dataset) and bool(part.external or part.is_virtual)) or None
+
+    if file.visititems_links(elsewhere) or file.visititems(elsewhere):
+        fix = "copy everything into the file itself"
+        raise DataError(where, expected="a file that holds its own values", got="one that points at others", fix=fix)

@@ -6,6 +6,7 @@ floating-point numbers become bytes again, as they are whole numbers from 0 to 2
 """
 
 import contextlib
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,8 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     if not (path.is_file() if zipped else path.is_dir()):
         fix = "give the folder that holds meta and data, or the .zarr.zip"
         raise DataError(str(path), expected="a Zarr store", got="no such file or folder", fix=fix)
+    if not zipped:
+        _check_links(path)
     kind, layout = (zarr.storage.ZipStore if zipped else zarr.storage.LocalStore), "give a store of Diffusion Policy"
     store: Any = kind(path, read_only=True)
     try:
@@ -119,6 +122,20 @@ def _opened(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         # Its own close stumbles over a zip file that could not be opened.
         with contextlib.suppress(AttributeError):
             store.close()
+
+
+def _check_links(folder: Path) -> None:
+    """Refuses links that lead out of the folder, to what may be any file on this machine."""
+    root, pending = folder.resolve(), [folder]
+    with _explained(str(folder)):
+        while pending:
+            with os.scandir(pending.pop()) as parts:
+                for part in parts:
+                    if part.is_symlink() and not Path(part.path).resolve().is_relative_to(root):
+                        fix = "put the file itself there"
+                        raise DataError(part.path, expected="a file of the store", got="a link out of it", fix=fix)
+                    if part.is_dir(follow_symlinks=False):
+                        pending.append(Path(part.path))
 
 
 def _check_plain(array: Any, where: str) -> None:
