@@ -63,10 +63,18 @@ def test_episodes_that_are_not_there_are_refused_and_the_old_groups_stay(make_st
     write_splits(store, {"held_out": [2]})
     with pytest.raises(DataError, match="episodes 0 to 2, got 1 to 3"):
         write_splits(store, {"held_out": [1, 3]})
+    with pytest.raises(DataError, match=r"whole numbers of episodes, got array"):
+        write_splits(store, {"held_out": np.array([0.7])})
     assert read_splits(store)["held_out"].tolist() == [2]
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"splits": {"train": [9]}}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "{", "[]", "[1,2]", '["a"]', '{"splits": [1]}'),
+        *(f'{{"splits": {{"a": {numbers}}}}}' for numbers in ("[9]", "[0.7]", "[[0], [1, 2]]", '["x"]', "1", "null")),
+    ],
+)
 def test_a_damaged_file_is_named(make_store, content):
     store = make_store([2] * 3)
     (store.path / FILE).write_text(content)

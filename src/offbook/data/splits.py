@@ -30,13 +30,15 @@ def read_splits(store: EpisodeStore) -> Splits:
     """
     file = store.path / FILE
     where, found = str(file), store.schema.extra.get("splits", {})
+    fix = f"make it anew: offbook data split {store.path}"
     if file.exists():
         try:
             found = json.loads(file.read_bytes())["splits"]
         except (ValueError, KeyError, TypeError) as error:
-            fix = f"make it anew: offbook data split {store.path}"
             raise DataError(where, expected="groups of episodes", got=f"damage: {error}", fix=fix) from error
-    return {str(name): _numbers(store, name, numbers, where) for name, numbers in dict(found).items()}
+    if not isinstance(found, Mapping):
+        raise DataError(where, expected="groups of episodes by name", got=repr(found)[:80], fix=fix)
+    return {str(name): _numbers(store, name, numbers, where) for name, numbers in found.items()}
 
 
 def write_splits(store: EpisodeStore, splits: Mapping[str, Sequence[int] | np.ndarray]) -> None:
@@ -79,7 +81,14 @@ def draw_split(store: EpisodeStore, share: float, seed: int = 0) -> Splits:
 
 
 def _numbers(store: EpisodeStore, name: str, numbers: Any, where: str) -> Int64[np.ndarray, " episodes"]:
-    array = np.unique(np.asarray(numbers, np.int64))
+    try:
+        given = np.asarray(numbers)
+    except ValueError:
+        given = np.asarray(None)
+    if given.ndim != 1 or (len(given) and given.dtype.kind not in "iu"):
+        expected, fix = "a list of whole numbers of episodes", "split the store anew"
+        raise DataError(f"{where}, group {name!r}", expected=expected, got=repr(numbers)[:80], fix=fix)
+    array = np.unique(given.astype(np.int64))
     if len(array) and not 0 <= array[0] <= array[-1] < len(store):
         expected, got = f"episodes 0 to {len(store) - 1}", f"{array[0]} to {array[-1]}"
         raise DataError(f"{where}, group {name!r}", expected=expected, got=got, fix="split the store anew")
