@@ -14,6 +14,7 @@ from offbook.data.clips import read_clip, write_clip
 from offbook.data.store import EpisodeStore, FieldSpec, Schema
 from offbook.data.video import Video, frame_times
 from offbook.data.windows import WindowSampler
+from offbook.data.writer import Writer
 from offbook.errors import DataError
 
 CAMERA = FieldSpec("front", "uint8", (32, 48, 3), "observation", video=True)
@@ -235,3 +236,52 @@ def test_what_goes_wrong_behind_is_not_lost(tmp_path):
     store = EpisodeStore.open(tmp_path / "s")
     store.verify()
     assert store.episodes["length"].tolist() == [1]
+
+
+@pytest.mark.faults
+def test_what_goes_wrong_behind_costs_no_other_episode(tmp_path):
+    writer = EpisodeStore.create(tmp_path / "s", SCHEMA)
+    wrong = {**fields(0), "action": np.zeros((11, 3), np.float32)}
+    for given in (fields(1), wrong, fields(2)):
+        writer.append_soon(given, terminated=True, truncated=False, sync=False)
+    with pytest.raises(DataError, match="field 'action'"):
+        writer.flush()
+    assert EpisodeStore.open(tmp_path / "s").episodes["length"].tolist() == [1, 30]
+    writer.close()
+
+
+@pytest.mark.faults
+def test_a_refused_episode_leaves_no_video_behind(tmp_path):
+    schema = Schema((CAMERA, replace(CAMERA, name="wrist"), SCHEMA.fields[1]))
+    write_clip(tmp_path / "small.mp4", SCENE[:, :30], 25)
+    write_clip(tmp_path / "scene.mp4", SCENE, 25)
+    good = {**fields(0), "wrist": fields(0)["front"]}
+    small = Video(path=tmp_path / "small.mp4", frames=np.arange(12))
+    late = Video(path=tmp_path / "scene.mp4", frames=np.arange(190, 202))
+    with EpisodeStore.create(tmp_path / "s", schema) as writer:
+        writer.append(good, terminated=True, truncated=False)
+        kept = sorted((tmp_path / "s" / "video").rglob("*"))
+        for bad in (small, late):
+            with pytest.raises(DataError):
+                writer.append({**good, "wrist": bad}, terminated=True, truncated=False)
+            assert sorted((tmp_path / "s" / "video").rglob("*")) == kept
+        scene = Video(path=tmp_path / "scene.mp4", frames=np.arange(12))
+        writer.append({**good, "wrist": scene}, terminated=True, truncated=False)
+    store = EpisodeStore.open(tmp_path / "s")
+    store.verify()
+    assert [store.video(name, 1).path.name for name in ("front", "wrist")] == ["000001.mp4", "000001.mp4"]
+
+
+@pytest.mark.faults
+def test_a_writer_dropped_while_it_appends_gives_its_lock_back(tmp_path, monkeypatch):
+    go, real = threading.Event(), Writer.append
+    monkeypatch.setattr(Writer, "append", lambda *given, **more: (go.wait(60), real(*given, **more))[1])
+    writer = EpisodeStore.create(tmp_path / "s", SCHEMA)
+    future = writer.append_soon(fields(1), terminated=True, truncated=False)
+    (worker,) = (thread for thread in threading.enumerate() if thread.name.startswith("append"))
+    del writer
+    go.set()
+    assert future.result(60) == 0
+    worker.join(60)
+    with EpisodeStore.append_to(tmp_path / "s") as again:
+        assert len(again) == 1

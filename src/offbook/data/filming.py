@@ -1,6 +1,7 @@
 """How pictures come into the video files of a store: encoded, or copied as they are."""
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,13 @@ class Filming:
         spec: the field.
         rate: frames a second; None when unknown.
         number: of the next file. A file that a crash left there, in which no episode lies, is replaced.
+
+    Attributes:
+        number: of the next file.
     """
 
     def __init__(self, folder: Path, spec: FieldSpec, rate: float | None, number: int) -> None:
-        self._folder, self._spec, self._rate, self._number = folder, spec, rate or _RATE, number
+        self._folder, self._spec, self._rate, self.number = folder, spec, rate or _RATE, number
         self._copied: dict[tuple[Path, int, int], tuple[int, Int64[np.ndarray, " frames"], bytes]] = {}
 
     def add(self, values: np.ndarray | Video, where: str) -> tuple[Int64[np.ndarray, "rows 2"], bytes]:
@@ -49,11 +53,19 @@ class Filming:
                 raise DataError(where, expected=f"frames of the {len(shown)} in {values.path}", got=got, fix=fix)
             shown = shown[values.frames]
         else:
-            number, file = self._number, video_file(self._folder, self._number)
+            number, file = self.number, video_file(self._folder, self.number)
             write_clip(file, values, self._rate, key_every=_KEY_EVERY)
-            self._number += 1
+            self.number += 1
             (shown, _), checksum = stamps(file), file_sha256(file)
         return np.stack([np.full(len(shown), number, np.int64), shown], axis=1), checksum
+
+    def remove_from(self, number: int) -> None:
+        """Removes the files from a number on, of which the episodes came to nothing; the next file has that number."""
+        for made in range(number, self.number + 1):
+            with suppress(OSError):
+                video_file(self._folder, made).unlink(missing_ok=True)
+        self.number = number
+        self._copied = {known: copy for known, copy in self._copied.items() if copy[0] < number}
 
     def _copy(self, video: Video, where: str) -> tuple[int, Int64[np.ndarray, " frames"], bytes]:
         """Number, time stamps and checksum of the store's copy of a file."""
@@ -65,9 +77,9 @@ class Filming:
         about = video.path.stat()
         known = (video.path.resolve(), about.st_size, about.st_mtime_ns)
         if known not in self._copied:
-            file = video_file(self._folder, self._number)
+            file = video_file(self._folder, self.number)
             with atomic_path(file) as temporary:
                 shutil.copyfile(video.path, temporary)
-            self._copied[known] = self._number, stamps(file)[0], file_sha256(file)
-            self._number += 1
+            self._copied[known] = self.number, stamps(file)[0], file_sha256(file)
+            self.number += 1
         return self._copied[known]

@@ -4,7 +4,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Writer:
         self.schema = read_schema(path)
         self._handles: dict[Path, int] = {}
         self._behind: ThreadPoolExecutor | None = None
+        self._workers: list[int] = []
         self._unfinished: list[Future[int]] = []
         self._lock: int | None = None
         with explained(path):
@@ -153,7 +154,7 @@ class Writer:
             success=None if success is None else bool(success),
             score=None if score is None else float(score),
         )
-        with explained(self.path):
+        with explained(self.path), self._unmade():
             arrays, videos = self._filmed(given, where)
             row = {**outcome.to_json(), "start": self._steps, "length": length, **self._facts(arrays)}
             row["sha256"] = episode_sha256(self.schema, arrays, row, videos)
@@ -178,10 +179,22 @@ class Writer:
             The episode's number, once it is safe. What goes wrong is raised by its `result`, by `flush` and by `close`.
         """
         if self._behind is None:
-            self._behind = ThreadPoolExecutor(1, "append", _give_way)
+            self._behind = ThreadPoolExecutor(1, "append", _give_way, (self._workers,))
         future = self._behind.submit(self.append, fields, **outcome)
         self._unfinished = [f for f in self._unfinished if not f.done() or f.exception()] + [future]
         return future
+
+    @contextmanager
+    def _unmade(self) -> Iterator[None]:
+        """Removes the videos that were made in a block which fails."""
+        before = {name: filming.number for name, filming in self._filming.items()}
+        try:
+            yield
+        except Exception:
+            # Not where a user interrupts: by then the episode may be committed.
+            for name, number in before.items():
+                self._filming[name].remove_from(number)
+            raise
 
     def _filmed(
         self, given: Mapping[str, np.ndarray | Video | None], where: str
@@ -217,11 +230,16 @@ class Writer:
                 _write_at(handle, offset(spec, self._episodes), as_bytes(values[length:], spec))
 
     def flush(self) -> None:
-        """Makes all episodes durable that were appended with `sync=False` or `append_soon`."""
+        """Makes all episodes durable that were appended with `sync=False` or `append_soon`.
+
+        Raises:
+            Exception: the first that an `append_soon` met; the other episodes are durable nevertheless.
+        """
         unfinished, self._unfinished = self._unfinished, []
+        wait(unfinished)
+        self._commit()
         for future in unfinished:
             future.result()
-        self._commit()
 
     def _commit(self, *, drop_last: bool = False) -> None:
         """Commits what is pending; `drop_last` takes the last episode back where that fails."""
@@ -270,14 +288,17 @@ class Writer:
             self._release()
 
     def _release(self) -> None:
-        if self._behind is not None:
-            self._behind.shutdown()
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles = {}
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        try:
+            if self._behind is not None:
+                # The thread that appends lets go of a dropped writer last, and cannot wait for itself.
+                self._behind.shutdown(wait=threading.get_ident() not in self._workers)
+        finally:
+            handles, self._handles = [*self._handles.values()], {}
+            if self._lock is not None:
+                handles, self._lock = [*handles, self._lock], None
+            for handle in handles:
+                with suppress(OSError):
+                    os.close(handle)
 
 
 @contextmanager
@@ -384,7 +405,12 @@ def _length(schema: Schema, arrays: Mapping[str, np.ndarray | Video | None], whe
     return length
 
 
-def _give_way() -> None:
-    """Lets the loop that records go first where the processor is short; Linux has priorities for single threads."""
+def _give_way(workers: list[int]) -> None:
+    """Lets the loop that records go first where the processor is short; Linux has priorities for single threads.
+
+    Args:
+        workers: the thread that calls this is added to them.
+    """
+    workers.append(threading.get_ident())
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
