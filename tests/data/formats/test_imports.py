@@ -7,8 +7,9 @@ import gymnasium
 import numpy as np
 import pytest
 
-from offbook.data.formats import FORMATS, import_dataset
-from offbook.errors import ConfigError
+from offbook.data.formats import FORMATS, Recordings, import_dataset
+from offbook.data.formats import d4rl as d4rl_format
+from offbook.errors import ConfigError, DataError
 
 BRIEF = ["--preset", "smoke", "--fit.steps", "20", "--chunk", "2", "--execute", "1"]
 
@@ -98,3 +99,29 @@ def test_what_an_unknown_or_unwritable_format_says(tmp_path, make_store, cli):
         assert (outcome.exit_code, outcome.stderr.count("\n")) == (2, 1)
         assert f"expected a format that can be written, got {name}; export to minari or lerobot" in outcome.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "error", [ValueError("a\nb"), KeyError("x"), ZeroDivisionError(), MemoryError(), SyntaxError("b")]
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_whatever_a_file_makes_its_reader_raise_is_explained(tmp_path, make_store, monkeypatch, error, late):
+    schema = make_store([3]).schema
+
+    def episodes():
+        raise error
+        yield
+
+    def read(name):
+        if not late:
+            raise error
+        return Recordings(schema=schema, episodes=episodes(), total=1)
+
+    monkeypatch.setattr(d4rl_format, "read", read)
+    with pytest.raises(
+        DataError, match=f"^d4rl:x: expected recordings in the format's layout, got {type(error).__name__}"
+    ) as told:
+        import_dataset("d4rl:x", tmp_path / "new")
+    assert "\n" not in str(told.value)
+    assert not list(tmp_path.glob("new*"))

@@ -4,9 +4,10 @@ Each format is a module with `read(source) -> Recordings`, and those that are wr
 `write(store, target) -> str` and `left_out(schema) -> list[str]`.
 """
 
+import contextlib
 import importlib
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(str(out), expected="a new or empty folder", got="one in use", fix="choose another folder")
-    recordings: Recordings = read(name)
+    with _explained(source):
+        recordings: Recordings = read(name)
     if setting is not None:
         from offbook.data.formats.setting import placed
 
@@ -85,7 +87,7 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with EpisodeStore.create(partial, recordings.schema) as writer:
-            for fields, outcome in track(recordings.episodes, "importing", recordings.total):
+            for fields, outcome in track(_each(recordings, source), "importing", recordings.total):
                 writer.append(fields, **asdict(outcome), sync=False)
     except DataError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -98,6 +100,33 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
         raise
     partial.replace(out)
     return EpisodeStore.open(out)
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Readers name what is wrong where they look for it; a file can be wrong in ways that none of them looks for."""
+    from PIL import Image
+
+    try:
+        yield
+    except (
+        *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, SyntaxError),
+        *(RecursionError, Image.DecompressionBombError),
+    ) as error:
+        got = f"{type(error).__name__} {error}".partition("\n")[0].strip()
+        fix = "copy it again from where it came from, or choose another format"
+        raise DataError(source, expected="recordings in the format's layout", got=got, fix=fix) from error
+
+
+def _each(recordings: Recordings, source: str) -> Iterator[tuple[Mapping[str, np.ndarray | Video | None], Outcome]]:
+    """The episodes; what goes wrong where they are read, and not where they are written, is explained."""
+    episodes = iter(recordings.episodes)
+    while True:
+        with _explained(source):
+            one = next(episodes, None)
+        if one is None:
+            return
+        yield one
 
 
 def export_dataset(store: EpisodeStore, target: str) -> str:
