@@ -1,6 +1,7 @@
 """Every format goes the whole way: file, store, description, training, test in the world that it is from."""
 
 import json
+import shutil
 
 import foreign
 import gymnasium
@@ -125,3 +126,25 @@ def test_whatever_a_file_makes_its_reader_raise_is_explained(tmp_path, make_stor
         import_dataset("d4rl:x", tmp_path / "new")
     assert "\n" not in str(told.value)
     assert not list(tmp_path.glob("new*"))
+
+
+@pytest.mark.faults
+def test_a_folder_of_the_users_own_is_never_taken_for_what_an_import_left(tmp_path, swings):
+    source, _ = d4rl(tmp_path, swings)
+    partial = tmp_path / "new.partial"
+    for names in (["notes.txt"], ["store.json", "notes.txt"], ["fields"], [".git"]):
+        partial.mkdir()
+        for name in names:
+            (partial / name).write_text("mine")
+        with pytest.raises(DataError, match=r"new\.partial: expected what an import left, or nothing"):
+            import_dataset(source, tmp_path / "new")
+        assert [(partial / name).read_text() for name in names] == ["mine"] * len(names)
+        shutil.rmtree(partial)
+    partial.write_text("mine")
+    with pytest.raises(DataError, match="expected what an import left, or nothing"):
+        import_dataset(source, tmp_path / "new")
+    partial.unlink()
+    shutil.copytree(import_dataset(source, tmp_path / "whole").path, partial)
+    (partial / "store.json").write_bytes((partial / "store.json").read_bytes()[:20])
+    assert len(import_dataset(source, tmp_path / "new")) == 3
+    assert not partial.exists()

@@ -6,6 +6,7 @@ Each format is a module with `read(source) -> Recordings`, and those that are wr
 
 import contextlib
 import importlib
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ FORMATS = {
     for name in ("d4rl", "exorl", "lerobot", "minari", "paths", "robomimic", "toto", "zarr")
 }
 """Name of a format -> the module that reads it, and perhaps writes it."""
+
+_STORE = {"store.json", "episodes.parquet", "episodes.journal", "fields", "final", "video"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,7 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
 
         recordings = placed(recordings, setting, source)
     partial = out.with_name(f"{out.name}.partial")
-    if (partial / "store.json").exists():
-        # Raises when another process is importing there this very moment; else it is what a kill left.
-        EpisodeStore.append_to(partial).close()
-    shutil.rmtree(partial, ignore_errors=True)
+    _clear(partial)
     try:
         with EpisodeStore.create(partial, recordings.schema) as writer:
             for fields, outcome in track(_each(recordings, source), "importing", recordings.total):
@@ -100,6 +100,29 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
         raise
     partial.replace(out)
     return EpisodeStore.open(out)
+
+
+def _clear(partial: Path) -> None:
+    """Removes what a kill left of an import, whole or damaged, and nothing else.
+
+    Raises:
+        DataError: another process is importing there this very moment, or it is no store.
+    """
+    if not partial.exists() and not partial.is_symlink():
+        return
+    names = {path.name for path in partial.iterdir()} if partial.is_dir() and not partial.is_symlink() else {""}
+    shown = {name for name in names if not name.startswith(".")}
+    hidden = all(re.fullmatch(r"\.lock|\.(store|episodes)\..*", name) for name in names - shown)
+    if not hidden or not shown <= _STORE or ("store.json" not in shown and shown):
+        fix = "move it away, or choose another name for the store"
+        raise DataError(str(partial), expected="what an import left, or nothing", got="something else", fix=fix)
+    try:
+        if shown:
+            EpisodeStore.append_to(partial).close()
+    except DataError as error:
+        if error.expected == "to be the only writer":
+            raise
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
