@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from foreign import assert_same, d4rl, walks
 
+from offbook.data.formats import d4rl as d4rl_format
 from offbook.data.formats import import_dataset
 from offbook.errors import DataError
 
@@ -178,3 +179,14 @@ def test_bounds_of_an_environment(tmp_path, cli):
     assert "environment  gym:Pendulum-v1" in outcome.stdout
     assert "as imported  episodes end at terminals and timeouts" in outcome.stdout
     assert "range of those recorded" not in outcome.stdout
+
+
+@pytest.mark.faults
+def test_actions_are_looked_through_in_bounded_reads(tmp_path):
+    with h5py.File(tmp_path / "f.hdf5", "w") as file:
+        wide = file.create_dataset("wide", (5, 2**24), "f8", chunks=(1, 2**16), fillvalue=1)
+        blocks = [block.shape for block in d4rl_format._blocks(wide, "wide")]
+        assert blocks == [(1, 2**24)] * 5
+        huge = file.create_dataset("huge", (2, 2**40), "f8", chunks=(1, 2**16))
+        with pytest.raises(DataError, match="huge: expected at most"):
+            list(d4rl_format._blocks(huge, "huge"))

@@ -8,6 +8,7 @@ import pytest
 from foreign import as_paths, assert_same, paths, walks
 
 from offbook.data.formats import import_dataset
+from offbook.data.formats import paths as paths_format
 from offbook.errors import DataError
 
 LARGE = np.zeros((100, 100))
@@ -155,3 +156,12 @@ def test_files_that_are_cut_or_absent(tmp_path, cli):
     assert (outcome.exit_code, "keys: expected at most 2000 of them, got more" in outcome.stderr) == (1, True), (
         outcome.stderr
     )
+
+
+@pytest.mark.faults
+def test_lists_are_counted_without_making_arrays_of_them():
+    nested = [0.0] * 10
+    for _ in range(9):
+        nested = [nested] * 10
+    assert paths_format._rows(nested) == 10
+    assert [paths_format._rows(value) for value in ([], np.zeros(()), np.zeros((4, 2)), {}, 3)] == [0, -1, 4, -1, -1]

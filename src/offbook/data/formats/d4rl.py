@@ -6,6 +6,7 @@ there. An episode ends with a row that is marked by `terminals` or `timeouts`. M
 nothing. What was done with a file is said in its schema.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def read(source: str) -> Recordings:
             path,
             first,
             seen(file["observations"]),
-            recorded_range(file["actions"][i : i + _BLOCK] for i in range(0, file["actions"].shape[0], _BLOCK)),
+            recorded_range(_blocks(file["actions"], f"{path}, actions")),
             stated,
             metadata=metadata,
         )
@@ -174,6 +175,14 @@ def _cut(file: Any, where: str) -> _Cut:
     return _Cut(starts, stops, terminals[stops - 1], stated, goal)
 
 
+def _blocks(part: Any, where: str) -> Iterator[np.ndarray]:
+    """All rows of an array, few enough at a time."""
+    rows, size = part.shape[0], math.prod(part.shape[1:]) * part.dtype.itemsize
+    step = min(_BLOCK, max(2**26 // max(size, 1), 1))
+    for start in range(0, rows, step):
+        yield rows_of(part, start, min(start + step, rows), where)
+
+
 def _breaks(file: Any) -> np.ndarray:
     """Rows whose next observation is not the observation of the row after."""
     rows = file["actions"].shape[0]
@@ -182,7 +191,8 @@ def _breaks(file: Any) -> np.ndarray:
     for name in parts.keys() & nexts.keys():
         for start in range(0, rows - 1, _BLOCK):
             stop = min(start + _BLOCK, rows - 1)
-            here, there = nexts[name][start:stop], parts[name][start + 1 : stop + 1]
+            here = rows_of(nexts[name], start, stop, f"{file.filename}, next {name}")
+            there = rows_of(parts[name], start + 1, stop + 1, f"{file.filename}, {name}")
             same = np.isclose(here, there, rtol=1e-5, atol=1e-6, equal_nan=True)
             breaks[start:stop] |= ~same.reshape(stop - start, -1).all(1)
     return breaks

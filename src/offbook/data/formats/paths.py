@@ -100,8 +100,8 @@ def check_paths(paths: Any, file: Path) -> list[dict[str, Any]]:
 
 
 def _rows(value: Any) -> int:
-    parts = list(seen(value).values())
-    return len(parts[0]) if parts and isinstance(parts[0], np.ndarray | list) and np.ndim(parts[0]) else -1
+    first = next(iter(seen(value).values()), None)
+    return len(first) if isinstance(first, list) or (isinstance(first, np.ndarray) and first.ndim) else -1
 
 
 def _steps(one: Mapping[str, Any], more: bool, where: str) -> Steps:
