@@ -40,6 +40,20 @@ def test_demonstrations_come_in_step_for_step_and_in_order(tmp_path):
     assert schema.extra["import"]["env_args"] == LIFT
 
 
+def test_dones_at_the_end_of_every_demonstration_end_no_task(tmp_path):
+    episodes = walks((5, 3, 7, 4))
+    for number, episode in enumerate(episodes):
+        episode["terminated"] = True
+        episode["reward"][:] = 0
+        episode["reward"][-1 - number // 2] = number != 0
+    robomimic(tmp_path / "f.hdf5", episodes, env_args=LIFT)
+    store = import_dataset(f"robomimic:{tmp_path}/f.hdf5", tmp_path / "store")
+    assert store.episodes["success"].tolist() == [0.0, 1.0, 1.0, 1.0]
+    assert store.episodes["terminated"].tolist() == [False, True, False, False]
+    assert store.episodes["truncated"].tolist() == [True, False, True, True]
+    assert "they mark where a recording stops" in " / ".join(store.schema.extra["import"]["stated"])
+
+
 def test_without_next_observations(tmp_path):
     episodes = walks()
     robomimic(tmp_path / "f.hdf5", episodes, after=False)

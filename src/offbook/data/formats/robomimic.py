@@ -32,6 +32,10 @@ from offbook.errors import DataError
 
 _KEYS = ("next_obs", "rewards", "states", "dones")
 _LIBRARIES = {1: "robosuite", 2: "gym"}
+_MARKED = (
+    "dones are set at the end of every demonstration, so they mark where a recording stops: an episode counts as "
+    "terminated only where its last reward is 1, which is success"
+)
 _FIX = "write observations and rewards into the file with robomimic's own dataset_states_to_obs"
 
 
@@ -55,6 +59,7 @@ def read(source: str) -> Recordings:
         about = _about(data, str(path))
         for name in names:
             need(data[name], ["obs", "actions"], f"{path}, data/{name}", _FIX)
+        about["marked"] = all(_done(data[name], f"{path}, data/{name}") for name in names)
         first, where = data[names[0]], f"{path}, data/{names[0]}"
         keys = [key for key in _KEYS if key in first]
         values = _steps(first, about, keys, where).fields(where)
@@ -63,6 +68,7 @@ def read(source: str) -> Recordings:
             for key, mask in file.get("mask", {}).items()
         }
         stated = [NEXT_KEPT if "next_obs" in keys else LAST_DROPPED]
+        stated += [_MARKED] * about["marked"]
         stated += [f"groups of demonstrations: {', '.join(splits)}"] * bool(splits)
         made = schema(
             "robomimic",
@@ -104,7 +110,6 @@ def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> 
             f"{where}, actions", expected=f"{said} rows, as num_samples says", got=str(len(action)), fix=fix
         )
     others = {name: _all(demo[name], f"{where}, {name}") for name in keys if name in ("states", "dones")}
-    dones = others.get("dones", np.zeros(len(action)))
     # A simulator's state is empty or a dummy where there is none.
     others = {name: array for name, array in others.items() if 0 not in array.shape}
     reward = _all(demo["rewards"], f"{where}, rewards") if "rewards" in keys else None
@@ -117,7 +122,9 @@ def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> 
     if reward is not None and not about["shaped"] and np.isin(reward, (0, 1)).all():
         success = bool((reward > 0).any())
     # Without what the last step led to, the step that ended it is not kept.
-    terminated = bool(dones[-1]) and last is not None
+    terminated = last is not None and _done(demo, where)
+    if about["marked"]:
+        terminated = terminated and bool(success) and bool(reward is not None and reward.reshape(-1)[-1] == 1)
     return Steps(
         observations=observations,
         action=action,
@@ -126,6 +133,12 @@ def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> 
         after=last,
         outcome=Outcome(terminated=terminated, truncated=not terminated, task=about["task"], success=success),
     )
+
+
+def _done(demo: Any, where: str) -> bool:
+    """Whether the last step is marked as done."""
+    dones = _all(demo["dones"], f"{where}, dones") if "dones" in demo else np.zeros(0)
+    return bool(dones.reshape(-1)[-1:].any())
 
 
 def _all(part: Any, where: str) -> np.ndarray:
