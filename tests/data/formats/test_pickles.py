@@ -156,3 +156,23 @@ def test_bombs_meet_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_BYTES", 1_000)
     with pytest.raises(DataError, match="1 to 1000 bytes, got 10"):
         pickles.load(file)
+
+
+def test_bytes_of_python_2_in_protocol_0(tmp_path):
+    """As Python 2 wrote `numpy.array([1.5, -2.0])`: its bytes are a quoted word."""
+    raw = np.array([1.5, -2.0, 1 / 3]).tobytes()
+    quoted = repr(raw)[1:].encode()
+    assert b"\\x" in quoted
+    (tmp_path / "p.pkl").write_bytes(
+        b"cnumpy.core.multiarray\n_reconstruct\np0\n(cnumpy\nndarray\np1\n(I0\ntp2\nS'b'\np3\ntp4\nRp5\n"
+        b"(I1\n(I3\ntp6\ncnumpy\ndtype\np7\n(S'f8'\np8\nI0\nI1\ntp9\nRp10\n"
+        b"(I3\nS'<'\np11\nNNNI-1\nI-1\nI0\ntp12\nbI00\nS" + quoted + b"\np13\ntp14\nb."
+    )
+    assert pickles.load(tmp_path / "p.pkl").tolist() == [1.5, -2.0, 1 / 3]
+    for line in (b"S'\\xe9'\n.", b"S'a\n.", b"S'\n.", b"Sa\n.", b"S'a'", b"S'\\x'\n."):
+        (tmp_path / "p.pkl").write_bytes(line)
+        if line.startswith(b"S'\\xe9"):
+            assert pickles.load(tmp_path / "p.pkl") == "\xe9"
+        else:
+            with pytest.raises(DataError, match="expected a whole pickle"):
+                pickles.load(tmp_path / "p.pkl")

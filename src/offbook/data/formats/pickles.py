@@ -6,6 +6,7 @@ that pickled arrays name are its own stand-ins, so NumPy never sees a state that
 pickle names is refused by that name. What a file can make it do is bounded by the size of the file.
 """
 
+import codecs
 import mmap
 import pickletools
 import re
@@ -24,6 +25,8 @@ MAX_INSTRUCTIONS = 20_000_000
 # Instructions that push what is written behind them, and the types of arrays that are read.
 _CONSTANT = re.compile("INT|BININT[12]?|LONG1?|(BIN)?FLOAT|(SHORT_)?(BIN)?(STRING|BYTES|UNICODE)8?|BYTEARRAY8")
 _SIMPLE = re.compile(r"[|<>=]?(?:b1|\?|[iu][1248]|f[248]|[SU]\d{1,6})")
+
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,28 @@ def load(path: Path) -> Any:
 def _run(content: mmap.mmap) -> Any:
     machine = _Machine()
     stream: Any = content  # it has read and readline, which is all that is asked of it
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-        if number == MAX_INSTRUCTIONS:
-            raise _ForeignError(f"more than {MAX_INSTRUCTIONS} instructions")
+    for _ in range(MAX_INSTRUCTIONS):
+        code = stream.read(1)
+        if code not in _OPCODES:
+            raise ValueError(f"no instruction {code!r}" if code else "no end")
+        opcode = _OPCODES[code]
         if opcode.name == "STOP":
             return machine.stack.pop()
+        if opcode.name == "STRING":
+            argument: Any = _string(stream.readline())
+        else:
+            argument = None if opcode.arg is None else opcode.arg.reader(stream)
         machine.step(opcode.name, argument)
-    raise ValueError("no end")
+    raise _ForeignError(f"more than {MAX_INSTRUCTIONS} instructions")
+
+
+def _string(line: bytes) -> str:
+    """Bytes as protocol 0 of Python 2 wrote them, which `pickletools` reads only where they are ASCII."""
+    text = line[:-1]
+    if not (line.endswith(b"\n") and len(text) > 1 and text[:1] == text[-1:] and text[:1] in (b"'", b'"')):
+        raise ValueError("a string without quotes")
+    content: bytes = codecs.escape_decode(text[1:-1])[0]
+    return content.decode("latin-1")
 
 
 class _Machine:
