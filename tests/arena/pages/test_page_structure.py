@@ -192,6 +192,16 @@ def test_faults_come_first_and_open_the_run():
     assert 'href="/runs/705"' in text
 
 
+def test_only_a_run_that_was_recorded_was_never_late():
+    calm = "nothing was late, refused or at a limit"
+    played = run() | {"events": []}
+    assert calm in pages.render("run", played)
+    for state, words in [("queued", "None yet."), ("running", "None yet."), ("needs_human", "None were recorded.")]:
+        text = pages.render("run", played | {"state": state, "outcome": None, "traces": {}, "videos": []})
+        assert words in text
+        assert calm not in text
+
+
 def test_the_compare_page_says_which_is_better_or_neither():
     name, view = VIEWS["compare"]
     assert "<b>A is better than B</b> by 0.16" in pages.render(name, view())
