@@ -63,7 +63,10 @@ def test_record_list_verify_render(cli: Cli, checkout: Path) -> None:
     assert entries[0].id in cli(["ledger", "list"]).stdout
     code, out, _ = cli(["ledger", "verify", entries[0].id])
     assert code == 0
-    assert out.splitlines()[1].split() == ["value", "2", "value", "2", "yes"]
+    assert [line.split() for line in out.splitlines()[1:]] == [
+        ["verdict", "met", "met", "yes"],
+        ["value", "2", "value", "2", "yes"],
+    ]
     (checkout / "docs").mkdir()
     (checkout / "docs/a.md").write_text("<!-- ledger:second -->\n<!-- /ledger -->\n")
     code, out, _ = cli(["ledger", "render", "--check"])

@@ -16,10 +16,13 @@ from offbook.runs.ledger import (
     Entry,
     Metric,
     Paper,
+    Verdict,
     append,
+    compare,
     entry,
     latest,
     read,
+    verdict_holds,
     verify,
 )
 from offbook.runs.provenance import changed_files, commit, peak_rss_mb, this_machine, versions
@@ -170,19 +173,21 @@ def test_find_suggests(checkout: Path) -> None:
 
 BENCHMARK = """
 from offbook.runs.ledger import Claim, Metric
+def figure(name, value, **more):
+    return Metric(name=name, value=value, n=9, interval=(value - 1, value + 1), method="range", **more)
 def run(options):
-    metric = Metric(name="value", value={value}, n=9, interval=({value} - 1, {value} + 1), method="range")
-    exact = Metric(name="exact", value={exact})
-    return [Claim(system="const", claim="a constant", metrics=(metric, exact), seeds=(options.seed,))]
+    metrics = (figure("value", {value}), Metric(name="exact", value={exact}))
+    return [Claim(system="const", claim="a constant", metrics=metrics, seeds=(options.seed,), verdict="{verdict}")]
 """
 
 
 @pytest.mark.parametrize(
-    ("value", "exact", "agrees"), [(5, 1.0, [True, True]), (6.5, 1.04, [True, True]), (8, 1.2, [False, False])]
+    ("value", "exact", "outcomes"),
+    [(5, 1.0, ["agrees"] * 2), (6.5, 1.04, ["agrees"] * 2), (8, 1.2, ["disagrees"] * 2)],
 )
-def test_verify_runs_the_command_again(checkout: Path, value: float, exact: float, agrees: Sequence[bool]) -> None:
+def test_verify_runs_the_command_again(checkout: Path, value: float, exact: float, outcomes: Sequence[str]) -> None:
     (checkout / "benchmarks").mkdir()
-    (checkout / "benchmarks/const.py").write_text(BENCHMARK.format(value=value, exact=exact))
+    (checkout / "benchmarks/const.py").write_text(BENCHMARK.format(value=value, exact=exact, verdict="met"))
     recorded = made(
         checkout,
         system="const",
@@ -193,10 +198,61 @@ def test_verify_runs_the_command_again(checkout: Path, value: float, exact: floa
             Metric(name="exact", value=1.0),
         ),
         baseline_metrics=(),
+        verdict="met",
     )
-    assert [c.agrees for c in verify(recorded, folder=checkout)] == agrees
-    gone = replace(recorded, metrics=(Metric(name="gone", value=1.0),))
-    assert [(c.again, c.agrees) for c in verify(gone, folder=checkout)] == [(None, False)]
+    found = verify(recorded, folder=checkout)
+    assert [c.outcome for c in found.comparisons] == outcomes
+    assert (found.verdict, found.holds, found.agrees) == ("met", True, "disagrees" not in outcomes)
+    gone = verify(replace(recorded, metrics=(Metric(name="gone", value=1.0),)), folder=checkout)
+    assert [(c.again, c.outcome) for c in gone.comparisons] == [(None, "disagrees")]
+    other = verify(replace(recorded, claim="another"), folder=checkout)
+    assert (other.verdict, other.holds) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "again", "holds"),
+    [
+        ("met", "met", True),
+        ("missed", "met", True),
+        ("recorded", "met", True),
+        ("not separated", "reproduced", True),
+        ("missed", "missed", True),
+        ("met", "missed", False),
+        ("met", "recorded", False),
+        ("recorded", "missed", False),
+        ("reproduced", "not separated", False),
+        ("not separated", "contradicted", False),
+    ],
+)
+def test_a_verdict_holds_when_it_or_a_better_one_comes_again(recorded: Verdict, again: Verdict, holds: bool) -> None:
+    assert verdict_holds(recorded, again) is holds
+    assert not verdict_holds(recorded, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "value", "outcome", "of_a_baseline"),
+    [
+        ({"higher_is_better": True}, 5.5, "agrees", "agrees"),
+        ({"higher_is_better": True}, 9.0, "better", "disagrees"),
+        ({"higher_is_better": True}, 1.0, "disagrees", "disagrees"),
+        ({"higher_is_better": False}, 1.0, "better", "disagrees"),
+        ({"higher_is_better": False}, 9.0, "disagrees", "disagrees"),
+        ({"higher_is_better": True, "interval": None, "n": 1}, 9.0, "better", "disagrees"),
+        ({"higher_is_better": False, "interval": None, "n": 1}, 5.3, "disagrees", "disagrees"),
+        ({"higher_is_better": False, "interval": None, "n": 1}, 5.2, "agrees", "agrees"),
+        # Times are the machine's; megabytes are not.
+        ({"unit": "s"}, 500.0, "not compared", "not compared"),
+        ({"unit": "windows/s"}, 500.0, "not compared", "not compared"),
+        ({"unit": "MiB"}, 500.0, "disagrees", "disagrees"),
+    ],
+)
+def test_what_is_better_agrees_and_times_are_not_compared(
+    change: dict[str, Any], value: float, outcome: str, of_a_baseline: str
+) -> None:
+    metric = replace(Metric(name="a", value=5.0, n=9, interval=(4.0, 6.0)), **change)
+    again = replace(metric, value=value, interval=metric.interval and (value - 0.5, value + 0.5))
+    assert compare(metric, again).outcome == outcome
+    assert compare(metric, again, baseline=True).outcome == of_a_baseline
 
 
 def test_verify_of_a_command_that_fails_or_is_foreign(checkout: Path) -> None:

@@ -157,7 +157,7 @@ def ledger_render(*, ledger: Path = _LEDGER, docs: Path = Path("docs"), check: b
 
 
 def ledger_verify(id: tyro.conf.Positional[str], *, ledger: Path = _LEDGER, tolerance: float = 0.05) -> Report:
-    """Runs the command of an entry again and compares each figure; exit code 1 when one disagrees.
+    """Runs the command of an entry again and compares; exit code 1 when the verdict or a figure is worse or another.
 
     Args:
         id: the entry, as `offbook ledger list` shows it.
@@ -169,14 +169,15 @@ def ledger_verify(id: tyro.conf.Positional[str], *, ledger: Path = _LEDGER, tole
     """
     recorded = _read(ledger).find(id)
     print(f"offbook: running {recorded.command}; it took {recorded.seconds:.0f} s when recorded", file=sys.stderr)
-    comparisons = verify_entry(recorded, tolerance=tolerance)
-    rows = [
-        [metric_text(c.metric), metric_text(c.again) if c.again else "missing", "yes" if c.agrees else "NO"]
-        for c in comparisons
+    found = verify_entry(recorded, tolerance=tolerance)
+    words = {"agrees": "yes", "better": "yes, better", "disagrees": "NO", "not compared": "not compared"}
+    rows = [["verdict " + recorded.verdict, found.verdict or "missing", "yes" if found.holds else "NO"]]
+    rows += [
+        [metric_text(c.metric), metric_text(c.again) if c.again else "missing", words[c.outcome]]
+        for c in found.comparisons
     ]
-    agrees = all(c.agrees for c in comparisons)
     return Report(
         text=table(["recorded", "again", "agrees"], rows),
-        data={"id": id, "agrees": agrees, "comparisons": [to_json(c) for c in comparisons]},
-        exit_code=int(not agrees),
+        data={"id": id, "agrees": found.agrees, **to_json(found)},
+        exit_code=int(not found.agrees),
     )

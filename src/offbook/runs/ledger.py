@@ -28,6 +28,7 @@ from offbook.runs.provenance import Machine
 SCHEMA = 1
 
 Verdict = Literal["reproduced", "not separated", "contradicted", "met", "missed", "recorded"]
+_RANKS = {"contradicted": 0, "missed": 0, "not separated": 1, "recorded": 1, "reproduced": 2, "met": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Metric:
         n: how many independent observations it rests on.
         interval: its 95 % interval (low, high); needed as soon as n > 1.
         method: how the interval was computed, such as `"Wilson"`.
-        unit: `"s"`, `"MiB"`, ...; empty for ratios and rates.
+        unit: `"s"`, `"MiB"`, `"windows/s"`, ...; empty for ratios and shares.
         higher_is_better: None where it is neither.
     """
 
@@ -254,18 +255,43 @@ def read(path: Path) -> Ledger:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One metric of an entry beside the same metric of the run that verifies it; `again` is None when it is missing."""
+    """One metric of an entry beside the same metric of the run that verifies it.
+
+    Attributes:
+        metric: as recorded.
+        again: as measured now; None when the run did not print it.
+        outcome: what `verify` says of it.
+    """
 
     metric: Metric
     again: Metric | None
-    agrees: bool
+    outcome: Literal["agrees", "better", "disagrees", "not compared"]
 
 
-def verify(recorded: Entry, *, folder: Path = Path(), tolerance: float = 0.05) -> list[Comparison]:
-    """Runs an entry's command again, in a process of its own, and compares each metric.
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What `verify` found.
 
-    A metric agrees when the new value or its interval meets the recorded interval; without a recorded interval, when
-    it lies within the tolerance.
+    Attributes:
+        verdict: the new one; None when the run did not print the claim.
+        holds: whether it is the recorded one or a better one.
+        comparisons: the metrics, then those of the baseline.
+    """
+
+    verdict: Verdict | None
+    holds: bool
+    comparisons: tuple[Comparison, ...]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the verdict holds and no metric disagrees."""
+        return self.holds and all(comparison.outcome != "disagrees" for comparison in self.comparisons)
+
+
+def verify(recorded: Entry, *, folder: Path = Path(), tolerance: float = 0.05) -> Verification:
+    """Runs an entry's command again, in a process of its own, and compares the verdict and each metric.
+
+    What agrees is told by `verdict_holds` and `compare`.
 
     Args:
         recorded: the entry.
@@ -284,27 +310,57 @@ def verify(recorded: Entry, *, folder: Path = Path(), tolerance: float = 0.05) -
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
         where, got = recorded.command, f"exit code {done.returncode}: {last}"
         raise OffbookError(where, expected="claims as JSON", got=got, fix="run the command by hand") from error
-    again = {
-        metric.name: metric
-        for claim in claims
-        if (claim.system, claim.claim) == (recorded.system, recorded.claim)
-        for metric in (*claim.metrics, *claim.baseline_metrics)
-    }
-    return [
-        _compare(metric, again.get(metric.name), tolerance)
-        for metric in (*recorded.metrics, *recorded.baseline_metrics)
-    ]
+    same = [claim for claim in claims if (claim.system, claim.claim) == (recorded.system, recorded.claim)]
+    again = {metric.name: metric for claim in same for metric in (*claim.metrics, *claim.baseline_metrics)}
+    verdict = same[0].verdict if same else None
+    return Verification(
+        verdict=verdict,
+        holds=verdict_holds(recorded.verdict, verdict),
+        comparisons=(
+            *(compare(metric, again.get(metric.name), tolerance) for metric in recorded.metrics),
+            *(compare(m, again.get(m.name), tolerance, baseline=True) for m in recorded.baseline_metrics),
+        ),
+    )
 
 
-def _compare(metric: Metric, again: Metric | None, tolerance: float) -> Comparison:
+def verdict_holds(recorded: Verdict, again: Verdict | None) -> bool:
+    """Whether a verdict came again, or a better one, such as `met` for `missed`; None is none at all."""
+    return again is not None and _RANKS[again] >= _RANKS[recorded]
+
+
+def compare(metric: Metric, again: Metric | None, tolerance: float = 0.05, *, baseline: bool = False) -> Comparison:
+    """Holds a new measurement against the recorded one.
+
+    They agree when the new value or its interval meets the recorded interval; without a recorded interval, when the
+    values differ by no more than the tolerance. Beyond that, in the direction of `higher_is_better`, the new one is
+    better, which agrees too, except for a baseline: what a claim is held against must come again as it was. Seconds,
+    and rates by the second, are the machine's and not compared: whether a limit in seconds holds, the verdict says.
+
+    Args:
+        metric: as recorded.
+        again: as measured now; None when it was not.
+        tolerance: allowed relative difference where no interval is recorded.
+        baseline: whether it is one of the baseline.
+
+    Example:
+        >>> old = Metric(name="ratio", value=5.0, n=9, interval=(4.0, 6.0), higher_is_better=True)
+        >>> compare(old, Metric(name="ratio", value=8.0)).outcome
+        'better'
+    """
     if again is None:
-        return Comparison(metric=metric, again=None, agrees=False)
+        return Comparison(metric=metric, again=None, outcome="disagrees")
+    if metric.unit == "s" or metric.unit.endswith("/s"):
+        return Comparison(metric=metric, again=again, outcome="not compared")
     if metric.interval is None:
-        agrees = math.isclose(metric.value, again.value, rel_tol=tolerance, abs_tol=1e-9)
+        margin = max(tolerance * max(abs(metric.value), abs(again.value)), 1e-9)
+        least, most = metric.value - margin, metric.value + margin
     else:
-        low, high = again.interval or (again.value, again.value)
-        agrees = low <= metric.interval[1] and high >= metric.interval[0]
-    return Comparison(metric=metric, again=again, agrees=agrees)
+        least, most = metric.interval
+    low, high = again.interval or (again.value, again.value)
+    if low <= most and high >= least:
+        return Comparison(metric=metric, again=again, outcome="agrees")
+    better = not baseline and metric.higher_is_better == (low > most)
+    return Comparison(metric=metric, again=again, outcome="better" if better else "disagrees")
 
 
 def _arguments(command: str) -> list[str]:
