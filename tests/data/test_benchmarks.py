@@ -30,8 +30,7 @@ def check(claims, system):
 
 
 def test_windows(monkeypatch, tmp_path):
-    slow = {"item by item": 8, "list of transitions": 8, "Minari": 2}
-    windows = load("windows", monkeypatch, EPISODES=3, STEPS=40, LENGTHS=(4,), BATCH=32, BATCHES=2, SLOW=slow)
+    windows = load("windows", monkeypatch, EPISODES=3, STEPS=40, LENGTHS=(4,), BATCH=32, MINARI_BATCH=2)
     # TorchRL takes seconds to import.
     monkeypatch.setattr(windows, "find_spec", lambda name: None)
     claims = windows.run(Options(repeats=2))

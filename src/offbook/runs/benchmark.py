@@ -28,24 +28,33 @@ class Options:
     repeats: int = 11
 
 
-def timed(sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1) -> dict[str, list[float]]:
+def timed(
+    sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1, calls: Mapping[str, int] | None = None
+) -> dict[str, list[float]]:
     """Times several functions by turns, so that a busy spell of the machine meets all of them.
 
     Args:
         sides: the functions by name.
         repeats: rounds that count.
         warm_up: rounds before them that do not.
+        calls: how often a function is called in a round, by turns with the others; once where it is not named.
 
     Returns:
-        Wall seconds of every round by name.
+        Wall seconds of every round by name, of all its calls together.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    times = {name: (calls or {}).get(name, 1) for name in sides}
     for turn in range(-warm_up, repeats):
-        for name, function in sides.items():
-            start = time.perf_counter()
-            function()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+        spent = dict.fromkeys(sides, 0.0)
+        for call in range(max(times.values())):
+            for name, function in sides.items():
+                if call < times[name]:
+                    start = time.perf_counter()
+                    function()
+                    spent[name] += time.perf_counter() - start
+        if turn >= 0:
+            for name, of in seconds.items():
+                of.append(spent[name])
     return seconds
 
 
