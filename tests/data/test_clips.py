@@ -63,6 +63,14 @@ def test_equal_frames_give_equal_files_and_old_ones_are_replaced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "b.mp4"]
 
 
+@pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 47)])
+def test_frames_may_lie_anyhow_in_memory(tmp_path, height, width):
+    frames = moving(6, height, width)
+    write_clip(tmp_path / "a.mp4", frames[:, ::-1, ::-1], 10)
+    write_clip(tmp_path / "b.mp4", frames[:, ::-1, ::-1].copy(), 10)
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
 def test_a_failed_write_leaves_the_old_clip(tmp_path):
     write_clip(tmp_path / "a.mp4", moving(5, 32, 32), 10)
     before = (tmp_path / "a.mp4").read_bytes()

@@ -89,8 +89,10 @@ def write_clip(
         # One thread: the same frames give the same file on any machine.
         stream.codec_context.thread_count = 1
         stream.options = {"crf": str(crf), "preset": "fast", **({"g": str(key_every), "bf": "0"} if key_every else {})}
+        edges, odd = ((0, height % 2), (0, width % 2), (0, 0)), height % 2 or width % 2
         for picture in itertools.chain([first], pictures):
-            even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            # Padding holds the interpreter, for which a control loop in another thread would wait; encoding does not.
+            even = np.pad(picture, edges, mode="edge") if odd else np.ascontiguousarray(picture)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
         container.mux(stream.encode())
 
