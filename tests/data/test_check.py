@@ -320,7 +320,7 @@ def test_repair_keeps_the_videos_that_another_writer_finished_before_it_had_the_
     assert (path / "video/front/000002.mp4").exists()
 
 
-def system(path, shift, *, policy=0.5, noise=0.3, moving=1.0, measured=0.0, episodes=12, length=60):
+def system(path, shift, *, policy=0.5, noise=0.3, moving=1.0, measured=0.0, lagging=0.0, episodes=12, length=60):
     """s' = M s + B a under a = K s + noise, with actions stored where they belong, or a step away from there."""
     chance = np.random.default_rng(7)
     m, b, k = 0.95 * np.eye(3), 0.3 * chance.normal(size=(3, 2)) * moving, -0.5 * chance.normal(size=(2, 3))
@@ -330,7 +330,8 @@ def system(path, shift, *, policy=0.5, noise=0.3, moving=1.0, measured=0.0, epis
             s, a = [chance.normal(size=3)], []
             for _ in range(length):
                 a.append(policy * k @ s[-1] + noise * chance.normal(size=2))
-                s.append(m @ s[-1] + b @ a[-1] + (0.1 * chance.normal(size=3) if not moving else 0))
+                driving = a[-1] + lagging * a[max(len(a) - 2, 0)]
+                s.append(m @ s[-1] + b @ driving + (0.1 * chance.normal(size=3) if not moving else 0))
             stored = {0: a, 1: [a[0], *a[:-1]], -1: [*a[1:], a[-1]]}[shift]
             seen = np.array(s) + measured * chance.normal(size=(length + 1, 3))
             writer.append({"s": seen, "a": np.array(stored)}, terminated=False, truncated=True)
@@ -341,6 +342,29 @@ def system(path, shift, *, policy=0.5, noise=0.3, moving=1.0, measured=0.0, epis
 @pytest.mark.parametrize("settings", [{}, {"policy": 0.0}, {"noise": 0.05}, {"measured": 0.03}])
 def test_actions_stored_a_step_away_are_recognised(tmp_path, shift, verdict, settings):
     assert check_alignment(system(tmp_path / "s", shift, **settings)).verdict == verdict
+
+
+def test_actions_that_go_on_working_for_a_step_are_no_false_alarm(tmp_path):
+    settings = {"lagging": 0.8, "measured": 0.01}
+    verdicts = {shift: check_alignment(system(tmp_path / f"{shift}", shift, **settings)) for shift in (0, 1, -1)}
+    assert verdicts[0].gains[-1] > 0.1
+    assert verdicts[0].verdict == "aligned"
+    assert verdicts[1].verdict != "aligned"
+    assert verdicts[-1].verdict == "early"
+
+
+def test_chance_is_not_taken_for_an_effect_in_few_steps(tmp_path):
+    schema = Schema((FieldSpec("s", "float64", (3,), "observation"), FieldSpec("a", "float64", (2,), "action")))
+    reasons = set()
+    for seed in range(40):
+        chance = np.random.default_rng(seed)
+        with EpisodeStore.create(tmp_path / f"{seed}", schema) as writer:
+            fields = {"s": np.cumsum(chance.normal(size=(201, 3)), axis=0), "a": chance.normal(size=(200, 2))}
+            writer.append(fields, terminated=True, truncated=False, sync=False)
+        alignment = check_alignment(EpisodeStore.open(tmp_path / f"{seed}"))
+        assert alignment.verdict == "unclear", (seed, alignment)
+        reasons.add(alignment.reason)
+    assert "two halves of the recordings do not agree" in reasons
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """Whether recorded actions stand beside the steps that they drove: a one-step alignment check on any recordings.
 
 The next state must depend on the action that is stored with a step, beyond what the states and actions before it say
-already, and beyond what the other actions nearby say. A later action may predict the next state as well, for a policy
-answers to what it sees, so the *earliest* action that tells something of its own decides.
+already, and beyond what the other actions nearby say. An earlier action may tell something too, where the recorded
+state is not the whole state, and so may a later one, for a policy answers to what it sees. So actions are only said to
+be a step away where the action of the own step tells next to nothing, and to be in place where it tells most.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from offbook.runs.seeding import generator
 
 _STEPS, _SIZE = 20_000, 48
 # From which gain a lag is believed: less evidence is asked for what should be so.
-_GAINS = {-1: 0.1, 0: 0.05, 1: 0.1}
+_OWN, _OTHER = 0.05, 0.1
 # A share of the variance below which there is nothing left to tell.
 _NOTHING = 1e-6
 _RIDGE = 1e-8
@@ -67,7 +68,7 @@ def check_alignment(store: EpisodeStore, *, seed: int = 0) -> Alignment:
         return Alignment(verdict="unclear", gains={}, steps=0, reason="no state, or no action, is recorded")
     blocks, fold = _rows(store, states, seed)
     steps = len(fold)
-    if steps < 20 + 4 * (2 * blocks["s0"].shape[1] + 3 * blocks["a0"].shape[1]):
+    if steps < 20 + 10 * (2 * blocks["s0"].shape[1] + 3 * blocks["a0"].shape[1]):
         return Alignment(verdict="unclear", gains={}, steps=steps, reason="too few steps")
     if len(np.unique(fold)) < 2:
         reason = "the steps that can be used lie in one part of the recordings, which leaves none to hold out"
@@ -75,20 +76,33 @@ def check_alignment(store: EpisodeStore, *, seed: int = 0) -> Alignment:
     lags = (-1, 0, 1)
     past = [blocks["s0"], blocks["s-1"], blocks["a-2"]]
     whole = _error([*past, *(blocks[f"a{lag}"] for lag in lags)], blocks["change"], fold)
-    gains = {}
-    for lag in lags:
-        without = _error([*past, *(blocks[f"a{other}"] for other in lags if other != lag)], blocks["change"], fold)
-        gains[lag] = 1 - whole / without if without > _NOTHING else 0.0
+    without = {
+        lag: _error([*past, *(blocks[f"a{other}"] for other in lags if other != lag)], blocks["change"], fold)
+        for lag in lags
+    }
+    gains, *halves = (
+        {
+            lag: float(1 - whole[part].sum() / left) if (left := without[lag][part].sum()) > _NOTHING else 0.0
+            for lag in lags
+        }
+        for part in ([0, 1], [0], [1])
+    )
     verdict, reason = _judge(gains)
+    if not reason and any(_judge(half)[0] != verdict for half in halves):
+        verdict, reason = "unclear", "two halves of the recordings do not agree"
     return Alignment(verdict=verdict, gains=gains, steps=steps, reason=reason)
 
 
 def _judge(gains: dict[int, float]) -> tuple[str, str]:
-    for lag, verdict in ((-1, "early"), (0, "aligned"), (1, "late")):
-        # Noise in the measured states lets the action before the right one tell a little, too.
-        if gains[lag] >= max(_GAINS[lag], max(gains[later] for later in gains if later >= lag) / 4):
+    before, own, after = (gains[lag] for lag in (-1, 0, 1))
+    if own >= max(_OWN, before, after):
+        return "aligned", ""
+    for verdict, gain, other in (("early", before, after), ("late", after, before)):
+        if gain >= max(_OTHER, 4 * own, other):
             return verdict, ""
-    return "unclear", "no action tells more of the next state than the states before it and the other actions do"
+    if max(gains.values()) < _OTHER:
+        return "unclear", "no action tells more of the next state than the states before it and the other actions do"
+    return "unclear", "the action of its own step and one beside it both tell something of the next state"
 
 
 def _rows(store: EpisodeStore, states: list[str], seed: int) -> tuple[dict[str, Rows], np.ndarray]:
@@ -143,13 +157,13 @@ def _useful(values: Rows) -> Rows:
     return scaled
 
 
-def _error(known: list[Rows], target: Rows, fold: np.ndarray) -> float:
-    """The share of the target's variance that is left unexplained, each half of the rows predicted from the other."""
+def _error(known: list[Rows], target: Rows, fold: np.ndarray) -> Float64[np.ndarray, "2"]:
+    """The share of the target's variance left unexplained in each half of the rows, predicted from the other."""
     x = np.concatenate([*known, np.ones((len(target), 1))], axis=1)
-    left = 0.0
+    left = np.zeros(2)
     for held in (0, 1):
         train = fold != held
         gram = x[train].T @ x[train] + _RIDGE * train.sum() * np.eye(x.shape[1])
         weights = np.linalg.solve(gram, x[train].T @ target[train])
-        left += float(((target[~train] - x[~train] @ weights) ** 2).sum())
+        left[held] = ((target[~train] - x[~train] @ weights) ** 2).sum()
     return left / max(target.size, 1)
