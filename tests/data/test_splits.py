@@ -9,7 +9,7 @@ import pytest
 from made import SCHEMA, values
 
 from offbook.cli.main import main
-from offbook.data.splits import FILE, draw_split, read_splits, write_splits
+from offbook.data.splits import FILE, draw_split, left_out, read_splits, write_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 
@@ -45,6 +45,35 @@ def test_what_is_written_is_read_and_does_not_touch_the_recordings(make_store):
     }
     assert again.digest == digest
     again.verify()
+
+
+def test_bad_groups_that_recordings_came_with_are_not_blamed_on_a_file_that_is_not_there(tmp_path):
+    with EpisodeStore.create(tmp_path / "s", replace(SCHEMA, extra={"splits": {"valid": [7]}})) as writer:
+        writer.append(values(0, 2), terminated=True, truncated=False)
+    with pytest.raises(DataError) as caught:
+        read_splits(EpisodeStore.open(tmp_path / "s"))
+    assert str(tmp_path / "s" / "store.json") in caught.value.where
+    assert FILE not in str(caught.value)
+
+
+def test_episodes_recorded_after_the_split_are_counted_and_said(make_store, cli):
+    store = make_store([2] * 4)
+    write_splits(store, draw_split(store, 0.25))
+    assert left_out(store) == 0
+    with EpisodeStore.append_to(store.path) as writer:
+        for number in (4, 5):
+            writer.append(values(number, 2), terminated=True, truncated=False)
+    store = EpisodeStore.open(store.path)
+    assert left_out(store) == 2
+    assert (
+        "train 3, held_out 1; 2 in none: run offbook data split again" in cli(["data", "info", str(store.path)]).stdout
+    )
+    assert json.loads(cli(["data", "info", str(store.path), "--json"]).stdout)["left_out"] == 2
+    cli(["data", "split", str(store.path)])
+    assert left_out(store) == 0
+    # Without a group to train on, everything that is not held out is learnt from.
+    write_splits(store, {"held_out": [0]})
+    assert left_out(store) == 0
 
 
 def test_groups_that_recordings_came_with_are_kept_until_others_are_written(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import point_world
 import pytest
 
+from offbook.data.splits import write_splits
 from offbook.learning.policies import load_policy
 from offbook.runs.directory import RunDirectory
 
@@ -59,6 +60,14 @@ def test_resuming(cli, store, tmp_path):
     other = cli([*words, "--resume", "--hidden", "65"])
     assert other.exit_code == 2
     assert "hidden" in other.stderr
+
+
+def test_episodes_recorded_after_the_split_are_not_passed_over_in_silence(cli, tmp_path):
+    store = point_world.record(tmp_path / "store", 8)
+    write_splits(store, {"train": range(5), "held_out": [5]})
+    done = cli(["train", "bc", "--data", str(store.path), "--out", str(tmp_path / "bc"), *BRIEF])
+    assert done.exit_code == 0, done.stderr
+    assert "2 of 8 episodes are in no group and not learnt from: run offbook data split" in done.stderr
 
 
 @pytest.mark.parametrize(

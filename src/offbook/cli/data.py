@@ -206,7 +206,7 @@ def described(store: EpisodeStore) -> Report:
         f"licence      {schema.licence or 'not stated'}",
         f"tasks        {data['tasks']}",
         f"success      {_share(data['success'])}",
-        *([f"splits       {', '.join(f'{name} {n}' for name, n in data['splits'].items())}"] if data["splits"] else []),
+        *([f"splits       {_groups(data)}"] if data["splits"] else []),
         f"digest       {data['digest']}",
         *(f"as imported  {line}" for line in data["as_imported"]),
         "",
@@ -228,7 +228,7 @@ def described(store: EpisodeStore) -> Report:
 def _facts(store: EpisodeStore) -> dict[str, Any]:
     import numpy as np
 
-    from offbook.data.splits import read_splits
+    from offbook.data.splits import left_out, read_splits
 
     columns, schema = store.episodes, store.schema
     known = columns["success"][~np.isnan(columns["success"])]
@@ -260,9 +260,15 @@ def _facts(store: EpisodeStore) -> dict[str, Any]:
             for spec in schema.fields
         ],
         "splits": {name: len(numbers) for name, numbers in read_splits(store).items()},
+        "left_out": left_out(store),
         "digest": store.digest,
         "as_imported": _as_imported(schema.extra.get("import", {})),
     }
+
+
+def _groups(data: dict[str, Any]) -> str:
+    named = ", ".join(f"{name} {count}" for name, count in data["splits"].items())
+    return f"{named}; {data['left_out']} in none: run offbook data split again" if data["left_out"] else named
 
 
 def _as_imported(said: Mapping[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Annotated
 import tyro
 
 from offbook.cli.report import Report
+from offbook.data.splits import left_out
 from offbook.data.store import EpisodeStore
 from offbook.errors import needs_extra
 from offbook.runs.config import with_presets
@@ -63,6 +65,9 @@ def bc(
     config = replace(config, parts=parts)
     with main_process_first(config.fit.device) as first:
         run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
+    if first and (count := left_out(store)):
+        said = f"{count} of {len(store)} episodes are in no group and not learnt from"
+        print(f"{said}: run offbook data split {data}", file=sys.stderr)
     began = time.monotonic()
     policy = train_cloning(store, config, run, resume=resume)
     seconds = time.monotonic() - began

@@ -26,12 +26,13 @@ def read_splits(store: EpisodeStore) -> Splits:
         Numbers of episodes in ascending order, by the group's name; empty where there are none.
 
     Raises:
-        DataError: the file is damaged, or names an episode that the store does not have.
+        DataError: they are damaged, or name an episode that the store does not have.
     """
     file = store.path / FILE
-    where, found = str(file), store.schema.extra.get("splits", {})
+    where, found = f"{store.path / 'store.json'}, extra.splits", store.schema.extra.get("splits", {})
     fix = f"make it anew: offbook data split {store.path}"
     if file.exists():
+        where = str(file)
         try:
             found = json.loads(file.read_bytes())["splits"]
         except (ValueError, KeyError, TypeError) as error:
@@ -39,6 +40,15 @@ def read_splits(store: EpisodeStore) -> Splits:
     if not isinstance(found, Mapping):
         raise DataError(where, expected="groups of episodes by name", got=repr(found)[:80], fix=fix)
     return {str(name): _numbers(store, name, numbers, where) for name, numbers in found.items()}
+
+
+def left_out(store: EpisodeStore) -> int:
+    """How many episodes trainings pass over because they are in no group, such as those recorded after the split.
+
+    Without a group "train", all that are not held out are learnt from, and none is passed over.
+    """
+    splits = read_splits(store)
+    return len(store) - len(np.unique(np.concatenate([*splits.values()]))) if "train" in splits else 0
 
 
 def write_splits(store: EpisodeStore, splits: Mapping[str, Sequence[int] | np.ndarray]) -> None:
