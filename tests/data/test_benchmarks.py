@@ -54,7 +54,24 @@ def test_video(monkeypatch, tmp_path):
 
 
 def test_recording(monkeypatch):
-    recording = load("recording", monkeypatch, EPISODE=5, TURNS=1, RATE=100.0)
+    recording = load("recording", monkeypatch, EPISODE=5, TURNS=3, TICKS=4, HANDED=1, RATE=200.0, RESAMPLES=20)
     claims = recording.run(Options(repeats=2))
-    check(claims, "recording")
-    assert [metric.n for metric in claims[0].metrics] == [11, 11]
+    check(claims[:1], "recording")
+    assert [metric.n for metric in claims[0].metrics] == [3] * 4
+    assert [metric.n for claim in claims[1:] for metric in (*claim.metrics, *claim.baseline_metrics)] == [3, 3, 12] * 2
+
+
+def test_recording_judges_by_what_keeping_adds(monkeypatch):
+    recording = load("recording", monkeypatch, RESAMPLES=200)
+    nothing = np.random.default_rng(0).random((200, 20)) * 0.08
+    small, large = (recording.excess("a", nothing + added, nothing, 0) for added in (0.002, 0.02))
+    np.testing.assert_allclose([small.value, *small.interval], 0.002)
+    other = recording.excess("a", np.random.default_rng(1).exponential(0.02, (200, 20)), nothing, 0)
+    unsure = recording.excess("a", np.random.default_rng(1).exponential(0.0185, (200, 20)), nothing, 0)
+    assert unsure.interval[0] < recording.LIMIT < unsure.interval[1]
+    assert [recording.judged(found) for found in ([small], [small, large], [small, other], [small, unsure])] == [
+        "met",
+        "missed",
+        "missed",
+        "recorded",
+    ]
