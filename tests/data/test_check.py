@@ -1,10 +1,12 @@
 """`data check`: what is wrong with a store is named, and nothing finished is ever dropped."""
 
 import errno
+import fcntl
 import json
 import os
 import random
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from made import SCHEMA, values
 
 from offbook.client.protocol import ActionSpec
+from offbook.data import check as checking
 from offbook.data.alignment import check_alignment
 from offbook.data.check import check_store
 from offbook.data.store import EpisodeStore, FieldSpec, Schema
@@ -149,6 +152,24 @@ def test_a_store_that_is_being_written_is_left_alone(tmp_path):
         assert f"process {os.getpid()} is writing" in found(check, "leftovers")[0].text
         writer.append(values(2, 6), terminated=True, truncated=False)
     assert len(EpisodeStore.open(path)) == 3
+
+
+@pytest.mark.faults
+def test_a_check_makes_no_writer_fail(tmp_path):
+    path = write(tmp_path / "s", [9])
+    with (path / ".lock").open("rb") as stream:
+        fcntl.flock(stream, fcntl.LOCK_SH)
+        leaving = threading.Timer(0.2, fcntl.flock, (stream, fcntl.LOCK_UN))
+        leaving.start()
+        EpisodeStore.append_to(path).close()
+        leaving.join()
+
+
+def test_a_writer_that_begins_during_a_check_is_not_taken_for_a_killed_one(tmp_path, monkeypatch):
+    path, begun = write(tmp_path / "s", [9]), []
+    monkeypatch.setattr(checking, "_behind", lambda *given: (begun.append(EpisodeStore.append_to(path)), (0, 99))[1])
+    assert "is writing" in found(check_store(path), "leftovers")[0].text
+    begun[0].close()
 
 
 @pytest.mark.faults

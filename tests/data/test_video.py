@@ -98,7 +98,7 @@ def test_every_way_of_reading_gives_the_same_pictures(name, request, monkeypatch
         rows = random.integers(0, 42, (3, 4))
         np.testing.assert_array_equal(column[rows], whole[rows])
     assert column[np.zeros((0, 4), np.int64)].shape == (0, 4, 32, 48, 3)
-    for bad in (42, -43):
+    for bad in (42, -43, [0, 42], np.array([0.5]), np.ones(41, bool), (3, 10)):
         with pytest.raises(IndexError):
             column[bad]
 
@@ -131,13 +131,35 @@ def test_the_digest_does_not_depend_on_how_it_was_written(raw, copied, tmp_path)
     # Out of another store, in two goes, with a file of a crash in the way.
     with EpisodeStore.create(tmp_path / "again", SCHEMA) as writer:
         append(writer, 0)
-    (tmp_path / "again" / "video" / "front" / "000001.mp4").write_text("of a crash")
+    for name in ("000001.mp4", "000009.mp4", ".000001.mp4.x.mp4"):
+        (tmp_path / "again" / "video" / "front" / name).write_text("of a crash")
     with EpisodeStore.append_to(tmp_path / "again") as writer:
         append(writer, 1, raw.video("front", 1))
         append(writer, 2)
     again = EpisodeStore.open(tmp_path / "again")
     assert again.digest == raw.digest != copied.digest
     again.verify()
+    assert {file.name for file in again.path.glob("video/front/*")} == {f"{n:06}.mp4" for n in range(3)}
+
+
+def test_a_file_that_a_later_session_gives_again_is_not_copied_again(copied, tmp_path):
+    for episode in range(3):
+        os.utime(tmp_path / "scene.mp4", (episode, episode))
+        path = tmp_path / "sessions"
+        with EpisodeStore.append_to(path) if episode else EpisodeStore.create(path, SCHEMA) as writer:
+            rows = np.arange(PLACES[episode], PLACES[episode] + LENGTHS[episode] + 1)
+            append(writer, episode, Video(path=tmp_path / "scene.mp4", frames=rows))
+    store = EpisodeStore.open(path)
+    assert [file.name for file in store.path.glob("video/front/*")] == ["000000.mp4"]
+    assert store.digest == copied.digest
+    # Another file of the same size is another file.
+    other = bytearray((tmp_path / "scene.mp4").read_bytes())
+    other[-1] ^= 1
+    (tmp_path / "scene.mp4").write_bytes(other)
+    with EpisodeStore.append_to(store.path) as writer:
+        append(writer, 0, Video(path=tmp_path / "scene.mp4", frames=np.arange(12)))
+    assert (store.path / "video/front/000001.mp4").read_bytes() == other
+    EpisodeStore.open(store.path).verify()
 
 
 def test_a_frame_may_be_there_twice(raw, tmp_path):

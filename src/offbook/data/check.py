@@ -10,7 +10,18 @@ import numpy as np
 
 from offbook.data.alignment import Alignment, check_alignment
 from offbook.data.index import JOURNAL, Index
-from offbook.data.layout import check_file, data_files, disk_dtype, field_file, final_file, offset, video_folder
+from offbook.data.layout import (
+    check_file,
+    data_files,
+    disk_dtype,
+    field_file,
+    films,
+    final_file,
+    offset,
+    orphans,
+    video_folder,
+)
+from offbook.data.schema import Schema
 from offbook.data.store import EpisodeStore
 from offbook.data.video import stamps, video_file
 from offbook.errors import DataError
@@ -92,10 +103,7 @@ def check_store(path: str | Path, *, repair: bool = False) -> StoreCheck:
     leftovers, repaired = _leftovers(path, store), ""
     if repair and leftovers.result == "wrong" and leftovers.details.get("repairable"):
         before = len(store)
-        with EpisodeStore.append_to(path):
-            # Another writer may have finished episodes until this one had the lock.
-            for file in _orphans(EpisodeStore.open(path)):
-                file.unlink()
+        EpisodeStore.append_to(path).close()
         store = EpisodeStore.open(path)
         repaired = (
             f"dropped {leftovers.details['bytes']} bytes of unfinished episodes; all {len(store)} finished are kept"
@@ -126,19 +134,15 @@ def _index(store: EpisodeStore) -> Iterator[Finding]:
 
 def _leftovers(path: Path, store: EpisodeStore) -> Finding:
     """What lies behind the last finished episode."""
-    if owner := _writer(path):
+    owner, more, beyond = _writer(path), 0, 0
+    if not owner:
+        more, beyond = _behind(path, store.schema)
+        # One may have begun meanwhile.
+        owner = _writer(path)
+    if owner:
         return Finding(
             check="leftovers", result="ok", text=f"{owner} is writing; what it has not finished is not looked at"
         )
-    index = Index.read(path)
-    beyond, more = 0, 0
-    for name, file, rows in data_files(path, store.schema, index):
-        spec = store.schema[name]
-        more = max(more, check_file(file, spec, rows) - rows)
-        beyond += file.stat().st_size - offset(spec, rows) if file.exists() else 0
-    journal = path / JOURNAL
-    beyond += journal.stat().st_size - index.journal_bytes if journal.exists() else 0
-    beyond += sum(file.stat().st_size for file in _orphans(store))
     if more > 0:
         text = f"the files hold {more} finished rows more than the index: it has lost episodes; copy the store again"
         return Finding(check="leftovers", result="wrong", text=text, details={"rows": more, "repairable": False})
@@ -150,14 +154,20 @@ def _leftovers(path: Path, store: EpisodeStore) -> Finding:
     return Finding(check="leftovers", result="ok", text="nothing behind the last finished episode")
 
 
-def _orphans(store: EpisodeStore) -> list[Path]:
-    """Files in the folders of videos in which no episode lies."""
-    found: list[Path] = []
-    for spec in store.schema.fields:
+def _behind(path: Path, schema: Schema) -> tuple[int, int]:
+    """How many rows were finished that the index does not know, and how many bytes lie behind those that it knows."""
+    index = Index.read(path)
+    journal = path / JOURNAL
+    more, beyond = 0, journal.stat().st_size - index.journal_bytes if journal.exists() else 0
+    for name, file, rows in data_files(path, schema, index):
+        spec = schema[name]
+        more = max(more, check_file(file, spec, rows) - rows)
+        beyond += file.stat().st_size - offset(spec, rows) if file.exists() else 0
+    for spec in schema.fields:
         if spec.video:
-            used = {video_file(Path(), number) for number in _video_rows(store, spec.name)}
-            found += [file for file in video_folder(store.path, spec.name).glob("*") if Path(file.name) not in used]
-    return found
+            unused = orphans(video_folder(path, spec.name), films(path, spec, index.steps))
+            beyond += sum(file.stat().st_size for file in unused)
+    return more, beyond
 
 
 def _video_rows(store: EpisodeStore, name: str) -> dict[int, np.ndarray]:
@@ -170,7 +180,9 @@ def _video_rows(store: EpisodeStore, name: str) -> dict[int, np.ndarray]:
     )
     episodes = np.concatenate([np.repeat(np.arange(len(store)), length), np.arange(len(store))])
     table = np.column_stack([rows, episodes])[rows[:, 0] >= 0]
-    return {int(number): table[table[:, 0] == number, 1:] for number in np.unique(table[:, 0])}
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    numbers, first = np.unique(table[:, 0], return_index=True)
+    return dict(zip(numbers.tolist(), np.split(table[:, 1:], first[1:]), strict=False))
 
 
 def _videos(store: EpisodeStore) -> Iterator[Finding]:

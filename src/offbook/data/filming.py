@@ -1,14 +1,16 @@
 """How pictures come into the video files of a store: encoded, or copied as they are."""
 
+import filecmp
 import shutil
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64
 
 from offbook.data.clips import probe, write_clip
-from offbook.data.layout import file_sha256
+from offbook.data.layout import file_sha256, orphans
 from offbook.data.schema import FieldSpec
 from offbook.data.video import Video, stamps, video_file
 from offbook.errors import DataError
@@ -26,14 +28,16 @@ class Filming:
         folder: where the files are.
         spec: the field.
         rate: frames a second; None when unknown.
-        number: of the next file. A file that a crash left there, in which no episode lies, is replaced.
+        used: numbers of the files in which episodes lie; others, which a crash left, are removed.
 
     Attributes:
         number: of the next file.
     """
 
-    def __init__(self, folder: Path, spec: FieldSpec, rate: float | None, number: int) -> None:
-        self._folder, self._spec, self._rate, self.number = folder, spec, rate or _RATE, number
+    def __init__(self, folder: Path, spec: FieldSpec, rate: float | None, used: set[int]) -> None:
+        self._folder, self._spec, self._rate, self.number = folder, spec, rate or _RATE, max(used, default=-1) + 1
+        for file in orphans(folder, used):
+            file.unlink()
         self._copied: dict[tuple[Path, int, int], tuple[int, Int64[np.ndarray, " frames"], bytes]] = {}
 
     def add(self, values: np.ndarray | Video, where: str) -> tuple[Int64[np.ndarray, "rows 2"], bytes]:
@@ -67,6 +71,11 @@ class Filming:
         self.number = number
         self._copied = {known: copy for known, copy in self._copied.items() if copy[0] < number}
 
+    @cached_property
+    def _sizes(self) -> dict[Path, int]:
+        """Those of the files that were there before this writer copied any."""
+        return {file: file.stat().st_size for file in self._folder.glob("[0-9]*.mp4")}
+
     def _copy(self, video: Video, where: str) -> tuple[int, Int64[np.ndarray, " frames"], bytes]:
         """Number, time stamps and checksum of the store's copy of a file."""
         info = probe(video.path)
@@ -77,9 +86,12 @@ class Filming:
         about = video.path.stat()
         known = (video.path.resolve(), about.st_size, about.st_mtime_ns)
         if known not in self._copied:
-            file = video_file(self._folder, self.number)
-            with atomic_path(file) as temporary:
-                shutil.copyfile(video.path, temporary)
-            self._copied[known] = self.number, stamps(file)[0], file_sha256(file)
-            self.number += 1
+            alike = (file for file, size in self._sizes.items() if size == about.st_size)
+            file = next((file for file in alike if filecmp.cmp(file, video.path, shallow=False)), None)
+            if file is None:
+                file = video_file(self._folder, self.number)
+                with atomic_path(file) as temporary:
+                    shutil.copyfile(video.path, temporary)
+                self.number += 1
+            self._copied[known] = int(file.stem), stamps(file)[0], file_sha256(file)
         return self._copied[known]

@@ -13,6 +13,7 @@ import numpy as np
 
 from offbook.data.index import Index
 from offbook.data.schema import FieldSpec, Schema
+from offbook.data.video import video_file
 from offbook.errors import DataError
 
 DAMAGED = "copy the store again from where it came from"
@@ -56,6 +57,18 @@ def final_file(path: Path, name: str) -> Path:
 def video_folder(path: Path, name: str) -> Path:
     """Where the files of a field kept as video are."""
     return path / "video" / quote(name, safe=" ")
+
+
+def films(path: Path, spec: FieldSpec, steps: int) -> set[int]:
+    """The numbers of the video files of a field in which the first steps lie."""
+    rows = np.fromfile(field_file(path, spec.name), disk_dtype(spec), 2 * steps, offset=offset(spec, 0))
+    return set(np.unique(rows[::2]).tolist()) - {-1}
+
+
+def orphans(folder: Path, used: set[int]) -> list[Path]:
+    """The files in a folder of videos that are not among those of the given numbers, as a crash leaves them."""
+    kept = {video_file(folder, number) for number in used}
+    return [file for file in folder.glob("[.0-9][0-9]*.mp4") if file not in kept]
 
 
 def data_files(path: Path, schema: Schema, index: Index) -> Iterator[tuple[str, Path, int]]:

@@ -139,7 +139,7 @@ class _File:
 class VideoFrames:
     """The values of a camera kept as video, decoded where they are asked for.
 
-    Indexed by a number, a slice or an array, of any shape, of row numbers, like an array of shape (rows, H, W, 3).
+    Indexed like an array of shape (rows, H, W, 3), by rows alone: a number, a slice, an array of numbers of any shape.
     Frames of one file are decoded in the order of the file, each stretch in one go, and the frames used last are kept,
     up to 256 MiB. Several threads may read.
 
@@ -156,7 +156,7 @@ class VideoFrames:
         self._lock, self._process = Lock(), os.getpid()
         places = max(1, min(len(rows), _CACHE_BYTES // int(np.prod(shape))))
         self._kept: np.ndarray | None = None
-        self._place = np.full(len(rows), -1, np.int32)
+        self._numbers, self._place = np.arange(len(rows)), np.full(len(rows), -1, np.int32)
         self._row, self._used, self._turn = np.full(places, -1), np.zeros(places, np.int64), 0
 
     def __len__(self) -> int:
@@ -168,23 +168,14 @@ class VideoFrames:
     def __getitem__(
         self, index: int | np.integer[Any] | slice | Sequence[int] | np.ndarray
     ) -> UInt8[np.ndarray, "..."]:
-        asked = np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
-        if asked.dtype == bool:
-            asked = np.flatnonzero(asked)
-        asked = np.where(asked < 0, asked + len(self), asked).astype(np.int64)
-        if asked.size and not (asked.min() >= 0 and asked.max() < len(self)):
-            raise IndexError(f"row {index} of {len(self)}")
+        if isinstance(index, tuple):
+            raise IndexError("a video is indexed by rows alone: take [rows] first, and the rest of the pictures")
+        asked = np.asarray(self._numbers[index])
         rows, back = np.unique(asked, return_inverse=True)
         with self._lock:
             frames = self._read(rows)
         whole: np.ndarray = frames[back.reshape(-1)].reshape(*asked.shape, *self.shape[1:])
         return whole
-
-    def forget(self) -> None:
-        """Drops the decoded frames that were kept."""
-        with self._lock:
-            self._kept = None
-            self._place[:], self._row[:], self._used[:] = -1, -1, 0
 
     def _read(self, rows: Int64[np.ndarray, " rows"]) -> UInt8[np.ndarray, "rows height width 3"]:
         """Different rows in ascending order."""

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -21,18 +22,21 @@ from offbook.data.layout import (
     disk_shape,
     episode_sha256,
     field_file,
+    films,
     final_file,
     header,
     offset,
     read_schema,
     video_folder,
 )
-from offbook.data.schema import FieldSpec, Schema
+from offbook.data.schema import Schema
 from offbook.data.video import Video
 from offbook.errors import DataError
 from offbook.runs.directory import write_atomic
 
 _SAME = "give every field the same steps"
+# `data check` holds the lock for an instant, to see whether there is a writer; a writer holds it for long.
+_PATIENCE = 1.0
 
 
 class Writer:
@@ -80,16 +84,12 @@ class Writer:
                 from offbook.data.filming import Filming  # stores without video do not wait for PyAV
 
                 folder = video_folder(self.path, spec.name)
-                self._filming[spec.name] = Filming(folder, spec, self.schema.rate_hz, self._films(spec))
+                used = films(self.path, spec, index.steps)
+                self._filming[spec.name] = Filming(folder, spec, self.schema.rate_hz, used)
         self._handles[self._journal] = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._handles[self._journal], index.journal_bytes)
         self._journal_bytes = index.journal_bytes
         sync_path(self.path)
-
-    def _films(self, spec: FieldSpec) -> int:
-        """How many video files of a field the episodes lie in."""
-        rows = np.fromfile(field_file(self.path, spec.name), disk_dtype(spec), offset=offset(spec, 0))
-        return int(rows[::2].max(initial=-1)) + 1
 
     def __len__(self) -> int:
         return self._episodes
@@ -315,17 +315,21 @@ def explained(path: Path) -> Iterator[None]:
 def _lock(path: Path) -> int:
     """Takes the store's lock, which the operating system gives back when the process ends, however it ends."""
     handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
-        os.close(handle)
-        fix = "wait for that one, or write to another store"
-        got = f"process {owner or 'unknown'} writing to it"
-        raise DataError(str(path), expected="to be the only writer", got=got, fix=fix) from None
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return handle
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
+            return handle
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    owner = os.pread(handle, 32, 0).decode(errors="replace").strip()
+    os.close(handle)
+    fix = "wait for that one, or write to another store"
+    got = f"process {owner or 'unknown'} writing to it"
+    raise DataError(str(path), expected="to be the only writer", got=got, fix=fix)
 
 
 def _write_at(handle: int, position: int, content: memoryview) -> None:
