@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from offbook.data.formats import import_dataset
 from offbook.runs.benchmark import Options
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -51,6 +53,22 @@ def test_video(monkeypatch, tmp_path):
     check(video.run(Options(repeats=2)), "video")
     for store in video.stores(tmp_path, 0).values():
         np.testing.assert_array_equal(video.ours(store, 1)().reshape(-1, 32, 48, 3), video.frame_by_frame(store, 1)())
+
+
+def test_import(monkeypatch, tmp_path):
+    bench = load("import", monkeypatch, EPISODES=3, FILMED=2, STEPS=40, SIZE=32, BATCH=3)
+    claims = bench.run(Options(repeats=2))
+    check(claims, "import")
+    assert [claim.data[0].name for claim in claims] == [*bench.WAYS]
+    assert {claim.data[0].episodes for claim in claims} == {2, 3}
+    # A plain load gives what the import keeps.
+    for name, (write, plain, _) in bench.WAYS.items():
+        write(bench.recorded(2, 0, camera=name == "lerobot"), tmp_path / name)
+        store = import_dataset(f"{name}:{tmp_path}/{name}", tmp_path / f"store {name}")
+        seen, done, earned = (np.concatenate(a) if isinstance(a, list) else a for a in plain(tmp_path / name))
+        known = {row.tobytes() for row in done}
+        assert all(row.tobytes() in known for row in np.asarray(store.field("action")))
+        assert 80 <= len(done) == len(earned) <= len(seen) <= 82
 
 
 def test_recording(monkeypatch):
