@@ -234,7 +234,7 @@ def made(name, buffers):
         ({"observations": np.zeros((4, 2), np.float32)}, "field 'observation': expected shape \\(5, 2\\) for 4 steps"),
         ({"rewards": np.zeros(3)}, "episode 1, field 'reward'"),
         ({"observations": np.zeros((5, 2))}, "expected float32, got float64"),
-        ({"terminations": np.array([False, True, False, False])}, "episode 1, terminations.*one at step 1 of 4"),
+        ({"terminations": np.array([False, True, False, False])}, "episode 1, terminations.*one in row 1 of 4"),
     ],
 )
 def test_crooked_episodes_are_named_and_leave_nothing_behind(tmp_path, changes, words):
@@ -268,7 +268,7 @@ def test_damaged_datasets_are_refused(tmp_path):
     folder = tmp_path / "minari" / "a-v0" / "data"
     content = (folder / "main_data.hdf5").read_bytes()
     (folder / "main_data.hdf5").write_bytes(content[:200])
-    with pytest.raises(DataError, match="that this version of Minari reads, got OSError"):
+    with pytest.raises(DataError, match="expected a whole HDF5 file, got OSError"):
         import_dataset("minari:a-v0", tmp_path / "store")
     metadata = json.loads((folder / "metadata.json").read_text())
     (folder / "metadata.json").write_text(json.dumps({**metadata, "minari_version": "99.0.0"}))
@@ -296,7 +296,7 @@ def test_exports_that_cannot_be(tmp_path, make_store):
     store = make_store([3, 4], without={1: "action"})
     with pytest.raises(DataError, match=r"episode 1: expected all fields.*no action"):
         export_dataset(store, "minari:a-v0")
-    assert [path.name for path in (tmp_path / "minari").iterdir()] == []
+    assert not list(tmp_path.glob("minari/*"))
     whole = make_store([3], "whole")
     export_dataset(whole, "minari:a-v0")
     with pytest.raises(DataError, match="expected a new name"):

@@ -35,8 +35,8 @@ def test_next_observations_and_timeouts(tmp_path):
     actions = np.concatenate([episode["action"] for episode in episodes])
     assert store.schema.action_spec().low == tuple(actions.min(0).astype(float))
     assert stated(store) == (
-        "episodes end at terminals and timeouts / the final observation of each episode is the recorded next "
-        "observation of its last step / left out, being no numbers for each step: infos.words"
+        "the final observation of each episode is the recorded next observation of its last step / "
+        "episodes end at terminals and timeouts / left out, being no numbers for each step: infos.words"
     )
 
 
@@ -129,7 +129,10 @@ def test_choices_success_nan_and_columns(tmp_path):
         ({"actions": np.zeros((15, 2, 2), "f4")}, r"actions: expected shape \(steps, size\), got shape \(5, 2, 2\)"),
         ({"rewards": np.zeros((15, 2))}, r"rewards: expected shape \(steps,\)"),
         ({"next_observations": np.zeros((15, 4), "f4")}, r"expected float32 \(3,\) as before each step, got float32"),
-        ({"actions": np.array(["left"] * 15, object)}, "actions: expected numbers, got object; save numbers"),
+        (
+            {"actions": np.array(["left"] * 15, object)},
+            "actions: expected numbers, got an array of object; save numbers",
+        ),
     ],
 )
 def test_crooked_files_are_refused_with_a_sentence(tmp_path, cli, changes, words):
@@ -149,7 +152,7 @@ def test_files_that_are_cut_or_absent(tmp_path, cli):
         (tmp_path / "cut.hdf5").write_bytes(content[:size])
         outcome = cli(["data", "import", f"d4rl:{tmp_path}/cut.hdf5", "--out", str(tmp_path / "store")])
         assert outcome.exit_code == 1
-        assert "expected a whole HDF5 file, got one that is damaged or cut short" in outcome.stderr
+        assert "expected a whole HDF5 file, got OSError" in outcome.stderr
     assert "got no such file" in cli(["data", "import", "d4rl:absent.hdf5", "--out", str(tmp_path / "store")]).stderr
     with h5py.File(tmp_path / "empty.hdf5", "w"):
         pass
@@ -163,7 +166,7 @@ def test_a_file_that_claims_to_be_enormous(tmp_path, cli):
         for name, width in (("observations", (3,)), ("actions", (2,)), ("rewards", ()), ("terminals", ())):
             file.create_dataset(name, (10**11, *width), "f4", chunks=True)
     outcome = cli(["data", "import", f"d4rl:{tmp_path}/f.hdf5", "--out", str(tmp_path / "store")])
-    assert (outcome.exit_code, "bytes for an episode, got more" in outcome.stderr) == (1, True), outcome.stderr
+    assert (outcome.exit_code, "got 2800000000000 bytes when unpacked" in outcome.stderr) == (1, True), outcome.stderr
 
 
 def test_bounds_of_an_environment(tmp_path, cli):
@@ -179,14 +182,3 @@ def test_bounds_of_an_environment(tmp_path, cli):
     assert "environment  gym:Pendulum-v1" in outcome.stdout
     assert "as imported  episodes end at terminals and timeouts" in outcome.stdout
     assert "range of those recorded" not in outcome.stdout
-
-
-@pytest.mark.faults
-def test_actions_are_looked_through_in_bounded_reads(tmp_path):
-    with h5py.File(tmp_path / "f.hdf5", "w") as file:
-        wide = file.create_dataset("wide", (5, 2**24), "f8", chunks=(1, 2**16), fillvalue=1)
-        blocks = [block.shape for block in d4rl_format._blocks(wide, "wide")]
-        assert blocks == [(1, 2**24)] * 5
-        huge = file.create_dataset("huge", (2, 2**40), "f8", chunks=(1, 2**16))
-        with pytest.raises(DataError, match="huge: expected at most"):
-            list(d4rl_format._blocks(huge, "huge"))

@@ -117,7 +117,7 @@ def test_whatever_a_file_makes_its_reader_raise_is_explained(tmp_path, make_stor
     def read(name):
         if not late:
             raise error
-        return Recordings(schema=schema, episodes=episodes(), total=1)
+        return Recordings(schema=schema, episodes=episodes(), total=1, stored=1)
 
     monkeypatch.setattr(d4rl_format, "read", read)
     with pytest.raises(

@@ -430,7 +430,7 @@ DAMAGE = {
     "a column missing": (edit_rows(lambda t: t.drop_columns("action")), "expected the column 'action', got none"),
     "a column of another size": (
         edit_rows(with_column("action", lambda i, x: [*x, 1.0])),
-        r"file-000\.parquet, feature 'action': expected values of shape \(2,\)",
+        r"file-000\.parquet, episode 0, feature 'action': expected values of shape \(2,\)",
     ),
     "ragged rows": (edit_rows(with_column("action", lambda i, x: [*x, 1.0][: 2 + i % 2])), "rows of different lengths"),
     "missing values": (edit_rows(with_column("next.reward", lambda i, x: x if i else None)), "a missing value"),
@@ -449,7 +449,7 @@ DAMAGE = {
     ),
     "a list without places": (
         edit_rows(lambda t: t.drop_columns("data/file_index"), "meta/episodes/chunk-000/file-000.parquet"),
-        "a list of the episodes",
+        "expected the column 'data/file_index', got none",
     ),
     "fewer episodes than it says": (edit_info(total_episodes=5), "expected episodes 0 to 4, got 4 in the list"),
     "far fewer episodes": (edit_info(total_episodes=10**12), "expected episodes 0 to 999999999999, got 4 in the list"),

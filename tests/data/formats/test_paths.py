@@ -51,7 +51,7 @@ def test_mjrl_lists_without_next_observations(tmp_path):
     assert not store.episodes["terminated"].any()
     stated = " / ".join(store.schema.extra["import"]["stated"])
     assert "what the last step of an episode led to is not recorded" in stated
-    assert "1 paths of a single row are left out" in stated
+    assert "1 episodes of a single row are left out" in stated
     assert "left out, being no numbers for each step: agent_infos.evaluation, env_infos.note" in stated
 
 

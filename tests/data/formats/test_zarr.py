@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from foreign import assert_same, walks, zarr_buffer
 
-from offbook.data.formats import import_dataset, transitions
+from offbook.data.formats import import_dataset, limits
 from offbook.errors import DataError
 
 RENAME = {"observation": "obs", "front": "img"}
@@ -98,7 +98,7 @@ def test_damaged_unknown_large_and_absent_stores(tmp_path, cli, monkeypatch):
     chunk.write_bytes(content[:10])
     assert "expected a whole Zarr store that can be decoded" in cli(words).stderr
     chunk.write_bytes(content)
-    monkeypatch.setattr(transitions, "MAX_BYTES", 100)
+    monkeypatch.setattr(limits, "MAX_BYTES", 100)
     assert "expected at most 100 bytes for an episode, got more" in cli(words).stderr
     zarr_buffer(tmp_path / "g.zarr.zip", walks())
     content = (tmp_path / "g.zarr.zip").read_bytes()

@@ -6,20 +6,23 @@ Each format is a module with `read(source) -> Recordings`, and those that are wr
 
 import contextlib
 import importlib
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from offbook.client.protocol import ActionSpec, ObservationSpec
+from offbook.data.formats.limits import KEPT_FREE, check_growth, explained
 from offbook.data.index import Outcome
 from offbook.data.store import EpisodeStore, Schema
 from offbook.data.video import Video
 from offbook.errors import ConfigError, DataError, nearest
+from offbook.runs.directory import write_atomic
 from offbook.runs.progress import track
 
 FORMATS = {
@@ -28,6 +31,8 @@ FORMATS = {
 }
 """Name of a format -> the module that reads it, and perhaps writes it."""
 
+_LAYOUT = "recordings in the format's layout"
+_OTHER = "copy it again from where it came from, or choose another format"
 _STORE = {"store.json", "episodes.parquet", "episodes.journal", "fields", "final", "video"}
 
 
@@ -39,11 +44,13 @@ class Recordings:
         schema: what the episodes hold.
         episodes: each episode's values, as `Writer.append` takes them, with its outcome; read as they are asked for.
         total: how many episodes there will be.
+        stored: bytes of the files that they are read from, which bound what may be written.
     """
 
     schema: Schema
     episodes: Iterable[tuple[Mapping[str, np.ndarray | Video | None], Outcome]]
     total: int
+    stored: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,18 +84,24 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise DataError(str(out), expected="a new or empty folder", got="one in use", fix="choose another folder")
-    with _explained(source):
+    with explained(source, _LAYOUT, _OTHER):
         recordings: Recordings = read(name)
     if setting is not None:
         from offbook.data.formats.setting import placed
 
         recordings = placed(recordings, setting, source)
-    partial = out.with_name(f"{out.name}.partial")
+    partial, schema = out.with_name(f"{out.name}.partial"), recordings.schema
+    recorded = schema.extra.get("import", {}).get("bounds") == "recorded"
+    ranges = []
     _clear(partial)
     try:
-        with EpisodeStore.create(partial, recordings.schema) as writer:
-            for fields, outcome in track(_each(recordings, source), "importing", recordings.total):
+        with EpisodeStore.create(partial, schema) as writer:
+            for fields, outcome in track(_each(recordings, source, partial.parent), "importing", recordings.total):
                 writer.append(fields, **asdict(outcome), sync=False)
+                ranges += [_range(fields, schema)] if recorded and schema.actions else []
+        if ranges:
+            schema = replace(schema, action=_bounds(ranges))
+            write_atomic(partial / "store.json", json.dumps(schema.to_json(), indent=1) + "\n")
     except DataError as error:
         shutil.rmtree(partial, ignore_errors=True)
         if not error.where.startswith(f"{partial}, episode"):
@@ -100,6 +113,23 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
         raise
     partial.replace(out)
     return EpisodeStore.open(out)
+
+
+def _range(fields: Mapping[str, Any], schema: Schema) -> np.ndarray:
+    """The least and the largest value of each entry of an episode's actions, [2, size]; NaN are passed over."""
+    parts = [fields[name].reshape(len(fields[name]), -1) for name in schema.actions]
+    joined = np.concatenate(parts, axis=1)
+    return np.stack([np.fmin.reduce(joined), np.fmax.reduce(joined)])
+
+
+def _bounds(ranges: list[np.ndarray]) -> ActionSpec:
+    """The bounds of actions that a file does not state; whole numbers in one column from 0 on are taken for choices."""
+    both = np.stack(ranges)
+    low, high = np.fmin.reduce(both[:, 0]).astype(np.float64), np.fmax.reduce(both[:, 1]).astype(np.float64)
+    low, high = np.nan_to_num(low, nan=-np.inf), np.nan_to_num(high, nan=np.inf)
+    choices = int(high[0]) + 1 if both.dtype.kind in "iu" and low.shape == (1,) and low[0] >= 0 else None
+    low = low if choices is None else np.zeros(1)
+    return ActionSpec(size=len(low), low=tuple(low.tolist()), high=tuple(high.tolist()), choices=choices)
 
 
 def _clear(partial: Path) -> None:
@@ -125,30 +155,25 @@ def _clear(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Readers name what is wrong where they look for it; a file can be wrong in ways that none of them looks for."""
-    from PIL import Image
-
-    try:
-        yield
-    except (
-        *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, SyntaxError),
-        *(RecursionError, Image.DecompressionBombError),
-    ) as error:
-        got = f"{type(error).__name__} {error}".partition("\n")[0].strip()
-        fix = "copy it again from where it came from, or choose another format"
-        raise DataError(source, expected="recordings in the format's layout", got=got, fix=fix) from error
-
-
-def _each(recordings: Recordings, source: str) -> Iterator[tuple[Mapping[str, np.ndarray | Video | None], Outcome]]:
-    """The episodes; what goes wrong where they are read, and not where they are written, is explained."""
-    episodes = iter(recordings.episodes)
+def _each(
+    recordings: Recordings, source: str, folder: Path
+) -> Iterator[tuple[Mapping[str, np.ndarray | Video | None], Outcome]]:
+    """The episodes, as long as they stay within bounds; what goes wrong where they are read is explained."""
+    episodes, written = iter(recordings.episodes), 0
     while True:
-        with _explained(source):
+        with explained(source, _LAYOUT, _OTHER):
             one = next(episodes, None)
         if one is None:
             return
+        size = sum(values.nbytes for values in one[0].values() if isinstance(values, np.ndarray))
+        written += size
+        check_growth(written, recordings.stored, source)
+        free = shutil.disk_usage(folder).free
+        if size > free - KEPT_FREE:
+            expected = f"room for {size} bytes more, and {KEPT_FREE} that stay free"
+            raise DataError(
+                str(folder), expected=expected, got=f"{free} bytes free", fix="make room, or use another disk"
+            )
         yield one
 
 
@@ -167,8 +192,33 @@ def export_dataset(store: EpisodeStore, target: str) -> str:
         DataError: the name is taken or not allowed, or the format cannot hold these recordings.
     """
     write, name = _format_of(target, "write")
+    outside = left_out(store, target)
+    for spec in store.schema.fields:
+        present = store.present(spec.name)
+        if spec.name not in outside and not present.all():
+            where, got = f"{store.path}, episode {int(np.argmin(present))}", f"no {spec.name}"
+            raise DataError(where, expected="all fields", got=got, fix="export a store whose episodes are complete")
     written: str = write(store, name)
     return written
+
+
+@contextlib.contextmanager
+def appearing(folder: Path) -> Iterator[Path]:
+    """A folder for an export to be written in, which gets its name only when the block has written all of it.
+
+    Raises:
+        DataError: the disk does not take it.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        yield partial
+        partial.replace(folder)
+    except OSError as error:
+        got, fix = error.strerror or str(error), "see to the disk and its permissions, then export again"
+        raise DataError(str(error.filename or folder), expected="to write it", got=got, fix=fix) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def left_out(store: EpisodeStore, target: str) -> list[str]:

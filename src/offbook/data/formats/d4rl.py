@@ -6,8 +6,7 @@ there. An episode ends with a row that is marked by `terminals` or `timeouts`. M
 nothing. What was done with a file is said in its schema.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,13 @@ import numpy as np
 
 from offbook.data.formats import Recordings
 from offbook.data.formats.transitions import (
-    LAST_DROPPED,
-    NEXT_KEPT,
     Steps,
     flattened,
     hdf5,
     need,
-    recorded_range,
+    recordings,
     rows_of,
     same_rows,
-    schema,
     seen,
     succeeded,
 )
@@ -34,6 +30,11 @@ from offbook.errors import DataError
 
 _CORE = ("observations", "actions", "rewards", "terminals")
 _BLOCK = 65_536
+_BREAKS = "no timeouts: episodes end at terminals, and where a next observation is not that of the next row"
+_GOAL = (
+    "terminals come in runs, so they mark a goal and no end: episodes end at timeouts, and count as successful when a "
+    "row of theirs is marked"
+)
 
 
 @dataclass
@@ -57,52 +58,44 @@ def read(source: str) -> Recordings:
         DataError: it is not there, is damaged, lacks a key, or its arrays disagree.
         MissingExtraError: h5py is not installed.
     """
-    path = Path(source).expanduser()
+    path, single = Path(source).expanduser(), 0
     with hdf5(path) as file:
-        cut, others = _cut(file, str(path)), _others(file)
-        stated = [*cut.stated, NEXT_KEPT if "next_observations" in file else LAST_DROPPED]
-        if "next_observations" not in file:
+        cut, others, after = _cut(file, str(path)), _others(file), "next_observations" in file
+        if not after:
             long = cut.stops - cut.starts > 1
-            stated += [f"{np.sum(~long)} episodes of a single row are left out"] * (not long.all())
+            single = int(np.sum(~long))
             cut.starts, cut.stops, cut.terminated = cut.starts[long], cut.stops[long], np.zeros(long.sum(), bool)
-        left = sorted(set(flattened(file.get("infos", {}), "infos.")) - set(others))
-        stated += [f"left out, being no numbers for each step: {', '.join(left)}"] * bool(left)
-        if not len(cut.starts):
-            raise DataError(str(path), expected="an episode of two rows or more", got="none", fix="choose another file")
-        metadata = {key: _plain(value) for key, value in file.get("metadata", {}).items() if _is_plain(value)}
-        # Read early, so that a file that cannot be kept is refused before anything is written.
-        first = _steps(file, cut, 0, others, metadata).fields(str(path))
-        made = schema(
+        said = {key: _plain(value) for key, value in file.get("metadata", {}).items()}
+        metadata = {key: value for key, value in said.items() if value is not None}
+        algorithm = str(metadata.get("algorithm", ""))
+
+        def episodes() -> Generator[tuple[str, Steps], None, None]:
+            with hdf5(path) as file:
+                for number in range(len(cut.starts)):
+                    where = f"{path}, episode {number}"
+                    yield where, _steps(file, cut, number, others, algorithm, where)
+
+        return recordings(
             "d4rl",
             path,
-            first,
-            seen(file["observations"]),
-            recorded_range(_blocks(file["actions"], f"{path}, actions")),
-            stated,
+            episodes,
+            cut.stated,
+            total=len(cut.starts),
+            single=single,
+            left=set(flattened(file.get("infos", {}), "infos.")) - set(others),
             metadata=metadata,
         )
-    return Recordings(schema=made, episodes=_episodes(path, cut, others, metadata), total=len(cut.starts))
 
 
-def _episodes(
-    path: Path, cut: _Cut, others: list[str], metadata: Mapping[str, Any]
-) -> Iterator[tuple[Mapping[str, np.ndarray], Outcome]]:
-    with hdf5(path) as file:
-        for number in range(len(cut.starts)):
-            steps = _steps(file, cut, number, others, metadata)
-            yield steps.fields(f"{path}, episode {number}"), steps.outcome
-
-
-def _steps(file: Any, cut: _Cut, number: int, others: list[str], metadata: Mapping[str, Any]) -> Steps:
+def _steps(file: Any, cut: _Cut, number: int, others: list[str], algorithm: str, where: str) -> Steps:
     start, stop = int(cut.starts[number]), int(cut.stops[number])
 
     def rows(part: Any, name: str) -> np.ndarray:
-        return rows_of(part, start, stop, f"{file.filename}, episode {number}, {name}")
+        return rows_of(part, f"{where}, {name}", start, stop)
 
     infos = {name: rows(file[name.replace(".", "/")], name) for name in others}
     success = succeeded(infos) if cut.goal is None else bool(cut.goal[start:stop].any())
     terminated = bool(cut.terminated[number])
-    source = str(metadata.get("algorithm", ""))
     after = None
     if "next_observations" in file:
         after = {name: part[stop - 1 : stop] for name, part in seen(file["next_observations"]).items()}
@@ -112,19 +105,15 @@ def _steps(file: Any, cut: _Cut, number: int, others: list[str], metadata: Mappi
         reward=rows(file["rewards"], "rewards"),
         others=infos,
         after=after,
-        outcome=Outcome(terminated=terminated, truncated=not terminated, source=source, success=success),
+        outcome=Outcome(terminated=terminated, truncated=not terminated, source=algorithm, success=success),
     )
 
 
 def _others(file: Any) -> list[str]:
     """The infos that have a number or an array of numbers for each step."""
-    rows = file["actions"].shape[0]
-    infos = flattened(file.get("infos", {}), "infos.")
-    return [
-        name
-        for name, part in infos.items()
-        if part.dtype.kind in "biuf" and part.shape[:1] == (rows,) and 0 not in part.shape
-    ]
+    rows = file["actions"].shape[:1]
+    infos = flattened(file.get("infos", {}), "infos.").items()
+    return [name for name, x in infos if x.dtype.kind in "biuf" and x.shape[:1] == rows and 0 not in x.shape]
 
 
 def _cut(file: Any, where: str) -> _Cut:
@@ -136,13 +125,11 @@ def _cut(file: Any, where: str) -> _Cut:
             parts |= {key if name == "observation" else f"{key}.{name}": v for name, v in seen(file[key]).items()}
     for name, part in parts.items():
         same_rows(name, part, rows, where)
-        if part.dtype.kind not in "biuf":
-            raise DataError(f"{where}, {name}", expected="numbers", got=str(part.dtype), fix="save numbers")
         if name.startswith(("observations", "next_observations")) and len(part.shape) < 2:
             got, fix = f"shape {part.shape}", "give each step its own row"
             raise DataError(f"{where}, {name}", expected="shape (steps, size)", got=got, fix=fix)
     flags: dict[str, Any] = {
-        name: rows_of(parts[name], 0, rows, f"{where}, {name}").reshape(rows, -1).any(1)
+        name: rows_of(parts[name], f"{where}, {name}").reshape(rows, -1).any(1)
         for name in ("terminals", "timeouts")
         if name in parts
     }
@@ -151,15 +138,12 @@ def _cut(file: Any, where: str) -> _Cut:
     follows = np.sum(terminals[1:] & terminals[:-1])
     if timeouts is not None and timeouts.any() and 2 * follows >= max(terminals.sum(), 1):
         goal, terminals = terminals, np.zeros(rows, bool)
-        stated.append("terminals come in runs, so they mark a goal and no end: episodes end at timeouts, and count as")
-        stated[-1] += " successful when a row of theirs is marked"
+        stated.append(_GOAL)
     elif timeouts is not None:
         stated.append("episodes end at terminals and timeouts")
     elif "next_observations" in file:
         timeouts = _breaks(file)
-        stated.append(
-            "no timeouts: episodes end at terminals, and where a next observation is not that of the next row"
-        )
+        stated.append(_BREAKS)
     else:
         stated.append("no timeouts: episodes end at terminals alone, so one that was stopped goes over into the next")
     ends = terminals | (False if timeouts is None else timeouts)
@@ -175,14 +159,6 @@ def _cut(file: Any, where: str) -> _Cut:
     return _Cut(starts, stops, terminals[stops - 1], stated, goal)
 
 
-def _blocks(part: Any, where: str) -> Iterator[np.ndarray]:
-    """All rows of an array, few enough at a time."""
-    rows, size = part.shape[0], math.prod(part.shape[1:]) * part.dtype.itemsize
-    step = min(_BLOCK, max(2**26 // max(size, 1), 1))
-    for start in range(0, rows, step):
-        yield rows_of(part, start, min(start + step, rows), where)
-
-
 def _breaks(file: Any) -> np.ndarray:
     """Rows whose next observation is not the observation of the row after."""
     rows = file["actions"].shape[0]
@@ -191,17 +167,16 @@ def _breaks(file: Any) -> np.ndarray:
     for name in parts.keys() & nexts.keys():
         for start in range(0, rows - 1, _BLOCK):
             stop = min(start + _BLOCK, rows - 1)
-            here = rows_of(nexts[name], start, stop, f"{file.filename}, next {name}")
-            there = rows_of(parts[name], start + 1, stop + 1, f"{file.filename}, {name}")
+            here = rows_of(nexts[name], f"{file.filename}, next {name}", start, stop)
+            there = rows_of(parts[name], f"{file.filename}, {name}", start + 1, stop + 1)
             same = np.isclose(here, there, rtol=1e-5, atol=1e-6, equal_nan=True)
             breaks[start:stop] |= ~same.reshape(stop - start, -1).all(1)
     return breaks
 
 
-def _is_plain(value: Any) -> bool:
-    return getattr(value, "shape", None) == () and value.dtype.kind in "biufOS"
-
-
 def _plain(value: Any) -> Any:
+    """A single number or word; None for everything else."""
+    if getattr(value, "shape", None) != () or value.dtype.kind not in "biufOS":
+        return None
     content = value[()]
     return content.decode(errors="replace") if isinstance(content, bytes) else getattr(content, "item", str)()

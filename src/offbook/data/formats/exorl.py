@@ -7,21 +7,20 @@ their own row.
 """
 
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 
-from offbook.data.formats import Recordings, transitions
-from offbook.data.formats.transitions import Steps, need, numbers, recorded_range, same_rows, schema
+from offbook.data.formats import Recordings, limits
+from offbook.data.formats.transitions import Steps, need, numbers, recordings, same_rows
 from offbook.data.index import Outcome
 from offbook.errors import DataError
 
 _CORE = ("observation", "action", "reward", "discount")
-_FIX = "copy the file again from where it came from"
+_WHOLE = "a whole .npz of numbers"
+_ROWS = "the action, reward and discount of row t + 1 belong to observation t; those of row 0 are fillers and left out"
 _STATED = (
-    "the action, reward and discount of row t + 1 belong to observation t; those of row 0 are fillers and left out",
     "other values, such as physics, are those of the observation before each step; those of the last row are left out",
     "an episode is terminated when its last discount is 0",
 )
@@ -43,19 +42,14 @@ def read(source: str) -> Recordings:
     if not files:
         fix = "give the folder in which the episodes lie"
         raise DataError(str(folder), expected="files such as episode_000000_1000.npz", got="none", fix=fix)
-    actions = (_arrays(file, ("action",))["action"][1:] for file in files)
-    first = _steps(files[0], _CORE)
-    keys = (*_CORE, *first.others)
-    made = schema(
-        "exorl", Path(source), first.fields(str(files[0])), first.observations, recorded_range(actions), _STATED
-    )
-    return Recordings(schema=made, episodes=_episodes(files, keys), total=len(files))
+    stored = _check_sizes(files)
+    keys = (*_CORE, *_steps(files[0], _CORE).others)
 
+    def episodes() -> Generator[tuple[str, Steps], None, None]:
+        for file in files:
+            yield str(file), _steps(file, keys)
 
-def _episodes(files: list[Path], keys: tuple[str, ...]) -> Iterator[tuple[Mapping[str, np.ndarray], Outcome]]:
-    for file in files:
-        steps = _steps(file, keys)
-        yield steps.fields(str(file)), steps.outcome
+    return recordings("exorl", Path(source), episodes, _STATED, after=_ROWS, total=len(files), stored=stored)
 
 
 def _steps(file: Path, keys: tuple[str, ...]) -> Steps:
@@ -79,21 +73,24 @@ def _steps(file: Path, keys: tuple[str, ...]) -> Steps:
     )
 
 
-def _arrays(file: Path, wanted: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of one file; never a pickled object, and none larger than `transitions.MAX_BYTES`."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            large = [part.filename for part in archive.infolist() if part.file_size > transitions.MAX_BYTES]
-        if large:
-            expected = f"arrays of at most {transitions.MAX_BYTES} bytes"
-            raise DataError(str(file), expected=expected, got=f"a larger one, {large[0]}", fix=_FIX)
-        with np.load(file, allow_pickle=False) as content:
-            if wanted is not None:
-                need(content, wanted, str(file), "give files in the layout of URLB")
-            return {name: numbers(content[name], f"{file}, {name}") for name in wanted or content.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError) as error:
-        reason = "an array of Python objects" if "allow_pickle" in str(error) else str(error).partition("\n")[0]
-        raise DataError(str(file), expected="a whole .npz of numbers", got=reason or "a cut one", fix=_FIX) from error
+def _check_sizes(files: list[Path]) -> int:
+    """Bytes of all files, after those that their arrays would take were found to be within bounds."""
+    sizes = []
+    for file in files:
+        with limits.explained(file, _WHOLE), zipfile.ZipFile(file) as archive:
+            sizes.append(sum(part.file_size for part in archive.infolist()))
+        if sizes[-1] > limits.MAX_BYTES:
+            expected = f"at most {limits.MAX_BYTES} bytes for an episode"
+            raise DataError(str(file), expected=expected, got=f"{sizes[-1]}", fix="keep less in one episode")
+    stored = sum(file.stat().st_size for file in files)
+    limits.check_growth(sum(sizes), stored, f"{files[0].parent}, the largest file {files[int(np.argmax(sizes))].name}")
+    return stored
+
+
+def _arrays(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of one file; never a pickled object."""
+    with limits.explained(file, _WHOLE), np.load(file, allow_pickle=False) as content:
+        return {name: numbers(content[name], f"{file}, {name}") for name in content.files}
 
 
 def _order(file: Path) -> tuple[int, str]:

@@ -14,10 +14,10 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,29 +27,19 @@ from PIL import Image
 
 from offbook.data.clips import read_clip
 from offbook.data.formats import Recordings
-from offbook.data.formats.lerobot_layout import (
-    DONE,
-    FINAL,
-    INDEX,
-    INFO,
-    OURS,
-    REWARD,
-    SUCCESS,
-    Feature,
-    features_of,
-    place,
-    sha256_of,
-)
+from offbook.data.formats.lerobot_layout import DONE, FINAL, INDEX, INFO, OURS, REWARD, SUCCESS, Feature, features_of
 from offbook.data.formats.lerobot_writing import left_out, write
-from offbook.data.formats.transitions import LAST_DROPPED, recorded_range
+from offbook.data.formats.limits import AGAIN, check_growth, explained, size_of
+from offbook.data.formats.transitions import LAST_DROPPED
 from offbook.data.index import Outcome
+from offbook.data.layout import file_sha256
 from offbook.data.store import FieldSpec, Role, Schema
 from offbook.data.video import Video, frame_times
 from offbook.errors import DataError
 
 __all__ = ["left_out", "read", "write"]
 
-_AGAIN = "download or record it again"
+_LISTS = (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +78,13 @@ def read(source: str) -> Recordings:
     if ours is None:
         short = [entry.number for entry in entries if entry.length < 2]
         entries = [entry for entry in entries if entry.length >= 2]
-        schema, features = _schema(folder, info, entries, short)
+        schema, features = _schema(folder, info, short)
     else:
         schema, features = ours.schema, features_of(ours.schema)
     if not entries:
-        raise DataError(f"lerobot:{folder}", expected="an episode of two frames or more", got="none", fix=_AGAIN)
-    return Recordings(
-        schema=schema, episodes=_episodes(entries, features, float(info["fps"]), ours), total=len(entries)
-    )
-
-
-@contextlib.contextmanager
-def _explained(where: Path | str, expected: str) -> Iterator[None]:
-    """Turns whatever a damaged file makes its reader say into a message for the user."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, Image.DecompressionBombError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        got = "no such file" if missing else f"{type(error).__name__} {error}".splitlines()[0]
-        raise DataError(str(where), expected=expected, got=got, fix=_AGAIN) from error
+        raise DataError(f"lerobot:{folder}", expected="an episode of two frames or more", got="none", fix=AGAIN)
+    episodes = _episodes(entries, features, info, ours)
+    return Recordings(schema=schema, episodes=episodes, total=len(entries), stored=size_of(folder))
 
 
 def _info(folder: Path) -> dict[str, Any]:
@@ -115,7 +93,7 @@ def _info(folder: Path) -> dict[str, Any]:
         got = f"no {INFO} in it" if folder.is_dir() else "no such folder"
         fix = "give the folder that holds meta/ and data/"
         raise DataError(f"lerobot:{folder}", expected="a LeRobot dataset", got=got, fix=fix)
-    with _explained(file, "the description of a LeRobot dataset"):
+    with explained(file, "the description of a LeRobot dataset"):
         info: dict[str, Any] = json.loads(file.read_bytes())
         version, fps, features = info["codebase_version"], float(info["fps"]), info["features"]
         if not (fps > 0 and math.isfinite(fps)):
@@ -132,18 +110,18 @@ def _info(folder: Path) -> dict[str, Any]:
 
 def _entries(folder: Path, info: Mapping[str, Any]) -> list[_Entry]:
     videos = [key for key, feature in info["features"].items() if feature["dtype"] == "video"]
-    with _explained(folder / "meta", "a list of the episodes"):
+    with explained(folder / "meta", "a list of the episodes"):
         if "3" in str(info["codebase_version"]).partition(".")[0]:
             rows = _episodes_table(folder, videos)
-            entries = [_entry_of_v3(folder, info, row, videos) for row in rows]
         else:
             lines = (folder / "meta" / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
-            entries = [_entry_of_v2(folder, info, json.loads(line), videos) for line in lines if line.strip()]
+            rows = [json.loads(line) for line in lines if line.strip()]
+        entries = [_entry(folder, info, row, videos) for row in rows]
         total = int(info.get("total_episodes", len(entries)))
     entries.sort(key=lambda entry: entry.number)
     if len(entries) != total or [entry.number for entry in entries] != list(range(total)):
         got = f"{len(entries)} in the list of episodes"
-        raise DataError(str(folder / "meta"), expected=f"episodes 0 to {total - 1}", got=got, fix=_AGAIN)
+        raise DataError(str(folder / "meta"), expected=f"episodes 0 to {total - 1}", got=got, fix=AGAIN)
     return entries
 
 
@@ -154,49 +132,78 @@ def _episodes_table(folder: Path, videos: list[str]) -> list[dict[str, Any]]:
     files = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
     if not files:
         raise FileNotFoundError
-    return [row for file in files for row in pq.read_table(file, columns=wanted).to_pylist()]
+    return [row for file in files for row in _table(file, wanted).to_pylist()]
 
 
-def _entry_of_v3(folder: Path, info: Mapping[str, Any], row: Mapping[str, Any], videos: list[str]) -> _Entry:
-    where = str(folder / INFO)
-    data = place(info["data_path"], where, chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-    files = {}
-    for key in videos:
-        numbers = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        file = folder / place(info["video_path"], where, video_key=key, **numbers)
-        files[key] = file, float(row[f"videos/{key}/from_timestamp"])
-    return _entry(row, folder / data, files)
+def _table(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Columns of a Parquet file, which says itself how many values it has; all without `columns`."""
+    with explained(file, "a Parquet file"):
+        about = pq.read_metadata(file)
+        groups = [about.row_group(i) for i in range(about.num_row_groups)]
+        values = sum(group.column(i).num_values for group in groups for i in range(group.num_columns))
+        check_growth(8 * values, file.stat().st_size, file)
+        names = about.schema.to_arrow_schema().names
+        for key in columns or ():
+            if key not in names:
+                raise DataError(str(file), expected=f"the column {key!r}", got="none", fix=AGAIN)
+        return pq.read_table(file, columns=columns)
 
 
-def _entry_of_v2(folder: Path, info: Mapping[str, Any], row: Mapping[str, Any], videos: list[str]) -> _Entry:
-    where, number = str(folder / INFO), int(row["episode_index"])
-    numbers = {"episode_chunk": number // int(info["chunks_size"]), "episode_index": number}
-    data = folder / place(info["data_path"], where, **numbers)
-    files = {key: (folder / place(info["video_path"], where, video_key=key, **numbers), 0.0) for key in videos}
-    return _entry(row, data, files)
+def _entry(folder: Path, info: Mapping[str, Any], row: Mapping[str, Any], videos: list[str]) -> _Entry:
+    """An episode as a row of the table of version 3 or a line of the list of version 2 has it."""
+    number, newer = int(row["episode_index"]), "data/file_index" in row
+
+    def file(template: str, part: str, **more: str) -> Path:
+        numbers = {"episode_index": number}
+        if newer:
+            numbers = {name: row[f"{part}/{name}"] for name in ("chunk_index", "file_index")}
+        else:
+            numbers["episode_chunk"] = number // int(info["chunks_size"])
+        return folder / _place(info[template], str(folder / INFO), **numbers, **more)
+
+    return _Entry(
+        number=number,
+        length=int(row["length"]),
+        task="; ".join(map(str, row["tasks"] or [])),
+        data=file("data_path", "data"),
+        videos={
+            key: (file("video_path", f"videos/{key}", video_key=key), float(row.get(f"videos/{key}/from_timestamp", 0)))
+            for key in videos
+        },
+    )
 
 
-def _entry(row: Mapping[str, Any], data: Path, videos: dict[str, tuple[Path, float]]) -> _Entry:
-    task = "; ".join(map(str, row["tasks"] or []))
-    return _Entry(number=int(row["episode_index"]), length=int(row["length"]), task=task, data=data, videos=videos)
+def _place(template: Any, where: str, **numbers: Any) -> PurePosixPath:
+    """A path from a dataset's own template, which must not lead out of the dataset.
+
+    Raises:
+        DataError: it would, or is no such template.
+    """
+    sound = isinstance(template, str) and re.fullmatch(r"([^{}\\\0]|\{\w+(:0?\d{1,2}d)?\})+", template)
+    try:
+        path = PurePosixPath(template.format(**numbers)) if sound else PurePosixPath("/")
+    except (KeyError, ValueError):
+        path = PurePosixPath("/")
+    if path.is_absolute() or ".." in path.parts:
+        expected = f"a path within the dataset, of {', '.join(numbers)}"
+        raise DataError(where, expected=expected, got=repr(template), fix="correct the template")
+    return path
 
 
 def _ours(folder: Path, entries: list[_Entry]) -> _Ours | None:
     """What an export of ours kept, unless someone has changed the dataset since."""
     if not (folder / OURS).is_file():
         return None
-    with _explained(folder / OURS, "what an export of offbook writes"):
+    with explained(folder / OURS, "what an export of offbook writes"):
         record = json.loads((folder / OURS).read_bytes())
         files = sorted({entry.data for entry in entries})
-        if sha256_of([*files, folder / FINAL]) != record["sha256"]:
+        if [file_sha256(file).hex() for file in (*files, folder / FINAL)] != record["sha256"]:
             return None
         schema = Schema.from_json(record["schema"], str(folder / OURS))
-        return _Ours(schema=schema, outcomes=record["outcomes"], final=pq.read_table(folder / FINAL))
+        return _Ours(schema=schema, outcomes=record["outcomes"], final=_table(folder / FINAL))
 
 
-def _schema(
-    folder: Path, info: Mapping[str, Any], entries: list[_Entry], short: list[int]
-) -> tuple[Schema, dict[str, Feature]]:
+def _schema(folder: Path, info: Mapping[str, Any], short: list[int]) -> tuple[Schema, dict[str, Feature]]:
     """The schema of a foreign dataset, and its features, each of which is one field."""
     features, left = {}, {}
     for key, said in info["features"].items():
@@ -211,7 +218,6 @@ def _schema(
     stated = [LAST_DROPPED, "that an episode ends counts as truncation; the format does not tell why it does"]
     stated += [f"the feature {key!r} ({why}) is left out" for key, why in left.items()]
     stated += [f"episodes of one frame are left out: {', '.join(map(str, short))}"] * bool(short)
-    actions = [feature for feature in features.values() if feature.parts[0].role == "action"]
     extra = {
         "format": "lerobot",
         "stated": stated,
@@ -224,27 +230,8 @@ def _schema(
         rate_hz=float(info["fps"]),
         source=f"lerobot:{folder.resolve().name}",
         licence=_licence(folder),
-        action=recorded_range(_actions(sorted({entry.data for entry in entries}), actions)) if actions else None,
         extra={"import": extra},
     ), features
-
-
-def _actions(files: list[Path], features: list[Feature]) -> Iterator[np.ndarray]:
-    """All actions, file by file."""
-    keys = [feature.key for feature in features]
-    for file in files:
-        with _explained(file, "a Parquet file"):
-            _need(pq.read_schema(file).names, keys, file)
-            table = pq.read_table(file, columns=keys)
-        found = [_decoded(table, feature, str(file)) for feature in features]
-        yield np.concatenate([values.reshape(len(table), -1) for values in found], axis=1)
-
-
-def _need(names: list[str], columns: Iterable[str], file: Path) -> None:
-    """Refuses a file of rows that lacks a column."""
-    for key in columns:
-        if key not in names:
-            raise DataError(str(file), expected=f"the column {key!r}", got="none", fix=_AGAIN)
 
 
 def _foreign(key: str, said: Mapping[str, Any]) -> Feature | str:
@@ -288,26 +275,25 @@ def _licence(folder: Path) -> str:
 
 
 def _episodes(
-    entries: list[_Entry], features: Mapping[str, Feature], fps: float, ours: _Ours | None
+    entries: list[_Entry], features: Mapping[str, Feature], info: Mapping[str, Any], ours: _Ours | None
 ) -> Iterator[tuple[dict[str, np.ndarray | Video | None], Outcome]]:
     opened: tuple[Path, pa.Table] | None = None
-    times = cache(frame_times)
+    times, fps = cache(frame_times), float(info["fps"])
+    columns = [key for key, feature in features.items() if feature.kind != "video"]
+    columns += ["episode_index", "frame_index", "timestamp", *[SUCCESS] * (SUCCESS in info["features"])]
     for entry in entries:
         where = f"{entry.data}, episode {entry.number}"
         if opened is None or opened[0] != entry.data:
-            with _explained(entry.data, "a Parquet file"):
-                opened = entry.data, pq.read_table(entry.data)
-        table = _rows(opened[1], entry, features, fps, where)
+            opened = entry.data, _table(entry.data, columns)
+        table = _rows(opened[1], entry, fps, where)
         fields: dict[str, np.ndarray | Video | None] = {}
         for key, feature in features.items():
             if feature.kind == "video":
                 file, start = entry.videos[key]
                 count = entry.length + (ours is not None)
-                video = _video(
-                    file, times(file), start + np.arange(count) / fps, fps, f"{file}, episode {entry.number}"
-                )
-                spec = feature.parts[0]
-                fields[spec.name] = video if spec.video else _cut(_pictures(video, feature.shape), spec)
+                wanted, spec = start + np.arange(count) / fps, feature.parts[0]
+                video = _video(file, times(file), wanted, fps, f"{file}, episode {entry.number}")
+                fields[spec.name] = video if spec.video else _pictures(video, feature)
                 continue
             values = _decoded(table, feature, where)
             if feature.observed and ours is not None:
@@ -323,16 +309,9 @@ def _episodes(
             yield fields, Outcome(terminated=False, truncated=True, task=entry.task, success=success)
 
 
-def _cut(pictures: np.ndarray, spec: FieldSpec) -> np.ndarray:
-    """Without the edge that made an odd size even."""
-    return pictures[:, : spec.shape[0], : spec.shape[1]]
-
-
-def _rows(table: pa.Table, entry: _Entry, features: Mapping[str, Feature], fps: float, where: str) -> pa.Table:
+def _rows(table: pa.Table, entry: _Entry, fps: float, where: str) -> pa.Table:
     """The rows of one episode in order, after their numbers and times were checked."""
-    stored = [key for key, feature in features.items() if feature.kind != "video"]
-    _need(table.column_names, (*stored, "episode_index", "frame_index", "timestamp"), entry.data)
-    with _explained(where, "rows that are numbered"):
+    with explained(where, "rows that are numbered"):
         rows = np.flatnonzero(_numbers(table["episode_index"]) == entry.number)
         table = table.take(rows)
         order = np.argsort(_numbers(table["frame_index"]), kind="stable")
@@ -340,7 +319,7 @@ def _rows(table: pa.Table, entry: _Entry, features: Mapping[str, Feature], fps: 
         frames, times = _numbers(table["frame_index"]), _numbers(table["timestamp"]).astype(np.float64)
     if len(rows) != entry.length or not np.array_equal(frames, np.arange(entry.length)):
         expected, got = f"{entry.length} frames, numbered from 0", f"{len(rows)} rows"
-        raise DataError(where, expected=expected, got=got, fix=_AGAIN)
+        raise DataError(where, expected=expected, got=got, fix=AGAIN)
     off = np.abs((times - times[0]) * fps - frames)
     if not np.all(off < 0.5):
         i = int(np.argmin(off < 0.5))
@@ -352,13 +331,13 @@ def _rows(table: pa.Table, entry: _Entry, features: Mapping[str, Feature], fps: 
 def _decoded(table: pa.Table, feature: Feature, where: str) -> np.ndarray:
     """The values of a column of numbers or of encoded pictures."""
     column = table[feature.key]
-    with _explained(f"{where}, feature {feature.key!r}", f"values of shape {feature.shape}"):
+    with explained(f"{where}, feature {feature.key!r}", f"values of shape {feature.shape}"):
         if feature.camera:
             contents = column.to_pylist()
             pictures = [_picture(value["bytes"] if isinstance(value, dict) else value, feature) for value in contents]
             return np.stack(pictures)
         values = column.combine_chunks()
-        while _is_list(values.type):
+        while isinstance(values, _LISTS):
             sizes = np.asarray(values.value_lengths())
             if values.null_count or np.any(sizes != sizes[0]):
                 raise ValueError("rows of different lengths")
@@ -368,14 +347,10 @@ def _decoded(table: pa.Table, feature: Feature, where: str) -> np.ndarray:
         return _numbers(values).astype(feature.kind, copy=False).reshape(len(table), *feature.shape)
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
 def _numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """The numbers of a column, of which each row has one, be it in a list of its own."""
     values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    while _is_list(values.type):
+    while isinstance(values, _LISTS):
         values = values.flatten()
     return np.asarray(values.to_numpy(zero_copy_only=False))
 
@@ -396,15 +371,15 @@ def _video(file: Path, shown: np.ndarray, wanted: np.ndarray, fps: float, where:
     if off.any():
         i = int(np.argmax(off))
         got = f"{int((~off).sum())}, none for frame {i} at second {wanted[i]:g}"
-        raise DataError(where, expected=f"a picture for each of {len(wanted)} rows", got=got, fix=_AGAIN)
+        raise DataError(where, expected=f"a picture for each of {len(wanted)} rows", got=got, fix=AGAIN)
     return Video(path=file, frames=near.astype(np.int64))
 
 
-def _pictures(video: Video, shape: tuple[int, ...]) -> np.ndarray:
-    """The frames themselves."""
-    first = int(video.frames.min())
+def _pictures(video: Video, feature: Feature) -> np.ndarray:
+    """The frames themselves, without the edge that made an odd size even."""
+    first, shape = int(video.frames.min()), feature.parts[0].shape
     frames: np.ndarray = read_clip(video.path, first, int(video.frames.max()) + 1)[video.frames - first]
-    if frames.shape[1:] != shape:
-        got = f"{frames.shape[1]} x {frames.shape[2]}"
-        raise DataError(str(video.path), expected=f"pictures of {shape[0]} x {shape[1]}", got=got, fix=_AGAIN)
-    return frames
+    if frames.shape[1:] != feature.shape:
+        expected, got = (f"{height} x {width}" for height, width, _ in (feature.shape, frames.shape[1:]))
+        raise DataError(str(video.path), expected=f"pictures of {expected}", got=got, fix=AGAIN)
+    return frames[:, : shape[0], : shape[1]]

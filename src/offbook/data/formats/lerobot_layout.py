@@ -1,10 +1,7 @@
 """Which fields of a store each feature of a LeRobot dataset holds, and the few names that reading and writing share."""
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 
@@ -109,41 +106,3 @@ def _feature(key: str, parts: tuple[FieldSpec, ...]) -> Feature:
         return Feature(key=key, kind=first.dtype, shape=first.shape or (1,), parts=parts)
     kind = np.result_type(np.float32, *(part.dtype for part in parts)).name
     return Feature(key=key, kind=kind, shape=(sum(part.size for part in parts),), parts=parts)
-
-
-def column_names(feature: Feature) -> list[str] | None:
-    """What each number of a feature is, where that has a name."""
-    if feature.camera:
-        return ["height", "width", "channels"]
-    if len(feature.shape) > 1:
-        return None
-    parts = ((part, range(part.size) if part.shape else [None]) for part in feature.parts)
-    return [part.name if i is None else f"{part.name}.{i}" for part, numbers in parts for i in numbers]
-
-
-def place(template: Any, where: str, **numbers: Any) -> PurePosixPath:
-    """A path from a dataset's own template, which must not lead out of the dataset.
-
-    Raises:
-        DataError: it would, or is no such template.
-    """
-    sound = isinstance(template, str) and re.fullmatch(r"([^{}\\\0]|\{\w+(:0?\d{1,2}d)?\})+", template)
-    try:
-        path = PurePosixPath(template.format(**numbers)) if sound else PurePosixPath("/")
-    except (KeyError, ValueError):
-        path = PurePosixPath("/")
-    if path.is_absolute() or ".." in path.parts:
-        expected = f"a path within the dataset, of {', '.join(numbers)}"
-        raise DataError(where, expected=expected, got=repr(template), fix="correct the template")
-    return path
-
-
-def sha256_of(files: Iterable[Path]) -> list[str]:
-    """Checksums of files, in order."""
-    import hashlib
-
-    digests = []
-    for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
-    return digests

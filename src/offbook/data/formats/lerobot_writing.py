@@ -15,19 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offbook.data.formats.lerobot_layout import (
-    DONE,
-    FINAL,
-    INDEX,
-    INFO,
-    OURS,
-    SUCCESS,
-    Feature,
-    column_names,
-    features_of,
-    sha256_of,
-)
+from offbook.data.formats import appearing
+from offbook.data.formats.lerobot_layout import DONE, FINAL, INDEX, INFO, OURS, SUCCESS, Feature, features_of
 from offbook.data.index import Outcome
+from offbook.data.layout import file_sha256
 from offbook.data.store import EpisodeStore, Schema
 from offbook.data.video import Video, frame_times
 from offbook.errors import DataError
@@ -64,16 +55,8 @@ def write(store: EpisodeStore, target: str) -> str:
     """
     folder = Path(target).expanduser().resolve()
     _check(store, folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
+    with appearing(folder) as partial:
         _Export(store, partial).run()
-        partial.replace(folder)
-    except OSError as error:
-        got, fix = error.strerror or str(error), "see to the disk and its permissions, then export again"
-        raise DataError(str(error.filename or folder), expected="to write it", got=got, fix=fix) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return str(folder)
 
 
@@ -84,11 +67,6 @@ def _check(store: EpisodeStore, folder: Path) -> None:
         got = "no episodes" if store.schema.rate_hz else "a store whose schema does not say it"
         fix = "record or import with the rate of control, which the times of the frames follow from"
         raise DataError(str(store.path), expected="episodes of a known rate", got=got, fix=fix)
-    for spec in store.schema.fields:
-        present = store.present(spec.name)
-        if not present.all():
-            where, got = f"{store.path}, episode {int(np.argmin(present))}", f"no {spec.name}"
-            raise DataError(where, expected="all fields", got=got, fix="export a store whose episodes are complete")
 
 
 class _Export:
@@ -176,10 +154,9 @@ class _Export:
         final = {key: _column(np.stack(rows)) for key, rows in self.final.items()}
         pq.write_table(pa.table(final or {"episode": np.arange(len(self.rows))}), self.root / FINAL)
         files = sorted((self.root / "data").glob("*/*.parquet"))
-        sums = sha256_of([*files, self.root / FINAL])
-        _write_json(
-            self.root / OURS, {"schema": self.store.schema.to_json(), "outcomes": self.outcomes, "sha256": sums}
-        )
+        sums = [file_sha256(file).hex() for file in (*files, self.root / FINAL)]
+        ours = {"schema": self.store.schema.to_json(), "outcomes": self.outcomes, "sha256": sums}
+        _write_json(self.root / OURS, ours)
 
     def _info(self) -> dict[str, Any]:
         kept = self.store.schema.extra.get("import", {})
@@ -204,7 +181,7 @@ class _Export:
         }
 
     def _said(self, feature: Feature, kept: Mapping[str, Any]) -> dict[str, Any]:
-        names = column_names(feature)
+        names = _names(feature)
         if not feature.camera:
             names = kept.get("names", {}).get(feature.key, names)
             return {"dtype": feature.kind, "shape": list(feature.shape), "names": names}
@@ -324,6 +301,16 @@ class _Video:
             self.container.mux(self.stream.encode())
             self.container.close()
             self.container = None
+
+
+def _names(feature: Feature) -> list[str] | None:
+    """What each number of a feature is, where that has a name."""
+    if feature.camera:
+        return ["height", "width", "channels"]
+    if len(feature.shape) > 1:
+        return None
+    parts = ((part, range(part.size) if part.shape else [None]) for part in feature.parts)
+    return [part.name if i is None else f"{part.name}.{i}" for part, numbers in parts for i in numbers]
 
 
 def _rows(store: EpisodeStore, name: str, number: int) -> np.ndarray:

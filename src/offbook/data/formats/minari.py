@@ -11,7 +11,6 @@ episode becomes its task; of the step-by-step infos only success is read.
 import contextlib
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -21,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from offbook.data.formats import Recordings
+from offbook.data.formats import Recordings, appearing
+from offbook.data.formats.limits import explained, size_of
 from offbook.data.formats.spaces import (
     action_space_for,
     action_spec,
@@ -33,11 +33,11 @@ from offbook.data.formats.spaces import (
     to_field,
     value_at,
 )
+from offbook.data.formats.transitions import flagged, hdf5, succeeded
 from offbook.data.index import Outcome
 from offbook.data.store import Episode, EpisodeStore, FieldSpec, Role, Schema
 from offbook.errors import DataError, needs_extra
 
-_SUCCESS = ("success", "is_success", "goal_achieved")
 # What describes the file rather than the recordings; the rest is kept and comes back on export.
 _OF_THE_FILE = ("total_episodes", "total_steps", "dataset_size", "dataset_id", "minari_version", "combined_datasets")
 _OURS = "offbook"
@@ -56,14 +56,19 @@ def read(source: str) -> Recordings:
     with needs_extra("sim"):
         import minari
     folder = _find(source)
-    with _explained(source):
+    with _explained(f"minari:{source}"):
         dataset = minari.MinariDataset(folder)
+    for file in folder.glob("*.hdf5"):
+        with hdf5(file):
+            pass
+    with _explained(f"minari:{source}"):
         first = next(iter(dataset.iterate_episodes([0]))) if len(dataset) else None
     if first is None:
         raise DataError(f"minari:{source}", expected="one episode or more", got="none", fix="choose another dataset")
     metadata = json.loads((folder / "metadata.json").read_bytes())
     schema = _schema(dataset, first, metadata)
-    return Recordings(schema=schema, episodes=_episodes(source, dataset, schema), total=len(dataset))
+    episodes = _episodes(source, dataset, schema)
+    return Recordings(schema=schema, episodes=episodes, total=len(dataset), stored=size_of(folder))
 
 
 def write(store: EpisodeStore, target: str) -> str:
@@ -86,22 +91,14 @@ def write(store: EpisodeStore, target: str) -> str:
     folder, dataset_id = _target(target)
     kept = dict(store.schema.extra.get("minari", {}))
     observation, action = _spaces(store.schema, kept)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            data = partial / "data"
-            data.mkdir(parents=True)
-            storage = MinariStorage.new(
-                data, observation, action, data_format=kept.get("data_format", "hdf5"), jpeg_encoding=False
-            )
-            storage.update_metadata(_metadata(store.schema, kept, dataset_id))
-            storage.update_episodes(_buffer(store, number, observation, action) for number in range(len(store)))
-            storage.update_episode_metadata(_said_of(store.episode(number)) for number in range(len(store)))
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with appearing(folder) as partial, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        data, form = partial / "data", kept.get("data_format", "hdf5")
+        data.mkdir(parents=True)
+        storage = MinariStorage.new(data, observation, action, data_format=form, jpeg_encoding=False)
+        storage.update_metadata(_metadata(store.schema, kept, dataset_id))
+        storage.update_episodes(_buffer(store, number, observation, action) for number in range(len(store)))
+        storage.update_episode_metadata(_said_of(store.episode(number)) for number in range(len(store)))
     return str(folder)
 
 
@@ -144,19 +141,11 @@ def _local_ids() -> list[str]:
 
 
 @contextlib.contextmanager
-def _explained(source: str) -> Iterator[None]:
-    """Minari reports damage by whatever error its reader meets."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, NotImplementedError) as error:
-        raise DataError(
-            f"minari:{source}",
-            expected="a dataset that this version of Minari reads",
-            got=f"{type(error).__name__} {error}".splitlines()[0],
-            fix="download or record it again",
-        ) from error
+def _explained(where: str) -> Iterator[None]:
+    """Minari reports damage by whatever error its reader meets, and warns of much that is none."""
+    with warnings.catch_warnings(), explained(where, "a dataset that this version of Minari reads"):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _schema(dataset: Any, first: Any, metadata: dict[str, Any]) -> Schema:
@@ -174,9 +163,8 @@ def _schema(dataset: Any, first: Any, metadata: dict[str, Any]) -> Schema:
     fields.append(FieldSpec("reward", reward.dtype.name, reward.shape[1:], "reward"))
     texts = [path for _, path, leaf in leaves(dataset.observation_space, "observation") if _is_text(leaf)]
     if len(texts) > 1:
-        raise DataError(
-            f"minari:{dataset.id}", expected="at most one text in an observation", got=str(texts), fix="leave one out"
-        )
+        expected, fix = "at most one text in an observation", "leave one out"
+        raise DataError(f"minari:{dataset.id}", expected=expected, got=str(texts), fix=fix)
     kept = {key: value for key, value in metadata.items() if key not in (*_OF_THE_FILE, _OURS)}
     environment = json.loads(metadata.get("env_spec", "{}")).get("id")
     schema = Schema(
@@ -197,15 +185,14 @@ def _schema(dataset: Any, first: Any, metadata: dict[str, Any]) -> Schema:
 
 
 def _episodes(source: str, dataset: Any, schema: Schema) -> Iterator[tuple[dict[str, np.ndarray | None], Outcome]]:
-    wanted = {
-        "observation": leaves(dataset.observation_space, "observation"),
-        "action": leaves(dataset.action_space, "action"),
-    }
+    spaces = {"observation": dataset.observation_space, "action": dataset.action_space}
+    wanted = {root: leaves(space, root) for root, space in spaces.items()}
     algorithm = str(schema.extra["minari"].get("algorithm_name", ""))
     metadatas = iter(dataset.storage.get_episode_metadata(dataset.episode_indices))
     episodes = dataset.iterate_episodes()
     for number in range(len(dataset)):
-        with _explained(f"{source}, episode {number}"):
+        where = f"minari:{source}, episode {number}"
+        with _explained(where):
             episode, said = next(episodes), next(metadatas)
         fields: dict[str, np.ndarray | None] = {"reward": np.asarray(episode.rewards)}
         task = str(said.get("task", ""))
@@ -214,22 +201,20 @@ def _episodes(source: str, dataset: Any, schema: Schema) -> Iterator[tuple[dict[
                 if is_kept(leaf):
                     fields[name] = to_field(leaf, root, value_at(values, path))
                 elif _is_text(leaf):
-                    task = _constant(value_at(values, path), f"minari:{source}, episode {number}, {name}")
-        ends = {
-            name: _end(np.asarray(flags), f"minari:{source}, episode {number}, {name}")
-            for name, flags in (("terminations", episode.terminations), ("truncations", episode.truncations))
-        }
-        seed, score = said.get("seed"), said.get("score")
-        outcome = Outcome(
-            terminated=ends["terminations"],
-            truncated=ends["truncations"],
-            task=task,
-            source=str(said.get("source", algorithm)),
-            seed=None if seed is None else int(seed),
-            success=_success(said, episode.infos),
-            score=None if score is None else float(score),
+                    task = _constant(value_at(values, path), f"{where}, {name}")
+        seed, score, success = (said.get(key) for key in ("seed", "score", "success"))
+        yield (
+            fields,
+            Outcome(
+                terminated=flagged(np.asarray(episode.terminations), f"{where}, terminations"),
+                truncated=flagged(np.asarray(episode.truncations), f"{where}, truncations"),
+                task=task,
+                source=str(said.get("source", algorithm)),
+                seed=None if seed is None else int(seed),
+                success=succeeded(episode.infos or {}) if success is None else bool(success),
+                score=None if score is None else float(score),
+            ),
         )
-        yield fields, outcome
 
 
 def _is_text(space: Any) -> bool:
@@ -239,37 +224,9 @@ def _is_text(space: Any) -> bool:
 def _constant(texts: Iterable[Any], where: str) -> str:
     different = sorted({str(text) for text in texts})
     if len(different) != 1:
-        raise DataError(
-            where,
-            expected="the same text through the episode",
-            got=f"{len(different)} texts",
-            fix="leave this text out of the observations",
-        )
+        expected, fix = "the same text through the episode", "leave this text out of the observations"
+        raise DataError(where, expected=expected, got=f"{len(different)} texts", fix=fix)
     return different[0]
-
-
-def _end(flags: np.ndarray, where: str) -> bool:
-    """Whether the last flag is set; the others must not be, for an episode ends once."""
-    early = np.flatnonzero(flags[:-1])
-    if len(early):
-        raise DataError(
-            where,
-            expected="the flag at the last step only",
-            got=f"one at step {early[0]} of {len(flags)}",
-            fix="cut the recording into episodes there",
-        )
-    return bool(flags[-1]) if len(flags) else False
-
-
-def _success(said: Mapping[str, Any], infos: Mapping[str, Any] | None) -> bool | None:
-    """What the episode says of itself, else whether any step's info reports success."""
-    if said.get("success") is not None:
-        return bool(said["success"])
-    for name in _SUCCESS:
-        if infos and name in infos:
-            values = np.asarray(infos[name], np.float64)
-            return bool((values > 0).any())
-    return None
 
 
 def _target(target: str) -> tuple[Path, str]:
@@ -287,12 +244,9 @@ def _target(target: str) -> tuple[Path, str]:
     try:
         namespace = parse_dataset_id(dataset_id)[0]
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"minari:{target}",
-            expected="an id such as pour/expert-v0 (letters, digits, - and _, with a version at the end)",
-            got=repr(target),
-            fix="choose another id, or a path that begins with / or ./",
-        ) from error
+        expected = "an id such as pour/expert-v0 (letters, digits, - and _, with a version at the end)"
+        fix = "choose another id, or a path that begins with / or ./"
+        raise DataError(f"minari:{target}", expected=expected, got=repr(target), fix=fix) from error
     if folder.exists():
         raise DataError(f"minari:{target}", expected="a new name", got=f"{folder}, which exists", fix="choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -338,12 +292,9 @@ def _spaces(schema: Schema, kept: Mapping[str, Any]) -> tuple[Any, Any]:
 
     bad = [name for name in (*schema.observations, *schema.actions) if "/" in name]
     if bad or schema.actions != ("action",) or schema.reward is None or not schema.observations:
-        raise DataError(
-            "export to Minari",
-            expected="observations, one field 'action', rewards, and no '/' in a name",
-            got=f"{', '.join(spec.name for spec in schema.fields)}",
-            fix="export a store with those fields",
-        )
+        expected = "observations, one field 'action', rewards, and no '/' in a name"
+        got, fix = ", ".join(spec.name for spec in schema.fields), "export a store with those fields"
+        raise DataError("export to Minari", expected=expected, got=got, fix=fix)
     seen = {name: space_for(schema[name]) for name in schema.observations}
     bare = schema.observations == ("observation",)
     return seen["observation"] if bare else spaces.Dict(seen), action_space_for(schema["action"], schema.action)
@@ -353,15 +304,6 @@ def _buffer(store: EpisodeStore, number: int, observation_space: Any, action_spa
     from minari.data_collector.episode_buffer import EpisodeBuffer
 
     episode = store.episode(number)
-    wanted = [spec.name for spec in store.schema.fields if spec.role != "other"]
-    missing = [name for name in wanted if name not in episode.fields]
-    if missing:
-        raise DataError(
-            f"{store.path}, episode {number}",
-            expected="all fields, as Minari needs them",
-            got=f"no {', '.join(missing)}",
-            fix="export a store whose episodes are complete",
-        )
 
     def values(root: str, rows: int) -> Callable[[str, Any], Any]:
         def value(name: str, leaf: Any) -> Any:

@@ -5,7 +5,7 @@ or `dones`, for each step or once), `timeouts`, `agent_infos` and `env_infos`. N
 whose paths all have one observation more than actions is recognised: the last one is what the last step led to.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,13 @@ import numpy as np
 from offbook.data.formats import Recordings
 from offbook.data.formats.pickles import load
 from offbook.data.formats.transitions import (
-    LAST_DROPPED,
-    NEXT_KEPT,
     Steps,
     entries,
+    flagged,
     flattened,
     need,
     numbers,
-    recorded_range,
-    schema,
+    recordings,
     seen,
     succeeded,
 )
@@ -47,32 +45,28 @@ def read(source: str) -> Recordings:
     paths = check_paths(load(path), path)
     more = all(_rows(one["observations"]) == _rows(one["actions"]) + 1 for one in paths)
     after = any("next_observations" in one for one in paths)
-    stated = [_MORE if more else NEXT_KEPT if after else LAST_DROPPED]
     keys = ["rewards"] * any("rewards" in one for one in paths) + ["next_observations"] * (after and not more)
     for number, one in enumerate(paths):
         need(one, keys, f"{path}, path {number}", "give every path the same keys")
     steps = [_steps(one, more, f"{path}, path {number}") for number, one in enumerate(paths)]
     kept = [number for number, one in enumerate(steps) if one.after is not None or len(one.action) > 1]
-    stated += [f"{len(paths) - len(kept)} paths of a single row are left out"] * (len(kept) < len(paths))
-    if not kept:
-        raise DataError(str(path), expected="a path of two rows or more", got="none", fix="give another file")
-    # What only some paths have is kept as missing in the others.
-    names = list(dict.fromkeys(name for one in steps for name in one.others))
-    left = sorted({name for one in paths for name in _infos(one)} - set(names))
-    stated += [f"left out, being no numbers for each step: {', '.join(left)}"] * bool(left)
-    widest = max(kept, key=lambda number: len(steps[number].others))
-    made = schema(
+    names = {name for one in steps for name in one.others}
+    widest = max(kept, key=lambda number: len(steps[number].others), default=0)
+
+    def episodes() -> Generator[tuple[str, Steps], None, None]:
+        for number in kept:
+            yield f"{path}, path {number}", steps[number]
+
+    return recordings(
         "paths",
         path,
-        steps[widest].fields(f"{path}, path {widest}"),
-        steps[widest].observations,
-        recorded_range(one.action for one in steps),
-        stated,
-    )
-    return Recordings(
-        schema=made,
-        episodes=_episodes([(f"{path}, path {number}", steps[number]) for number in kept], made.named("other")),
+        episodes,
+        [],
         total=len(kept),
+        after=_MORE if more else "",
+        first=(f"{path}, path {widest}", steps[widest]),
+        single=len(paths) - len(kept),
+        left={name for one in paths for name in _infos(one)} - names,
     )
 
 
@@ -122,10 +116,10 @@ def _steps(one: Mapping[str, Any], more: bool, where: str) -> Steps:
     rows = len(action) if action.ndim else 0
     others = {name: part for name, part in _infos(one).items() if part is not None and part.shape[:1] == (rows,)}
     flag = next((key for key in _ENDS if key in one), None)
-    terminated = flag is not None and _end(one[flag], f"{where}, {flag}")
+    terminated = flag is not None and flagged(one[flag], f"{where}, {flag}")
     # Without what the last step led to, the step that ended it is not kept.
     terminated = terminated and after is not None
-    stopped = "timeouts" in one and _end(one["timeouts"], f"{where}, timeouts")
+    stopped = "timeouts" in one and flagged(one["timeouts"], f"{where}, timeouts")
     return Steps(
         observations=observations,
         action=action,
@@ -155,20 +149,3 @@ def _infos(one: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
 def _once(one: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Success, where a path states it for the whole of itself."""
     return {key: np.asarray(one[key]) for key in ("success",) if isinstance(one.get(key), bool | int | np.generic)}
-
-
-def _end(value: Any, where: str) -> bool:
-    """Whether the last flag is set; the others must not be, for an episode ends once."""
-    flags = numbers(value, where).reshape(-1) != 0
-    early = np.flatnonzero(flags[:-1])
-    if len(early):
-        got, fix = f"one in row {early[0]} of {len(flags)}", "cut the recording into episodes there"
-        raise DataError(where, expected="the flag in the last row only", got=got, fix=fix)
-    return bool(flags[-1]) if len(flags) else False
-
-
-def _episodes(
-    steps: list[tuple[str, Steps]], others: tuple[str, ...]
-) -> Iterator[tuple[Mapping[str, np.ndarray | None], Outcome]]:
-    for where, one in steps:
-        yield {**dict.fromkeys(others), **one.fields(where)}, one.outcome

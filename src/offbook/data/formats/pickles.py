@@ -3,7 +3,8 @@
 A pickle is a program for a small machine with a stack, and Python's own reader lets it call whatever it names. The
 reader here knows only the instructions that build numbers, words, lists, tuples, dicts and arrays. The few functions
 that pickled arrays name are its own stand-ins, so NumPy never sees a state that it did not write, and whatever else a
-pickle names is refused by that name. What a file can make it do is bounded by the size of the file.
+pickle names is refused by that name. What a file can make it do is bounded by the size of the file: a value may be used
+again and again, but copied only until the copies come to some times the file.
 """
 
 import codecs
@@ -78,14 +79,14 @@ def load(path: Path) -> Any:
         raise DataError(where, expected="a pickle", got=got, fix="give the path of the file") from error
     except _ForeignError as error:
         fix = "nothing of it was run; save the recordings as plain dicts of NumPy arrays"
-        raise DataError(where, expected="a pickle of plain data", got=str(error), fix=fix) from None
+        raise DataError(where, expected="a pickle of plain data", got=str(error)[:300], fix=fix) from None
     except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
         got = f"one that is damaged or cut short ({str(error).partition(chr(10))[0] or error!r})"
         raise DataError(where, expected="a whole pickle", got=got, fix=again) from error
 
 
 def _run(content: mmap.mmap) -> Any:
-    machine = _Machine()
+    machine = _Machine(2**20 + 4 * len(content))
     stream: Any = content  # it has read and readline, which is all that is asked of it
     for _ in range(MAX_INSTRUCTIONS):
         code = stream.read(1)
@@ -112,7 +113,10 @@ def _string(line: bytes) -> str:
 
 
 class _Machine:
-    def __init__(self) -> None:
+    """The stack and the memo; `copies` is how many more letters and entries may be handed to functions."""
+
+    def __init__(self, copies: int) -> None:
+        self.copies = copies
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -132,7 +136,7 @@ class _Machine:
             case "LIST" | "TUPLE":
                 stack.append(self.since_mark() if name == "LIST" else tuple(self.since_mark()))
             case "DICT":
-                stack.append(self.fill({}, self.since_mark()))
+                stack.append(_fill({}, self.since_mark()))
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 items = [stack.pop() for _ in range(int(name[-1]))]
                 stack.append(tuple(items[::-1]))
@@ -141,7 +145,7 @@ class _Machine:
                 self.top(list).extend(items)
             case "SETITEM" | "SETITEMS":
                 items = self.since_mark() if name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
-                self.fill(self.top(dict), items)
+                _fill(self.top(dict), items)
             case "PUT" | "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
                 place = len(self.memo) if name == "MEMOIZE" else int(argument)
                 self.memo[place] = stack[-1]
@@ -154,14 +158,20 @@ class _Machine:
             case "GLOBAL":
                 stack.append(_stand_in(*str(argument).split(" ", 1)))
             case "STACK_GLOBAL":
-                names = [stack.pop(), stack.pop()][::-1]
-                stack.append(_stand_in(*map(str, names)))
+                last, module = stack.pop(), stack.pop()
+                if not isinstance(last, str) or not isinstance(module, str):
+                    raise _ForeignError("a name that is no word")
+                stack.append(_stand_in(module, last))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 if not isinstance(function, _StandIn) or not isinstance(arguments, tuple):
                     raise _ForeignError("a call of something that is no function")
+                self.spend(arguments)
                 stack.append(function.call(*arguments))
             case "BUILD":
+                if not isinstance(stack[-1], tuple):
+                    raise _ForeignError("an object with a state of its own")
+                self.spend(stack[-1])
                 self.build(stack.pop())
             case _ if _CONSTANT.fullmatch(name):
                 stack.append(argument)
@@ -181,15 +191,14 @@ class _Machine:
             raise ValueError(f"{type(self.stack[-1]).__name__} where a {kind.__name__} belongs")
         return self.stack[-1]
 
-    def fill(self, target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
-        """Puts keys and values, by turns, into a dict; hashing nested keys could take for ever."""
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, str | int):
-                raise _ForeignError(f"a dict with a {type(key).__name__} as key")
-            target[key] = value
-        return target
+    def spend(self, arguments: tuple[Any, ...]) -> None:
+        """Counts what a function may go through, for the same words and lists can be given to it many times."""
+        parts = [part for part in arguments if isinstance(part, str | list | tuple)]
+        self.copies -= len(arguments) + sum(map(len, parts))
+        if self.copies < 0:
+            raise _ForeignError("one that copies the same values again and again")
 
-    def build(self, state: Any) -> None:
+    def build(self, state: tuple[Any, ...]) -> None:
         """Gives an array or a dtype its state."""
         target = self.stack[-1]
         if isinstance(target, _Dtype):
@@ -201,6 +210,15 @@ class _Machine:
                 self.memo[place] = self.stack[-1]
         else:
             raise _ForeignError("an object with a state of its own")
+
+
+def _fill(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+    """Puts keys and values, by turns, into a dict; hashing nested keys could take for ever."""
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int):
+            raise _ForeignError(f"a dict with a {type(key).__name__} as key")
+        target[key] = value
+    return target
 
 
 @dataclass(frozen=True)
@@ -255,7 +273,5 @@ _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {
     # How protocols 0 to 2 write bytes, and no bytes.
     ("_codecs", "encode"): _encode,
     ("builtins", "bytes"): lambda: b"",
-    ("collections", "OrderedDict"): lambda pairs=(): _Machine().fill(
-        {}, [part for key, value in pairs for part in (key, value)]
-    ),
+    ("collections", "OrderedDict"): lambda pairs=(): _fill({}, [part for key, value in pairs for part in (key, value)]),
 }

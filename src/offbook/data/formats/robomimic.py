@@ -7,7 +7,7 @@ observation keep their names, those in a group with the group's name before a do
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,8 @@ from typing import Any
 import numpy as np
 
 from offbook.data.formats import Recordings
-from offbook.data.formats.transitions import (
-    LAST_DROPPED,
-    NEXT_KEPT,
-    Steps,
-    hdf5,
-    need,
-    numbers,
-    recorded_range,
-    rows_of,
-    schema,
-    seen,
-)
+from offbook.data.formats.limits import AGAIN, explained
+from offbook.data.formats.transitions import Steps, hdf5, need, numbers, recordings, rows_of, seen
 from offbook.data.index import Outcome
 from offbook.errors import DataError
 
@@ -60,59 +50,48 @@ def read(source: str) -> Recordings:
         for name in names:
             need(data[name], ["obs", "actions"], f"{path}, data/{name}", _FIX)
         about["marked"] = all(_done(data[name], f"{path}, data/{name}") for name in names)
-        first, where = data[names[0]], f"{path}, data/{names[0]}"
-        keys = [key for key in _KEYS if key in first]
-        values = _steps(first, about, keys, where).fields(where)
-        splits = {
-            key: [names.index(name) for name in _words(mask[:]) if name in names]
-            for key, mask in file.get("mask", {}).items()
-        }
-        stated = [NEXT_KEPT if "next_obs" in keys else LAST_DROPPED]
-        stated += [_MARKED] * about["marked"]
+        keys = [key for key in _KEYS if key in data[names[0]]]
+        places = {name: i for i, name in enumerate(names)}
+        masks = {key: mask.asstr()[:] for key, mask in file.get("mask", {}).items()}
+        splits = {key: [places[name] for name in words if name in places] for key, words in masks.items()}
+        stated = [_MARKED] * about["marked"]
         stated += [f"groups of demonstrations: {', '.join(splits)}"] * bool(splits)
-        made = schema(
+
+        def episodes() -> Generator[tuple[str, Steps], None, None]:
+            with hdf5(path) as file:
+                for name in names:
+                    where = f"{path}, data/{name}"
+                    yield where, _steps(file["data"][name], about, keys, where)
+
+        made = recordings(
             "robomimic",
             path,
-            values,
-            seen(first["obs"]),
-            recorded_range(_all(data[name]["actions"], f"{path}, data/{name}, actions") for name in names),
+            episodes,
             stated,
+            total=len(names),
             environment=about["environment"],
             rate_hz=about["rate_hz"],
             env_args=about["env_args"],
             demonstrations=names,
         )
     # Where the store looks for groups of episodes.
-    made = replace(made, extra={**made.extra, "splits": splits})
-    return Recordings(schema=made, episodes=_episodes(path, names, about, keys), total=len(names))
-
-
-def _episodes(
-    path: Path, names: list[str], about: Mapping[str, Any], keys: list[str]
-) -> Iterator[tuple[Mapping[str, np.ndarray], Outcome]]:
-    with hdf5(path) as file:
-        for name in names:
-            where = f"{path}, data/{name}"
-            steps = _steps(file["data"][name], about, keys, where)
-            yield steps.fields(where), steps.outcome
+    return replace(made, schema=replace(made.schema, extra={**made.schema.extra, "splits": splits}))
 
 
 def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> Steps:
     need(demo, keys, where, "give every demonstration the same keys")
-    observations = {name: _all(part, f"{where}, obs, {name}") for name, part in seen(demo["obs"]).items()}
-    action = _all(demo["actions"], f"{where}, actions")
+    observations = {name: rows_of(part, f"{where}, obs, {name}") for name, part in seen(demo["obs"]).items()}
+    action = rows_of(demo["actions"], f"{where}, actions")
     if not len(action):
         raise DataError(where, expected="one step or more", got="none", fix="leave empty demonstrations out")
     said = demo.attrs.get("num_samples")
     if said is not None and int(said) != len(action):
-        fix = "copy the file again from where it came from"
-        raise DataError(
-            f"{where}, actions", expected=f"{said} rows, as num_samples says", got=str(len(action)), fix=fix
-        )
-    others = {name: _all(demo[name], f"{where}, {name}") for name in keys if name in ("states", "dones")}
+        expected, got = f"{said} rows, as num_samples says", str(len(action))
+        raise DataError(f"{where}, actions", expected=expected, got=got, fix=AGAIN)
+    others = {name: rows_of(demo[name], f"{where}, {name}") for name in keys if name in ("states", "dones")}
     # A simulator's state is empty or a dummy where there is none.
     others = {name: array for name, array in others.items() if 0 not in array.shape}
-    reward = _all(demo["rewards"], f"{where}, rewards") if "rewards" in keys else None
+    reward = rows_of(demo["rewards"], f"{where}, rewards") if "rewards" in keys else None
     last = None
     if "next_obs" in keys:
         nexts = seen(demo["next_obs"])
@@ -137,17 +116,13 @@ def _steps(demo: Any, about: Mapping[str, Any], keys: list[str], where: str) -> 
 
 def _done(demo: Any, where: str) -> bool:
     """Whether the last step is marked as done."""
-    dones = _all(demo["dones"], f"{where}, dones") if "dones" in demo else np.zeros(0)
+    dones = rows_of(demo["dones"], f"{where}, dones") if "dones" in demo else np.zeros(0)
     return bool(dones.reshape(-1)[-1:].any())
-
-
-def _all(part: Any, where: str) -> np.ndarray:
-    return rows_of(part, 0, (part.shape or (0,))[0], where)
 
 
 def _about(data: Any, where: str) -> dict[str, Any]:
     """What `env_args` says; older files and those of other labs may lack it."""
-    try:
+    with explained(f"{where}, data, env_args", "JSON", "write it again or remove it"):
         arguments = json.loads(data.attrs.get("env_args", "{}"))
         settings = dict(arguments.get("env_kwargs") or {})
         library, name = _LIBRARIES.get(arguments.get("type", arguments.get("env_type"))), arguments.get("env_name")
@@ -159,15 +134,6 @@ def _about(data: Any, where: str) -> dict[str, Any]:
             "shaped": bool(settings.get("reward_shaping", False)),
             "env_args": arguments,
         }
-    except (ValueError, TypeError, AttributeError) as error:
-        got = f"{type(error).__name__} {error}".partition("\n")[0]
-        raise DataError(
-            f"{where}, data, env_args", expected="JSON", got=got, fix="write it again or remove it"
-        ) from error
-
-
-def _words(values: Any) -> list[str]:
-    return [value.decode() if isinstance(value, bytes) else str(value) for value in values]
 
 
 def _number(name: str) -> tuple[int, str]:

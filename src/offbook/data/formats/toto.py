@@ -10,7 +10,7 @@ Source: Zhou et al., "Train Offline, Test Online: A Real Robot Learning Benchmar
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from offbook.data.formats import Recordings
+from offbook.data.formats import Recordings, limits
 from offbook.data.formats.paths import check_paths
 from offbook.data.formats.pickles import load
-from offbook.data.formats.transitions import LAST_DROPPED, Steps, need, numbers, recorded_range, same_rows, schema
+from offbook.data.formats.transitions import Steps, need, numbers, recordings, same_rows
 from offbook.data.index import Outcome
 from offbook.errors import DataError
 
@@ -53,35 +53,30 @@ def read(source: str) -> Recordings:
     height, _, width = ending.partition("x")
     size = (int(height), int(width)) if width else None
     cameras = ending != "0" and _CAMERA in paths[0]
-    number = next((i for i, one in enumerate(paths) if len(one["actions"]) > 1), None)
-    if number is None:
-        raise DataError(str(path), expected="a path of two rows or more", got="none", fix="give another file")
     steps = [_steps(one, f"{path}, path {i}") for i, one in enumerate(paths)]
     kept = [i for i, one in enumerate(steps) if len(one.action) > 1]
-    first = _seen(steps[number], paths[number], path, size, cameras).fields(str(path))
-    stated = [LAST_DROPPED, "the weight in the last row is the score, and the reward of the last step kept"]
-    stated += [f"{len(paths) - len(kept)} paths of a single row are left out"] * (len(kept) < len(paths))
+    stated = ["the weight in the last row is the score, and the reward of the last step kept"]
     stated += ["the pictures are left out"] * (not cameras) + [f"the pictures are scaled to {ending}"] * bool(size)
     stated += ["depth is left out"] * ("cam0d" in paths[0])
-    made = schema(
+
+    def episodes() -> Generator[tuple[str, Steps], None, None]:
+        for i in kept:
+            yield f"{path}, path {i}", _seen(steps[i], paths[i], path, size, cameras)
+
+    made = recordings(
         "toto",
         path,
-        first,
-        ("joints", _CAMERA),
-        recorded_range(one.action for one in steps),
+        episodes,
         stated,
+        total=len(kept),
+        single=len(paths) - len(kept),
+        stored=limits.size_of(path) + (limits.size_of(path.parent / "data") if cameras else 0),
         rate_hz=RATE_HZ,
         trajectories=[str(paths[i].get("traj_id", "")) for i in kept],
     )
     units = {"joints": "rad", "action": "rad"}
-    made = replace(made, fields=tuple(replace(spec, units=units.get(spec.name, "")) for spec in made.fields))
-
-    def episodes() -> Iterator[tuple[Mapping[str, np.ndarray], Outcome]]:
-        for i in kept:
-            one = _seen(steps[i], paths[i], path, size, cameras)
-            yield one.fields(f"{path}, path {i}"), one.outcome
-
-    return Recordings(schema=made, episodes=episodes(), total=len(kept))
+    fields = tuple(replace(spec, units=units.get(spec.name, "")) for spec in made.schema.fields)
+    return replace(made, schema=replace(made.schema, fields=fields))
 
 
 def _steps(one: Mapping[str, Any], where: str) -> Steps:
@@ -113,10 +108,15 @@ def _seen(steps: Steps, one: Mapping[str, Any], path: Path, size: tuple[int, int
     need(one, ("traj_id", _CAMERA), where, "give every path its pictures, or leave them out with @0")
     names = [str(name) for name in one[_CAMERA]] if isinstance(one[_CAMERA], list | tuple | np.ndarray) else []
     same_rows(_CAMERA, np.empty(len(names)), len(steps.action), where)
-    frames = [_picture(path.parent, PurePosixPath("data", str(one["traj_id"]), name), size) for name in names]
-    if len({frame.shape for frame in frames}) > 1:
-        fix = "scale them with an ending such as @120x160"
-        raise DataError(where, expected="pictures of one size", got="several sizes", fix=fix)
+    frames = []
+    for name in names:
+        frames.append(_picture(path.parent, PurePosixPath("data", str(one["traj_id"]), name), size))
+        if frames[-1].shape != frames[0].shape:
+            fix = "scale them with an ending such as @120x160"
+            raise DataError(where, expected="pictures of one size", got="several sizes", fix=fix)
+        if frames[0].nbytes * len(names) > limits.MAX_BYTES:
+            fix = "scale the pictures with an ending such as @120x160"
+            raise DataError(where, expected=f"at most {limits.MAX_BYTES} bytes for an episode", got="more", fix=fix)
     return replace(steps, observations={**steps.observations, _CAMERA: np.stack(frames)})
 
 
@@ -125,13 +125,9 @@ def _picture(folder: Path, name: PurePosixPath, size: tuple[int, int] | None) ->
     file = folder / name
     if name.is_absolute() or ".." in name.parts or not file.resolve().is_relative_to(folder.resolve()):
         raise DataError(str(name), expected="a picture beside the pickle", got="a path that leads elsewhere", fix=_FIX)
-    try:
+    with limits.explained(file, "a picture", f"{_FIX}, or leave the pictures out with the ending @0"):
         with Image.open(file, formats=("PNG", "JPEG")) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise DataError(str(file), expected=f"{_MAX_PIXELS} pixels", got=f"{image.size}", fix=_FIX)
             whole = image.convert("RGB")
         return np.asarray(whole if size is None else whole.resize((size[1], size[0]), Image.Resampling.BOX))
-    except (OSError, ValueError, SyntaxError) as error:
-        got = "no such file" if not file.is_file() else str(error).partition("\n")[0]
-        fix = f"{_FIX}, or leave the pictures out with the ending @0"
-        raise DataError(str(file), expected="a picture", got=got, fix=fix) from error

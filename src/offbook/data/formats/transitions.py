@@ -7,14 +7,14 @@ final one, and the step that began there is left out. Whoever does so says it in
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offbook.client.protocol import ActionSpec
+from offbook.data.formats import Recordings, limits
 from offbook.data.formats.pickles import ObjectArray
 from offbook.data.index import Outcome
 from offbook.data.schema import FieldSpec, Role, Schema
@@ -27,8 +27,6 @@ LAST_DROPPED = (
     "what the last step of an episode led to is not recorded: the last observation is the final one, and the action "
     "and the reward of that row are left out"
 )
-MAX_BYTES = 8 * 2**30
-"""Most bytes that one array of one episode may have; more is a damaged file, or one made to fill the memory."""
 _LEAVES = 2_000
 _LIST = 100_000_000
 
@@ -136,8 +134,8 @@ def numbers(value: Any, where: str) -> np.ndarray:
     return value
 
 
-def rows_of(part: Any, start: int, stop: int, where: str) -> np.ndarray:
-    """Rows of an array that lies in a file, which says itself how large it is.
+def rows_of(part: Any, where: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Rows of an array that lies in a file, which says itself how large it is; all of them without `stop`.
 
     Raises:
         DataError: they would have more than `MAX_BYTES`, or are no numbers.
@@ -147,9 +145,10 @@ def rows_of(part: Any, start: int, stop: int, where: str) -> np.ndarray:
     if part.dtype.kind not in "biuf":
         got, fix = f"an array of {part.dtype}", "save numbers, in rows of the same length"
         raise DataError(where, expected="numbers", got=got, fix=fix)
-    if (stop - start) * math.prod(part.shape[1:]) * part.dtype.itemsize > MAX_BYTES:
+    stop = part.shape[0] if stop is None else stop
+    if (stop - start) * math.prod(part.shape[1:]) * part.dtype.itemsize > limits.MAX_BYTES:
         fix = "copy the file again from where it came from, or keep less in one episode"
-        raise DataError(where, expected=f"at most {MAX_BYTES} bytes for an episode", got="more", fix=fix)
+        raise DataError(where, expected=f"at most {limits.MAX_BYTES} bytes for an episode", got="more", fix=fix)
     return numbers(part[start:stop], where)
 
 
@@ -161,18 +160,20 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     pending: list[tuple[str, Any]] = [(prefix, tree)]
-    for _ in range(_LEAVES):
-        if not pending:
-            return found
+    count = 0
+    while pending:
         name, value = pending.pop()
         if isinstance(value, Mapping):
+            count += len(value)
+            if count > _LEAVES:
+                fix = "save a flatter structure"
+                raise DataError(prefix or "keys", expected=f"at most {_LEAVES} of them", got="more", fix=fix)
             pending += [(f"{name}{key}.", child) for key, child in reversed(list(value.items()))]
         elif name[:-1] in found:
             raise DataError(name[:-1], expected="names that differ", got="two of this", fix="rename one of them")
         else:
             found[name[:-1]] = value
-    fix = "save a flatter structure"
-    raise DataError(prefix or "keys", expected=f"at most {_LEAVES} of them", got="more", fix=fix)
+    return found
 
 
 def seen(value: Any) -> dict[str, Any]:
@@ -200,69 +201,83 @@ def succeeded(values: Mapping[str, np.ndarray]) -> bool | None:
     return None
 
 
-def recorded_range(actions: Iterable[np.ndarray]) -> ActionSpec:
-    """The bounds of actions that a file does not state: the least and the largest value of each entry.
+def flagged(value: Any, where: str) -> bool:
+    """Whether the last flag is set; the others must not be, for an episode ends once.
 
-    Whole numbers in one column from 0 on are taken for choices.
+    Raises:
+        DataError: one is.
     """
-    low = high = np.zeros(0)
-    choices = True
-    for part in actions:
-        flat = part.reshape(len(part), -1)
-        if not len(flat):
-            continue
-        least, most = (np.asarray(bound(flat, axis=0), np.float64) for bound in (np.fmin.reduce, np.fmax.reduce))
-        choices = choices and part.dtype.kind in "iu" and flat.shape[1] == 1
-        low, high = (least, most) if low.shape != least.shape else (np.fmin(low, least), np.fmax(high, most))
-    known = [float(x) for x in np.nan_to_num(low, nan=-np.inf)], [float(x) for x in np.nan_to_num(high, nan=np.inf)]
-    count = int(high[0]) + 1 if choices and len(low) and low[0] >= 0 else None
-    if count is not None:
-        known = [0.0], [float(count - 1)]
-    return ActionSpec(size=len(low), low=tuple(known[0]), high=tuple(known[1]), choices=count)
+    flags = numbers(value, where).reshape(-1) != 0
+    early = np.flatnonzero(flags[:-1])
+    if len(early):
+        got, fix = f"one in row {early[0]} of {len(flags)}", "cut the recording into episodes there"
+        raise DataError(where, expected="the flag in the last row only", got=got, fix=fix)
+    return bool(flags[-1:].any())
 
 
-def schema(
+def recordings(
     form: str,
-    source: Path,
-    first: Mapping[str, np.ndarray],
-    observations: Iterable[str],
-    action: ActionSpec,
+    path: Path,
+    episodes: Callable[[], Generator[tuple[str, Steps], None, None]],
     stated: Sequence[str],
     *,
+    total: int,
+    after: str = "",
+    first: tuple[str, Steps] | None = None,
+    single: int = 0,
+    left: Iterable[str] = (),
+    stored: int | None = None,
     environment: str = "",
     rate_hz: float | None = None,
     **extra: Any,
-) -> Schema:
-    """What the episodes will hold, told by the first of them.
+) -> Recordings:
+    """Recordings of which one episode tells what all will hold.
 
     Args:
         form: the format's name.
-        source: the file or folder.
-        first: fields of one episode.
-        observations: which of them are observations.
-        action: bounds of the actions, as recorded.
+        path: the file or folder.
+        episodes: begins anew at the first one each time it is called; gives each with words for where it is.
         stated: what a user should know of how the file was read; `offbook data info` shows it.
+        total: how many episodes there are.
+        after: what the observation after the last step is, where it is no recorded next observation.
+        first: the episode that tells; else it is the first.
+        single: how many were left out, being of a single row.
+        left: names of what was left out, being no numbers for each step.
+        stored: bytes of the files, where they are not all those at `path`.
         environment: library and name of the environment, where the file tells.
         rate_hz: steps a second, where that is known.
         extra: further JSON-able facts of the file.
+
+    Raises:
+        DataError: there is no episode, or that one cannot be kept; nothing is written then.
     """
-    observed = set(observations)
-    fields = []
-    for name, array in first.items():
-        role: Role = "observation" if name in observed else "other"
+    if not total:
+        fix = "choose other recordings"
+        raise DataError(str(path), expected="an episode of two rows or more", got="none", fix=fix)
+    with contextlib.closing(episodes()) as begun:
+        where, told = first or next(begun)
+    specs = []
+    for name, array in told.fields(where).items():
+        role: Role = "observation" if name in told.observations else "other"
         if name in ("action", "reward"):
             role = "action" if name == "action" else "reward"
-        fields.append(FieldSpec(name, array.dtype.name, array.shape[1:], role))
-    order = ("observation", "action", "reward", "other")
-    fields.sort(key=lambda spec: order.index(spec.role))
-    return Schema(
-        tuple(fields),
+        specs.append(FieldSpec(name, array.dtype.name, array.shape[1:], role))
+    specs.sort(key=lambda spec: ("observation", "action", "reward", "other").index(spec.role))
+    said = [LAST_DROPPED if told.after is None else after or NEXT_KEPT, *stated]
+    said += [f"{single} episodes of a single row are left out"] * bool(single)
+    said += [f"left out, being no numbers for each step: {', '.join(sorted(left))}"] * bool(left)
+    made = Schema(
+        tuple(specs),
         environment=environment,
         rate_hz=rate_hz,
-        source=f"{form}:{source.name}",
-        action=action,
-        extra={"import": {"format": form, "stated": list(stated), "bounds": "recorded", **extra}},
+        source=f"{form}:{path.name}",
+        extra={"import": {"format": form, "stated": said, "bounds": "recorded", **extra}},
     )
+    # What only some episodes have is kept as missing in the others.
+    others = dict.fromkeys(made.named("other"))
+    kept = (({**others, **one.fields(where)}, one.outcome) for where, one in episodes())
+    stored = limits.size_of(path) if stored is None else stored
+    return Recordings(schema=made, episodes=kept, total=total, stored=stored)
 
 
 @contextlib.contextmanager
@@ -270,33 +285,36 @@ def hdf5(path: Path) -> Iterator[Any]:
     """Opens an HDF5 file for reading.
 
     Raises:
-        DataError: it is not there, or points at other files, or is damaged, there or wherever the block reads.
+        DataError: it is not there, or points at other files, speaks of far more than it holds, or is damaged, there or
+            wherever the block reads.
         MissingExtraError: h5py is not installed.
     """
     with needs_extra("formats"):
         import h5py
     fix = "give the path of the file, or copy it again from where it came from"
-    if not path.is_file():
-        raise DataError(str(path), expected="an HDF5 file", got="no such file", fix=fix)
-    try:
-        # Episodes are read one after another, and a compressed chunk often holds several: keep a few of them.
-        with h5py.File(path, "r", rdcc_nbytes=2**26) as file:
-            _check_own(file, str(path))
-            yield file
-    except (OSError, RuntimeError, KeyError) as error:
-        got = f"one that is damaged or cut short ({str(error).partition(chr(10))[0]})"
-        raise DataError(str(path), expected="a whole HDF5 file", got=got, fix=fix) from error
+    # Episodes are read one after another, and a compressed chunk often holds several: keep a few of them.
+    with limits.explained(path, "a whole HDF5 file", fix), h5py.File(path, "r", rdcc_nbytes=2**26) as file:
+        size = path.stat().st_size
+        limits.check_arrays(_arrays(file, size, str(path)), size, path)
+        yield file
 
 
-def _check_own(file: Any, where: str) -> None:
-    """Refuses an HDF5 file that would have others read, which may be any on this machine."""
+def _arrays(file: Any, size: int, where: str) -> Iterator[tuple[str, Any]]:
+    """All arrays of an HDF5 file by each of their names; none may be read from other files, which may be any here."""
     import h5py
 
-    def elsewhere(_: str, part: Any) -> bool | None:
-        if isinstance(part, h5py.ExternalLink):
-            return True
-        return (isinstance(part, h5py.Dataset) and bool(part.external or part.is_virtual)) or None
-
-    if file.visititems_links(elsewhere) or file.visititems(elsewhere):
-        fix = "copy everything into the file itself"
+    fix, pending, count = "copy everything into the file itself", [file], 0
+    away = file.visititems_links(lambda _, link: isinstance(link, h5py.ExternalLink) or None)
+    while pending:
+        part = pending.pop()
+        if isinstance(part, h5py.Group):
+            # A name takes more bytes than this, unless groups lead to themselves.
+            count += len(part)
+            if count > _LEAVES + size // 16:
+                raise DataError(where, expected="names that each lead somewhere else", got="a circle", fix=fix)
+            pending += [] if away else [part.get(name) for name in part]
+        elif isinstance(part, h5py.Dataset):
+            away = away or part.external or part.is_virtual
+            yield part.name, part
+    if away:
         raise DataError(where, expected="a file that holds its own values", got="one that points at others", fix=fix)
