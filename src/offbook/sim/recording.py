@@ -1,7 +1,9 @@
 """Recording episodes of a scripted or random policy into a store: in parallel, and resumable after a crash."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,13 +35,11 @@ class _Plan:
     rewards: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        record = {
-            "policy": self.policy,
-            "grades": list(self.grades),
-            "seed": self.seed,
-            "settings": dict(self.settings),
-        }
-        return record if self.rewards else {**record, "rewards": False}
+        said = {"policy": self.policy, "grades": [*self.grades], "seed": self.seed, "settings": dict(self.settings)}
+        return said if self.rewards else {**said, "rewards": False}
+
+    def grade(self, number: int) -> float:
+        return self.grades[number % len(self.grades)]
 
 
 def record(
@@ -63,17 +63,13 @@ def record(
         env_id: see `offbook.sim.adapters.make`.
         episodes: how many the store shall hold at the end.
         out: folder of the store.
-        policy: `"expert"` for the environment's scripted expert, `"random"`, or `"drift"` for random actions that
-            change slowly and so lead further away.
+        policy: the environment's scripted expert, random actions, or ones that change slowly and so lead further away.
         grades: of the expert, see `make_expert`; episode i has the grade `grades[i % len(grades)]`, so that
             `(1.0, 1.0, 1.0, 0.5)` makes every fourth episode an imperfect one.
         seed: seed of the recording.
         jobs: worker processes.
         rewards: False leaves them out, as in recordings that no task was in view for.
         settings: further arguments of `make`.
-
-    Returns:
-        The store.
 
     Raises:
         ConfigError: a setting is wrong, or the existing store is of another recording.
@@ -92,21 +88,13 @@ def record(
         raise ConfigError("--policy", expected=", ".join(_SOURCES), got=repr(policy), fix="choose one of them")
     if not grades:
         raise ConfigError("--grades", expected="one or more", got="none", fix="give a grade such as 1.0")
-    plan = _Plan(
-        env_id=env_id,
-        policy=policy,
-        grades=tuple(float(grade) for grade in grades) if policy == "expert" else (1.0,),
-        seed=seed,
-        settings=dict(settings or {}),
-        rewards=rewards,
-    )
-    out = Path(out)
-    with open_recording(out, env_id, plan.to_json(), functools.partial(_schema, plan)) as writer:
-        done = len(EpisodeStore.open(out))
-        blocks = [range(start, min(start + _BLOCK, episodes)) for start in range(done, episodes, _BLOCK)]
-        played = run_parallel(functools.partial(_play_block, plan), blocks, jobs=jobs)
-        numbered = enumerate((episode for block in played for episode in block), start=done)
-        for number, episode in track(numbered, f"recording {env_id}", total=max(episodes - done, 0)):
+    turns = tuple(float(grade) for grade in grades) if policy == "expert" else (1.0,)
+    plan = _Plan(env_id=env_id, policy=policy, grades=turns, seed=seed, settings=dict(settings or {}), rewards=rewards)
+    with open_recording(Path(out), env_id, plan.to_json(), functools.partial(_schema, plan)) as writer:
+        numbers = range(len(writer), episodes)
+        blocks = [numbers[start : start + _BLOCK] for start in range(0, len(numbers), _BLOCK)]
+        played = itertools.chain.from_iterable(run_parallel(functools.partial(_play_block, plan), blocks, jobs=jobs))
+        for number, episode in zip(track(numbers, f"recording {env_id}"), played, strict=True):
             _append(writer, plan, number, episode)
     return EpisodeStore.open(out)
 
@@ -137,36 +125,25 @@ def open_recording(out: Path, env_id: str, plan: Mapping[str, Any], schema: Call
 
 
 def _schema(plan: _Plan) -> Schema:
-    env = make(plan.env_id, **plan.settings)
-    try:
-        _policy(plan, env, plan.grades[0])  # refuses an environment without an expert before a store is made
+    with closing(make(plan.env_id, **plan.settings)) as env:
+        _policy(plan, env, 0)  # refuses an environment without an expert before a store is made
         return schema_for(env, plan.env_id, source=_SOURCES[plan.policy])
-    finally:
-        env.close()
 
 
-def _policy(plan: _Plan, env: AnyEnv, grade: float) -> Any:
+def _policy(plan: _Plan, env: AnyEnv, number: int) -> Any:
     if plan.policy == "expert":
-        return make_expert(plan.env_id, grade, plan.seed)
+        return make_expert(plan.env_id, plan.grade(number), plan.seed)
     return random_policy(env, plan.seed, memory=0.96 if plan.policy == "drift" else 0.0)
 
 
 def _play_block(plan: _Plan, block: range) -> list[Played]:
     """Plays the episodes with the numbers in the block."""
-    env = make(plan.env_id, **plan.settings)
-    try:
-        return [episode for number in block for episode in _play_one(plan, env, number)]
-    finally:
-        env.close()
-
-
-def _play_one(plan: _Plan, env: AnyEnv, number: int) -> Iterator[Played]:
-    policy = _policy(plan, env, _grade(plan, number))
-    return play([env], policy, training_seeds(plan.seed, 1, start=number))
-
-
-def _grade(plan: _Plan, number: int) -> float:
-    return plan.grades[number % len(plan.grades)]
+    with closing(make(plan.env_id, **plan.settings)) as env:
+        return [
+            episode
+            for number in block
+            for episode in play([env], _policy(plan, env, number), training_seeds(plan.seed, 1, start=number))
+        ]
 
 
 def _append(writer: Writer, plan: _Plan, number: int, episode: Played) -> None:
@@ -175,7 +152,7 @@ def _append(writer: Writer, plan: _Plan, number: int, episode: Played) -> None:
         terminated=episode.terminated,
         truncated=episode.truncated,
         task=plan.env_id,
-        source=f"expert:{_grade(plan, number):g}" if plan.policy == "expert" else plan.policy,
+        source=f"expert:{plan.grade(number):g}" if plan.policy == "expert" else plan.policy,
         seed=episode.seed,
         success=episode.success,
         score=episode.score,
