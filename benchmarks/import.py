@@ -184,7 +184,7 @@ def load_lerobot(path: Path) -> Loaded:
     return arrays[0], arrays[1], arrays[2]
 
 
-WAYS: dict[str, tuple[Callable[[list[Episode], Path], None], Callable[[Path], Loaded], float]] = {
+WAYS: dict[str, tuple[Callable[[list[Episode], Path], None], Callable[[Path], Loaded], int]] = {
     "d4rl": (write_d4rl, load_d4rl, FLAT),
     "robomimic": (write_robomimic, load_robomimic, PARTS),
     "exorl": (write_exorl, load_exorl, PARTS),
@@ -230,10 +230,11 @@ def claim(name: str, episodes: list[Episode], folder: Path, options: Options) ->
     def speed(side: str, amount: float, unit: str) -> Metric:
         return median_metric(side, [amount / spent for spent in seconds[side]], unit=unit, higher_is_better=True)
 
+    least = "at least as fast" if limit == 1 else f"at least {limit} times as fast"
     quicker = ratio("one plain load to the first batch", "load", "first batch")
     return Claim(
         system="import",
-        claim=f"imported from {name}, recordings give a first batch at least {limit:g} times as fast as one plain load",
+        claim=f"imported from {name}, recordings give a first batch {least} as one plain load",
         metrics=(
             quicker,
             ratio("one import to one plain load", "import", "load", higher_is_better=False),
