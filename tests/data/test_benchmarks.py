@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from offbook.data.formats import import_dataset
 from offbook.runs.benchmark import Options
