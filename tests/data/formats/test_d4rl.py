@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from foreign import assert_same, d4rl, walks
 
-from offbook.data.formats import d4rl as d4rl_format
 from offbook.data.formats import import_dataset
 from offbook.errors import DataError
 
@@ -131,7 +130,7 @@ def test_choices_success_nan_and_columns(tmp_path):
         ({"next_observations": np.zeros((15, 4), "f4")}, r"expected float32 \(3,\) as before each step, got float32"),
         (
             {"actions": np.array(["left"] * 15, object)},
-            "actions: expected numbers, got an array of object; save numbers",
+            "actions: expected numbers, got an array of object",
         ),
     ],
 )

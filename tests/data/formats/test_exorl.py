@@ -67,7 +67,7 @@ def save(file, **changes):
         ({"action": np.zeros((4, 3), np.float32)}, r"field 'action': expected shape \(3, 2\) for 3 steps"),
         (
             {"observation": np.array([None] * 4)},
-            "expected a whole .npz of numbers, got ValueError Object arrays cannot be loaded",
+            "expected a whole .npz of numbers, got ValueError Object arrays cannot",
         ),
         ({"physics": np.array(["a"] * 4)}, "physics: expected numbers, got an array of <U1"),
     ],
