@@ -4,17 +4,17 @@ import os
 import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from made import SCHEMA, values
 
+from killing import killed
+from offbook.data.check import check_store
 from offbook.data.store import EpisodeStore
 from offbook.errors import DataError
 
@@ -24,55 +24,76 @@ HERE = Path(__file__).parent
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
+from dataclasses import replace
 from made import SCHEMA, values
 from pathlib import Path
+from offbook.data import filming
+from offbook.data.schema import Schema
 from offbook.data.store import EpisodeStore
-path = Path(sys.argv[1])
-writer = EpisodeStore.append_to(path) if (path / "store.json").exists() else EpisodeStore.create(path, SCHEMA)
-print("ready", flush=True)
-while True:
+
+path, way = Path(sys.argv[1]), sys.argv[3]
+fields = [replace(spec, video=way != "raw") if spec.camera else spec for spec in SCHEMA.fields]
+schema = replace(SCHEMA, fields=tuple(fields))
+
+def announce(number):
+    print(number if isinstance(number, int) else number.result(), flush=True)
+
+def begin():
+    there = (path / "store.json").exists()
+    writer = EpisodeStore.append_to(path) if there else EpisodeStore.create(path, schema)
     number = len(writer)
-    writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number)
-    print(number, flush=True)
-    if number % 5 == 4:
-        writer.close()
-        writer = EpisodeStore.append_to(path)
+    while True:
+        given = values(number, 20 + number % 7), dict(terminated=True, truncated=False, seed=number)
+        if way == "soon":
+            writer.append_soon(given[0], **given[1]).add_done_callback(announce)
+        else:
+            announce(writer.append(given[0], **given[1]))
+        number += 1
+        if number % 5 == 0:
+            writer.close()
+            writer = EpisodeStore.append_to(path)
 """
 
 
-def start(path, script=WRITER, **more):
+def start(path, script, **more):
     arguments = [sys.executable, "-c", textwrap.dedent(script), str(path), str(HERE)]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, **more)
 
 
-def write(path, numbers):
+def write(path, numbers, schema=SCHEMA):
     with (
-        EpisodeStore.append_to(path) if (path / "store.json").exists() else EpisodeStore.create(path, SCHEMA) as writer
+        EpisodeStore.append_to(path) if (path / "store.json").exists() else EpisodeStore.create(path, schema) as writer
     ):
         for number in numbers:
             writer.append(values(number, 20 + number % 7), terminated=True, truncated=False, seed=number, sync=False)
     return EpisodeStore.open(path)
 
 
-def test_a_killed_writer_loses_nothing_that_it_acknowledged(tmp_path):
-    path, chance = tmp_path / "s", random.Random(5)
-    for _ in range(6):
-        process = start(path)
-        assert process.stdout.readline() == "ready\n"
-        # At any moment after some episodes: while values, the journal, the Parquet file or a file's head is written.
-        acknowledged = [int(process.stdout.readline()) for _ in range(chance.randint(1, 8))]
-        time.sleep(chance.uniform(0, 0.02))
-        process.send_signal(signal.SIGKILL)
-        acknowledged += [int(line) for line in process.stdout.read().splitlines()]
-        process.wait(30)
-        process.stdout.close()
+@pytest.mark.parametrize("way", ["raw", "video", "soon"])
+def test_twenty_kills_lose_nothing_that_was_finished(tmp_path, way):
+    path, count = tmp_path / "s", 0
+    for announced in killed(WRITER, str(path), str(HERE), way):
+        if not (path / "store.json").exists():
+            assert not announced
+            continue
         store = EpisodeStore.open(path)
-        assert len(store) > acknowledged[-1]
         store.verify()
-        reference = write(tmp_path / f"reference-{len(store)}", range(len(store)))
-        assert store.digest == reference.digest
-    count = len(store)
-    assert write(path, range(count, count + 3)).digest == write(reference.path, range(count, count + 3)).digest
+        assert announced == list(range(count, count + len(announced)))
+        # The last one may have been finished and not yet announced.
+        assert len(store) >= count + len(announced)
+        for number in range(count, len(store)):
+            back, given = store.episode(number), values(number, 20 + number % 7)
+            assert (back.seed, back.length) == (number, 20 + number % 7)
+            for name in ("joints", "action", "reward", *(("front",) if way == "raw" else ())):
+                np.testing.assert_array_equal(back.fields[name], given[name])
+        count = len(store)
+    assert count > 20
+    # Recording goes on, to the very files of a recording without a kill.
+    reference = write(tmp_path / "reference", range(count + 3), store.schema)
+    assert write(path, range(count, count + 3)).digest == reference.digest
+    files = {file.relative_to(path) for file in path.rglob("*")}
+    assert files == {file.relative_to(reference.path) for file in reference.path.rglob("*")}
+    assert check_store(path).sound
 
 
 @pytest.fixture

@@ -7,12 +7,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from killing import killed
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError
 from offbook.runs.seeding import training_seeds
 from offbook.sim.recording import record
 
 RECORD = "from offbook.sim.recording import record; record('offbook:pour', 6, {out!r}, grades=(1.0, 0.5), seed=2)"
+SWINGS = """
+import sys
+from offbook.data.writer import Writer
+from offbook.sim.recording import make, record
+
+make("gym:Pendulum-v1").close()
+append = Writer.append
+
+def announced(*given, **outcome):
+    number = append(*given, **outcome)
+    print(number, flush=True)
+    return number
+
+def begin():
+    Writer.append = announced
+    record("gym:Pendulum-v1", 10_000, sys.argv[1], policy="drift", seed=4)
+"""
 SETTINGS = {"grades": (1.0, 0.5), "seed": 2}
 
 
@@ -57,6 +75,22 @@ def test_a_recording_that_was_killed_goes_on_to_the_same_store(whole, tmp_path):
     survived = len(EpisodeStore.open(out))
     assert 0 < survived < 6
     assert record("offbook:pour", 6, out, **SETTINGS).digest == whole.digest
+
+
+@pytest.mark.faults
+def test_a_recording_killed_twenty_times_is_that_of_one_go(tmp_path):
+    out, count = tmp_path / "killed", 0
+    for finished in killed(SWINGS, str(out)):
+        store = EpisodeStore.open(out) if (out / "store.json").exists() else ()
+        assert finished == list(range(count, count + len(finished)))
+        assert len(store) >= count + len(finished)
+        count = len(store)
+    assert count > 20
+    whole = record("gym:Pendulum-v1", count + 2, tmp_path / "whole", policy="drift", seed=4)
+    for number in range(count):
+        for name, values in whole.episode(number).fields.items():
+            np.testing.assert_array_equal(values, store.episode(number).fields[name])
+    assert record("gym:Pendulum-v1", count + 2, out, policy="drift", seed=4).digest == whole.digest
 
 
 def test_a_longer_recording_begins_with_the_shorter_one(whole, tmp_path):

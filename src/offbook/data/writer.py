@@ -89,6 +89,10 @@ class Writer:
         self._handles[self._journal] = os.open(self._journal, os.O_RDWR | os.O_CREAT, 0o666)
         os.ftruncate(self._handles[self._journal], index.journal_bytes)
         self._journal_bytes = index.journal_bytes
+        # Of files that a killed writer was replacing. A field's name may begin with a dot, too.
+        for pattern in (".store.json.*", ".episodes.parquet.*", "f*/.*.npy.*.npy"):
+            for file in {*self.path.glob(pattern)} - {*self._handles}:
+                file.unlink()
         sync_path(self.path)
 
     def __len__(self) -> int:

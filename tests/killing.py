@@ -1,0 +1,47 @@
+"""Children that record until they are killed, at random moments; all from one process with everything imported."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+SERVER = """
+import os, sys
+for line in sys.stdin:
+    if not (child := os.fork()):
+        print("child", os.getpid(), flush=True)
+        try:
+            begin()
+        finally:
+            os._exit(1)
+    os.waitpid(child, 0)
+    print("dead", flush=True)
+"""
+
+
+def killed(script: str, *arguments: str, times: int = 20, seed: int = 0) -> Iterator[list[int]]:
+    """Starts children one after another and kills each.
+
+    Args:
+        script: defines `begin()`, which goes on for ever and prints the number of each episode that is finished.
+        arguments: for the script, in `sys.argv`.
+        times: how many children.
+        seed: of the moments: after up to four episodes and up to 30 ms.
+
+    Yields:
+        After each kill, what the child had printed.
+    """
+    chance = random.Random(seed)
+    command = [sys.executable, "-c", script + SERVER, *arguments]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        for _ in range(times):
+            server.stdin.write("\n")
+            server.stdin.flush()
+            child = int(server.stdout.readline().removeprefix("child "))
+            printed = [int(server.stdout.readline()) for _ in range(chance.randrange(5))]
+            time.sleep(chance.uniform(0, 0.03))
+            os.kill(child, signal.SIGKILL)
+            yield printed + [int(line) for line in iter(server.stdout.readline, "dead\n")]
