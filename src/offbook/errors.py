@@ -62,6 +62,10 @@ class RobotError(OffbookError):
     """A robot, real or simulated, that failed: the trial is nobody's loss and may be attempted again."""
 
 
+class ResourceError(OffbookError):
+    """The machine has too little memory or disk for what was asked."""
+
+
 class MissingExtraError(OffbookError):
     """An optional part of the installation is not there."""
 

@@ -1,0 +1,1 @@
+"""Networks on plain tensors: no files, no environments."""

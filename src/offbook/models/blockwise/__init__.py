@@ -1,0 +1,37 @@
+"""A transformer that trains on long sequences: attention and feedforward by blocks, exact, on CPU and CUDA.
+
+The weights, outputs and gradients are those of an ordinary pre-norm transformer; what differs is the order of the
+arithmetic and what is kept for the backward pass. Nothing here knows of recordings or robots.
+
+Source: Liu and Abbeel, "Blockwise Parallel Transformer for Large Context Models" (2023).
+"""
+
+from offbook.models.blockwise.backbone import Backbone
+from offbook.models.blockwise.config import BackboneConfig
+from offbook.models.blockwise.masks import (
+    Causal,
+    FrameCausal,
+    Full,
+    KeyPadding,
+    Mask,
+    Prefix,
+    Segments,
+    TokenTypes,
+    Where,
+    Window,
+)
+
+__all__ = [
+    "Backbone",
+    "BackboneConfig",
+    "Causal",
+    "FrameCausal",
+    "Full",
+    "KeyPadding",
+    "Mask",
+    "Prefix",
+    "Segments",
+    "TokenTypes",
+    "Where",
+    "Window",
+]

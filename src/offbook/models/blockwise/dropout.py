@@ -1,0 +1,57 @@
+"""Dropout whose mask is a function of the seed and the indices alone.
+
+So a block that is computed twice, cut elsewhere or computed by another process drops the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+
+def kept(seed: int, rate: float, *indices: Int64[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which numbers stay.
+
+    Args:
+        seed: of this use of dropout.
+        rate: share of numbers to drop, in [0, 1).
+        indices: of the numbers along each dimension, of shapes that broadcast.
+
+    Returns:
+        Booleans of the broadcast shape.
+    """
+    bits = torch.tensor(_signed(seed ^ seed >> 32), dtype=torch.int32, device=indices[0].device)
+    for index in indices:
+        bits = _mixed(bits * -1640531535 + index.to(torch.int32))
+    # The lowest 32-bit integers, as many as the share of those to drop.
+    return bits >= int(-(2**31) + rate * 2**32)
+
+
+def dropped(x: Float[Tensor, "batch tokens size"], seed: int, rate: float, first: int = 0) -> Tensor:
+    """Drops numbers of a stretch of a sequence, and makes the others larger so that the mean stays.
+
+    Args:
+        x: the stretch.
+        seed: of this use of dropout.
+        rate: share of numbers to drop, in [0, 1); with 0, `x` itself comes back.
+        first: index of the stretch's first token.
+    """
+    if not rate:
+        return x
+    batch, tokens, size = (torch.arange(n, device=x.device) for n in x.shape)
+    keep = kept(seed, rate, batch[:, None, None], tokens[None, :, None] + first, size)
+    return x * keep * (1 / (1 - rate))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """An integer hash: each bit of the input flips each bit of the result about half of the time."""
+    # Shifts of negative integers would bring in ones; the masks take them out.
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * _signed(0x846CA68B)
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def _signed(x: int) -> int:
+    """The signed integer with the same 32 bits."""
+    return (x + 2**31) % 2**32 - 2**31

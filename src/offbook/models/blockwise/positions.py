@@ -1,0 +1,56 @@
+"""Where a token stands: rotary embedding of queries and keys in both layouts that are in use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+RopeLayout = Literal["half", "pairs"]
+
+
+def rope_tables(
+    positions: Int64[Tensor, "#batch tokens"], size: int, base: float = 10_000.0
+) -> tuple[Float[Tensor, "#batch tokens pairs"], Float[Tensor, "#batch tokens pairs"]]:
+    """Cosine and sine of position * base^(-2i / size) for i = 0 to size / 2 - 1, float32.
+
+    Args:
+        positions: of the tokens; they need not be in a row, nor begin at 0.
+        size: numbers of a head that are rotated, even.
+        base: of the wavelengths, which go from 2 pi tokens to 2 pi * base.
+
+    Source: Su et al., "RoFormer" (2021), section 3.2.2.
+    """
+    # In float64, because an angle of a far position has few digits left in float32.
+    rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
+    angles = positions[..., None] * rates
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(
+    x: Float[Tensor, "batch heads tokens size"],
+    cos: Float[Tensor, "#batch tokens pairs"],
+    sin: Float[Tensor, "#batch tokens pairs"],
+    layout: RopeLayout = "half",
+) -> Float[Tensor, "batch heads tokens size"]:
+    """Rotates the first 2 * pairs numbers of each head; the others stay.
+
+    Args:
+        x: queries or keys.
+        cos: of `rope_tables`.
+        sin: of `rope_tables`.
+        layout: which two numbers make a pair: `"half"`, number i and number i + pairs, as in GPT-NeoX and Llama;
+            `"pairs"`, numbers 2i and 2i + 1, as in GPT-J.
+    """
+    pairs = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
+    if layout == "half":
+        a, b = turned.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    else:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned

@@ -1,0 +1,228 @@
+"""What is kept for the backward pass, and the backward pass that computes the rest again, block by block.
+
+Of a run of layers only the first one's input is kept, or also, for a single layer, what its attention gave. The
+backward pass of a layer goes through its blocks of queries: it computes the queries and their attention again, pulls
+the gradient through the rest of the layer, then through the attention, which adds to the gradients of all keys and
+values that were seen, and through the queries. At the end it pulls those of keys and values through their projection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from offbook.models.blockwise.attention import attend, attend_backward
+from offbook.models.blockwise.masks import blocks
+from offbook.models.blockwise.offload import Kept
+
+if TYPE_CHECKING:
+    from offbook.models.blockwise.layer import BlockwiseLayer, Pass
+
+_ONCE = "blockwise layers have first derivatives only, of plain backward passes: for {}, set remat='none'"
+
+
+# A graph break, where torch.compile would look into the backward pass in vain.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def through(layers: Sequence[BlockwiseLayer], x: Tensor, shared: Pass, cond: Tensor | None) -> Tensor:
+    """Runs layers by blocks, keeping the first one's input.
+
+    Raises:
+        RuntimeError: a function transform is active; or, later, a second derivative is asked for.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_ONCE.format("torch.func"))
+    weights = [weight for layer in layers for weight in layer.parameters() if weight.requires_grad]
+    y: Tensor = _Through.apply(layers, shared, x, cond, *weights)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layers: Sequence[BlockwiseLayer], shared: Pass, x: Tensor, cond: Tensor | None, *weights: Tensor
+    ) -> Tensor:
+        ctx.layers, ctx.shared, ctx.context = layers, shared, _autocast(x.device.type)
+        single = len(layers) == 1 and shared.remat == "attn"
+        attended: list[tuple[Tensor, Tensor]] | None = [] if single else None
+        y = x
+        with ctx.context():
+            for layer in layers:
+                y = _forward(layer, y, shared, cond, attended)
+        ctx.kept = Kept([x, *(attended[0] if attended else ())], shared.offload)
+        # Weights too, for the check that nobody changes them before the backward pass.
+        ctx.save_for_backward(cond, *weights, *ctx.kept.here)
+        ctx.weights = len(weights)
+        return y if y is not x else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(_ONCE.format("a second derivative"))
+        cond, *rest = ctx.saved_tensors
+        weights, kept = rest[: ctx.weights], ctx.kept.back(rest[ctx.weights :])
+        sums = _Sums(weights, cond)
+        dy, x, attended = grads[0], kept[0], (kept[1], kept[2]) if len(kept) > 1 else None
+        with ctx.context():
+            inputs = [x]
+            for layer in ctx.layers[:-1]:
+                inputs.append(_forward(layer, inputs[-1], ctx.shared, cond, None))
+            for layer in reversed(ctx.layers):
+                dy = _backward(layer, inputs.pop(), attended, dy, ctx.shared, cond, sums)
+        return None, None, dy, sums.cond, *sums.weights
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(_ONCE.format("forward-mode derivatives"))
+
+
+def _forward(
+    layer: BlockwiseLayer,
+    x: Tensor,
+    shared: Pass,
+    cond: Tensor | None,
+    attended: list[tuple[Tensor, Tensor]] | None,
+) -> Tensor:
+    """A layer's output; what its attention gave goes to `attended`, if that is a list."""
+    tokens, rule, config = range(x.shape[1]), layer.rule(shared), layer.config
+    y = torch.empty_like(x)
+    if not tokens:
+        return y
+    k, v = _keys_values(layer, x, shared, cond)
+    outs, sums = [], []
+    for rows in blocks(tokens, config.block_q):
+        q = layer.queries(part(x, rows), shared, part(cond, rows), rows)
+        o, lse = attend(q, k, v, rule, shared.indices(rows), shared.indices(tokens))
+        for inner in blocks(rows, config.block_ffn):
+            cut = slice(inner.start - rows.start, inner.stop - rows.start)
+            y[:, inner.start : inner.stop] = layer.rest(part(x, inner), o[:, :, cut], shared, part(cond, inner), inner)
+        if attended is not None:
+            outs.append(o)
+            sums.append(lse)
+    if attended is not None:
+        attended.append((torch.cat(outs, 2), torch.cat(sums, 2)))
+    return y
+
+
+def _keys_values(layer: BlockwiseLayer, x: Tensor, shared: Pass, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of all tokens."""
+    tokens = range(x.shape[1])
+    k = v = x
+    for rows in blocks(tokens, layer.config.block_q):
+        k_rows, v_rows = layer.keys_values(part(x, rows), shared, part(cond, rows), rows)
+        if not rows.start:
+            k, v = (some.new_empty(*some.shape[:2], len(tokens), some.shape[3]) for some in (k_rows, v_rows))
+        k[:, :, rows.start : rows.stop], v[:, :, rows.start : rows.stop] = k_rows, v_rows
+    return k, v
+
+
+def _backward(
+    layer: BlockwiseLayer,
+    x: Tensor,
+    attended: tuple[Tensor, Tensor] | None,
+    dy: Tensor,
+    shared: Pass,
+    cond: Tensor | None,
+    sums: _Sums,
+) -> Tensor:
+    """The gradient of a layer's input; those of weights and conditioning are added to `sums`."""
+    tokens, rule, config = range(x.shape[1]), layer.rule(shared), layer.config
+    dx = torch.empty_like(x)
+    if not tokens:
+        return dx
+    k, v = _keys_values(layer, x, shared, cond)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    for rows in blocks(tokens, config.block_q):
+        here, all_ = shared.indices(rows), shared.indices(tokens)
+        (q,), close = sums.open(layer.queries, x, shared, cond, rows)
+        held = q.detach()
+        if attended is None:
+            o, lse = attend(held, k, v, rule, here, all_)
+        else:
+            o, lse = (kept[:, :, rows.start : rows.stop] for kept in attended)
+        do = torch.empty_like(o)
+        for inner in blocks(rows, config.block_ffn):
+            cut = slice(inner.start - rows.start, inner.stop - rows.start)
+            _y, finish = sums.open(layer.rest, x, shared, cond, inner, o[:, :, cut])
+            dx[:, inner.start : inner.stop], do[:, :, cut] = finish(dy[:, inner.start : inner.stop])
+        dq = attend_backward(do, held, k, v, o, lse, rule, here, all_, dk, dv)
+        dx[:, rows.start : rows.stop] += close(dq.to(q.dtype))[0]
+    for rows in blocks(tokens, config.block_ffn):
+        cut = slice(rows.start, rows.stop)
+        _kv, close = sums.open(layer.keys_values, x, shared, cond, rows)
+        dx[:, cut] += close(dk[:, :, cut].to(k.dtype), dv[:, :, cut].to(v.dtype))[0]
+    return dx
+
+
+class _Sums:
+    """Gradients of weights and conditioning, summed over blocks.
+
+    Attributes:
+        weights: their gradients, None where there is none so far.
+        cond: that of the conditioning.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], cond: Tensor | None) -> None:
+        self._weights = weights
+        self.weights: list[Tensor | None] = [None] * len(weights)
+        self.cond = None if cond is None else torch.zeros_like(cond)
+
+    def open(
+        self, compute: Callable[..., Any], x: Tensor, shared: Pass, cond: Tensor | None, rows: range, *more: Tensor
+    ) -> tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]:
+        """Computes a part of a layer for a block of tokens, and gives what pulls gradients through it.
+
+        Args:
+            compute: the part: of the block's input, `more`, `shared`, the block's conditioning and its place.
+            x: the input of all blocks.
+            shared: what all layers have in common.
+            cond: the conditioning of all blocks.
+            rows: the block.
+            more: what else it depends on.
+
+        Returns:
+            The results, and a function from their gradients to those of the block's input and of `more`.
+        """
+        leaves = [leaf.detach().requires_grad_() for leaf in (part(x, rows), *more)]
+        block = None if cond is None else part(cond, rows).detach().requires_grad_()
+        with torch.enable_grad():
+            results = compute(*leaves, shared, block, rows)
+        results = results if isinstance(results, tuple) else (results,)
+
+        def pull(*gradients: Tensor) -> tuple[Tensor, ...]:
+            conditioned = [] if block is None else [block]
+            found = torch.autograd.grad(results, [*leaves, *conditioned, *self._weights], gradients, allow_unused=True)
+            for number, gradient in enumerate(found[len(leaves) + len(conditioned) :]):
+                if gradient is not None:
+                    before = self.weights[number]
+                    self.weights[number] = gradient if before is None else before.add_(gradient)
+            if block is not None and self.cond is not None and found[len(leaves)] is not None:
+                part(self.cond, rows).add_(found[len(leaves)])
+            return found[: len(leaves)]
+
+        return results, pull
+
+
+@overload
+def part(values: Tensor, rows: range) -> Tensor: ...
+@overload
+def part(values: None, rows: range) -> None: ...
+def part(values: Tensor | None, rows: range) -> Tensor | None:
+    """The tokens of a block; what all tokens share is as it is."""
+    return values if values is None or values.shape[1] == 1 else values[:, rows.start : rows.stop]
+
+
+def _autocast(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The mixed precision that is on now, for later.
+
+    Without its cache: that would keep graphs from one block to the next, and from a forward pass without gradients to
+    others with them.
+    """
+    if not torch.is_autocast_enabled(device):
+        return contextlib.nullcontext
+    dtype = torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, cache_enabled=False)
