@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from foreign import padded
 
 from offbook.data.clips import write_clip
 
@@ -129,3 +130,51 @@ def v21(folder):
         write_clip(folder / f"videos/chunk-000/{TOP}/episode_{i:06d}.mp4", scene(i, length), FPS)
     put(folder / "README.md", "---\nlicense: cc-by-4.0\n---\n")
     return folder
+
+
+def recorded(folder, episodes, version, fps=20):
+    """Episodes as `foreign.walks` makes them, with a picture at each step: v3.0 in one file, v2.1 in one for each."""
+    number, lengths = {"dtype": "int64", "shape": [1], "names": None}, [len(e["observation"]) for e in episodes]
+    features = {
+        "observation.state": {"dtype": "float32", "shape": [episodes[0]["observation"].shape[1]], "names": None},
+        "action": {"dtype": "float32", "shape": [episodes[0]["action"].shape[1]], "names": None},
+        TOP: {"dtype": "video", "shape": [32, 48, 3], "names": ["height", "width", "channels"], "info": {}},
+        "next.reward": {"dtype": "float32", "shape": [1], "names": None},
+        "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+        **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), number),
+    }
+    names = {"v3.0": ("chunk-{chunk_index:03d}", "file-{file_index:03d}")}
+    chunk, file = names.get(version, ("chunk-{episode_chunk:03d}", "episode_{episode_index:06d}"))
+    paths = {"data_path": f"data/{chunk}/{file}.parquet", "video_path": f"videos/{{video_key}}/{chunk}/{file}.mp4"}
+    about = {"codebase_version": version, "robot_type": None, "fps": fps, "chunks_size": 1000, "features": features}
+    put(folder / "meta/info.json", json.dumps({**about, **paths, "total_episodes": len(episodes)}))
+    tables, clips, listed = [], [], []
+    for i, (episode, length) in enumerate(zip(episodes, lengths, strict=True)):
+        frames = np.arange(length)
+        columns = {
+            "observation.state": episode["observation"],
+            "action": padded(episode["action"]),
+            "next.reward": padded(episode["reward"]),
+            "timestamp": (frames / fps).astype(np.float32),
+            "frame_index": frames,
+            "episode_index": np.full(length, i),
+            "index": frames + sum(lengths[:i]),
+            "task_index": np.zeros(length, int),
+        }
+        tables.append(table_of(columns))
+        clips.append(scene(i, length))
+        listed.append({"episode_index": i, "tasks": ["swing up"], "length": length})
+    if version == "v3.0":
+        places = {"data/chunk_index": 0, "data/file_index": 0} | dict.fromkeys(
+            (f"videos/{TOP}/chunk_index", f"videos/{TOP}/file_index"), 0
+        )
+        starts = np.cumsum([0, *lengths]) / fps
+        rows = [row | places | {f"videos/{TOP}/from_timestamp": starts[i]} for i, row in enumerate(listed)]
+        put(folder / "meta/episodes/chunk-000/file-000.parquet", pa.Table.from_pylist(rows))
+        put(folder / ROWS_FILE, pa.concat_tables(tables))
+        write_clip(folder / VIDEO_FILE, np.concatenate(clips), fps)
+        return
+    put(folder / "meta/episodes.jsonl", "".join(json.dumps(row) + "\n" for row in listed))
+    for i, table in enumerate(tables):
+        put(folder / f"data/chunk-000/episode_{i:06d}.parquet", table)
+        write_clip(folder / f"videos/{TOP}/chunk-000/episode_{i:06d}.mp4", clips[i], fps)

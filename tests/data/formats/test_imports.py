@@ -2,14 +2,19 @@
 
 import json
 import shutil
+import warnings
 
 import foreign
+import foreign_lerobot
 import gymnasium
 import numpy as np
 import pytest
+from minari import create_dataset_from_buffers
+from minari.data_collector.episode_buffer import EpisodeBuffer
 
 from offbook.data.formats import FORMATS, Recordings, import_dataset
 from offbook.data.formats import d4rl as d4rl_format
+from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 
 BRIEF = ["--preset", "smoke", "--fit.steps", "20", "--chunk", "2", "--execute", "1"]
@@ -36,59 +41,103 @@ def swings():
     return episodes
 
 
+def minari(folder, swings):
+    buffers = [
+        EpisodeBuffer(
+            observations=swing["observation"],
+            actions=swing["action"],
+            rewards=swing["reward"],
+            terminations=np.zeros(25, bool),
+            truncations=np.arange(25) == 24,
+        )
+        for swing in swings
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        create_dataset_from_buffers("swings-v0", buffers, env="Pendulum-v1")
+    return "minari:swings-v0", None, "observation", ""
+
+
+def lerobot_v3(folder, swings):
+    foreign_lerobot.recorded(folder / "f", swings, "v3.0")
+    return f"lerobot:{folder}/f", "gym:Pendulum-v1", "observation", "observation.state is taken for what gym:Pend"
+
+
+def lerobot_v21(folder, swings):
+    foreign_lerobot.recorded(folder / "f", swings, "v2.1")
+    return f"lerobot:{folder}/f", "gym:Pendulum-v1", "observation", "observation.state is taken for what gym:Pend"
+
+
 def d4rl(folder, swings):
     foreign.d4rl(folder / "f.hdf5", swings)
-    return f"d4rl:{folder}/f.hdf5", "gym:Pendulum-v1"
+    return f"d4rl:{folder}/f.hdf5", "gym:Pendulum-v1", "observation", "episodes end at terminals and timeouts"
 
 
 def robomimic(folder, swings):
     foreign.robomimic(folder / "f.hdf5", swings, env_args={"type": 2, "env_name": "Pendulum-v1", "env_kwargs": {}})
-    return f"robomimic:{folder}/f.hdf5", None
+    return f"robomimic:{folder}/f.hdf5", None, "observation", "is the recorded next observation of its last step"
 
 
 def exorl(folder, swings):
     foreign.exorl(folder / "f", swings)
-    return f"exorl:{folder}/f", "gym:Pendulum-v1"
+    return f"exorl:{folder}/f", "gym:Pendulum-v1", "observation", "row t + 1 belong to observation t"
 
 
 def paths(folder, swings):
     foreign.paths(folder / "f.pkl", swings, after=False)
-    return f"paths:{folder}/f.pkl", "gym:Pendulum-v1"
+    return f"paths:{folder}/f.pkl", "gym:Pendulum-v1", "observation", "the last observation is the final one"
 
 
 def toto(folder, swings):
-    foreign.toto(folder / "f", foreign.walks((9, 8, 7), size=7, actions=7))
-    return f"toto:{folder}/f@0", "offbook:pour"
+    foreign.toto(folder / "f", foreign.walks((25,) * 3, size=7, actions=7))
+    return f"toto:{folder}/f@0", "offbook:pour", "joints", "the weight in the last row is the score"
 
 
 def zarr(folder, swings):
-    observations = np.concatenate([swing["observation"] for swing in swings])
-    foreign.zarr_buffer(folder / "f.zarr", swings, **{"data/observation": observations, "data/obs": None})
-    return f"zarr:{folder}/f.zarr", "gym:Pendulum-v1"
+    rewards = np.concatenate([foreign.padded(swing["reward"]) for swing in swings])
+    foreign.zarr_buffer(folder / "f.zarr", swings, **{"data/reward": rewards})
+    return f"zarr:{folder}/f.zarr", "gym:Pendulum-v1", "observation", "the obs is taken for what gym:Pendulum-v1 shows"
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("make", [d4rl, robomimic, exorl, paths, toto, zarr], ids=lambda make: make.__name__)
-def test_from_a_foreign_file_to_a_tested_policy(tmp_path, cli, swings, make):
-    source, environment = make(tmp_path, swings)
+@pytest.mark.parametrize(
+    "make",
+    [minari, lerobot_v3, lerobot_v21, d4rl, robomimic, exorl, paths, toto, zarr],
+    ids=lambda make: make.__name__,
+)
+def test_from_a_foreign_file_to_a_tested_policy(tmp_path, cli, swings, make, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    source, given, state, stated = make(tmp_path, swings)
 
     def run(*words):
         outcome = cli([*map(str, words), "--json"])
         assert outcome.exit_code == 0, outcome.stderr
         return json.loads(outcome.stdout)
 
-    given = [] if environment is None else ["--env", environment]
-    data = run("data", "import", source, "--out", tmp_path / "store", *given)
-    assert data == run("data", "info", tmp_path / "store")
-    assert data["episodes"] == 3
-    assert data["as_imported"]
-    environment = environment or "gym:Pendulum-v1"
-    assert data["environment"] == environment
+    out, environment = tmp_path / "store", given or "gym:Pendulum-v1"
+    data = run("data", "import", source, "--out", out, *([] if given is None else ["--env", given]))
+
+    check = run("data", "check", out)
+    results = {finding["check"]: finding["result"] for finding in check["findings"]}
+    assert check["ok"]
+    assert (results["index"], results["leftovers"], results["checksums"], results["numbers"]) == ("ok",) * 4
+    assert results.get("videos", "ok") == "ok"
+
+    assert data == run("data", "info", out)
+    assert (data["episodes"], data["steps"], data["environment"]) == (3, 75, environment)
+    assert data["length"]["least"] == data["length"]["most"] == 25
+    assert stated in " / ".join(data["as_imported"])
+    fields = {field["name"]: field for field in data["fields"]}
+    assert (fields[state]["role"], fields["action"]["role"]) == ("observation", "action")
+    assert all(field["episodes"] == 3 for field in fields.values())
     if environment == "gym:Pendulum-v1":
-        assert data["length"]["least"] == data["length"]["most"] == 25
-    run("train", "bc", "--data", tmp_path / "store", "--out", tmp_path / "run", "--no-success-only", *BRIEF)
-    few = ["--episodes", "1", "--max-steps", "10", "--videos", "0"]
-    assert run("evaluate", tmp_path / "run", *few)["task"] == environment
+        np.testing.assert_array_equal(EpisodeStore.open(out).episode(1).fields[state], swings[1]["observation"])
+        assert data["return"]["most"] == pytest.approx(max(swing["reward"].sum() for swing in swings), rel=1e-5)
+
+    run("train", "bc", "--data", out, "--out", tmp_path / "run", "--no-success-only", *BRIEF)
+    tested = run("evaluate", tmp_path / "run", "--episodes", "1", "--max-steps", "10", "--videos", "0")
+    assert tested["task"] == environment
+    assert len(tested["policies"]) == 1
 
 
 def test_what_an_unknown_or_unwritable_format_says(tmp_path, make_store, cli):
@@ -130,7 +179,7 @@ def test_whatever_a_file_makes_its_reader_raise_is_explained(tmp_path, make_stor
 
 @pytest.mark.faults
 def test_a_folder_of_the_users_own_is_never_taken_for_what_an_import_left(tmp_path, swings):
-    source, _ = d4rl(tmp_path, swings)
+    source, *_ = d4rl(tmp_path, swings)
     partial = tmp_path / "new.partial"
     for names in (["notes.txt"], ["store.json", "notes.txt"], ["fields"], [".git"]):
         partial.mkdir()

@@ -16,8 +16,8 @@ from offbook.errors import DataError
 def placed(recordings: Recordings, setting: Setting, source: str) -> Recordings:
     """Recordings with the name, the bounds and, where they fit, the parts of an environment.
 
-    Many formats join all parts of an observation to one array. Where the environment's parts have the same size
-    together, the array is cut into them, in the environment's own order.
+    Many formats join all parts of an observation, pictures aside, to one array of a name of its own. Where the
+    environment's parts have the same size together, it is cut into them, in the environment's own order.
 
     Args:
         recordings: what a reader gives.
@@ -36,12 +36,13 @@ def placed(recordings: Recordings, setting: Setting, source: str) -> Recordings:
         fix = "name the environment of these recordings"
         raise DataError(source, expected=expected, got=f"{size} {'whole ' * whole}numbers", fix=fix)
     parts, episodes, stated = setting.observation.state, recordings.episodes, []
-    bare = schema["observation"] if schema.observations == ("observation",) else None
-    if bare is not None and len(parts) > 1 and bare.shape == (setting.observation.state_size,):
-        taken = tuple(FieldSpec(part, bare.dtype, (count,), "observation") for part, count in parts)
-        schema = replace(schema, fields=(*taken, *(field for field in schema.fields if field is not bare)))
-        episodes = _cut(recordings, parts)
-        stated.append(f"the observation is taken for what {name} shows, in its order: {_list(parts)}")
+    joined = [field for field in schema.fields if field.role == "observation" and not field.camera]
+    if len(joined) == 1 and joined[0].shape == (setting.observation.state_size,) and joined[0].name not in dict(parts):
+        state = joined[0]
+        taken = tuple(FieldSpec(part, state.dtype, (count,), "observation") for part, count in parts)
+        schema = replace(schema, fields=(*taken, *(field for field in schema.fields if field is not state)))
+        episodes = _cut(recordings, state.name, parts)
+        stated.append(f"the {state.name} is taken for what {name} shows, in its order: {_list(parts)}")
     shown = {**dict(parts), **setting.observation.cameras}
     here = {**dict(schema.observation_spec().state), **schema.observation_spec().cameras}
     if any(shown.get(part) != count for part, count in here.items()):
@@ -58,11 +59,11 @@ def _list(parts: Iterable[tuple[str, Any]]) -> str:
 
 
 def _cut(
-    recordings: Recordings, parts: tuple[tuple[str, int], ...]
+    recordings: Recordings, state: str, parts: tuple[tuple[str, int], ...]
 ) -> Iterator[tuple[Mapping[str, np.ndarray | Video | None], Outcome]]:
     ends = np.cumsum([size for _, size in parts])
     for fields, outcome in recordings.episodes:
         cut = dict(fields)
-        pieces = np.split(np.asarray(cut.pop("observation")), ends[:-1], axis=1)
+        pieces = np.split(np.asarray(cut.pop(state)), ends[:-1], axis=1)
         cut.update(zip((name for name, _ in parts), pieces, strict=True))
         yield cut, outcome
