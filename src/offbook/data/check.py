@@ -21,7 +21,7 @@ from offbook.data.layout import (
     orphans,
     video_folder,
 )
-from offbook.data.schema import Schema
+from offbook.data.schema import DAMAGED, Schema
 from offbook.data.store import EpisodeStore
 from offbook.data.video import stamps, video_file
 from offbook.errors import DataError
@@ -109,7 +109,7 @@ def check_store(path: str | Path, *, repair: bool = False) -> StoreCheck:
             f"dropped {leftovers.details['bytes']} bytes of unfinished episodes; all {len(store)} finished are kept"
         )
         if len(store) < before:
-            raise DataError(str(path), expected=f"{before} episodes", got=str(len(store)), fix="copy the store again")
+            raise DataError(str(path), expected=f"{before} episodes", got=str(len(store)), fix=DAMAGED)
         leftovers = _leftovers(path, store)
     checks = (_index, _checksums, _videos, _numbers, _bounds, _alignment)
     findings = [finding for check in track(checks, "checking", len(checks)) for finding in check(store)]
@@ -198,9 +198,8 @@ def _videos(store: EpisodeStore) -> Iterator[Finding]:
                 file = video_file(folder, number)
                 absent = table[~np.isin(table[:, 0], stamps(file)[0])]
                 if len(absent):
-                    fix = "copy the store again from where it came from"
                     where, got = f"{file}, episode {absent[:, 1].min()}", f"{len(absent)} frames missing"
-                    raise DataError(where, expected=f"{len(table)} frames", got=got, fix=fix)
+                    raise DataError(where, expected=f"{len(table)} frames", got=got, fix=DAMAGED)
             for number in np.flatnonzero(store.present(name)).tolist():
                 _ = store.field(name)[start[number]], store.final(name)[number]
         except DataError as error:

@@ -8,7 +8,7 @@ carries a checksum, so that after a crash the last line is there whole or is cut
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from offbook.data.schema import DAMAGED
 from offbook.errors import DataError
 from offbook.runs.directory import atomic_path
 
@@ -37,7 +38,6 @@ _COLUMNS = pa.schema(
         ("sha256", pa.string()),
     ]
 )
-_DAMAGED = "copy the store again from where it came from"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,6 @@ class Outcome:
             raise DataError(
                 "episode seed", expected="0 to 2**64 - 1", got=str(self.seed), fix="give the seed of the reset"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """The outcome as a row of the index."""
-        return asdict(self)
 
 
 class Index:
@@ -110,7 +106,7 @@ class Index:
         if [number for number, _ in new] != list(range(compacted, compacted + len(new))):
             expected = f"episode {compacted} and those after it in order"
             got = f"episodes {new[0][0]} to {new[-1][0]}"
-            raise DataError(str(folder / JOURNAL), expected=expected, got=got, fix=_DAMAGED)
+            raise DataError(str(folder / JOURNAL), expected=expected, got=got, fix=DAMAGED)
         if new:
             table = pa.concat_tables([table, pa.Table.from_pylist([row for _, row in new], schema=_COLUMNS)])
         return Index(table, compacted, size)
@@ -178,7 +174,7 @@ def _read_journal(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], int]:
             if any(_parse_line(later) for later in lines[i + 1 :]):
                 expected = "a line that agrees with its checksum"
                 got = "a damaged one before sound ones"
-                raise DataError(f"{path}, line {i + 1}", expected=expected, got=got, fix=_DAMAGED)
+                raise DataError(f"{path}, line {i + 1}", expected=expected, got=got, fix=DAMAGED)
             break
         rows.append(row)
         size += len(line)
@@ -192,7 +188,7 @@ def _read_parquet(path: Path) -> pa.Table:
         return _COLUMNS.empty_table()
     except (pa.ArrowInvalid, OSError) as error:
         got = str(error).splitlines()[0]
-        raise DataError(str(path), expected="the index of a store", got=got, fix=_DAMAGED) from error
+        raise DataError(str(path), expected="the index of a store", got=got, fix=DAMAGED) from error
     if not table.schema.equals(_COLUMNS):
-        raise DataError(str(path), expected=f"columns {_COLUMNS.names}", got=str(table.schema.names), fix=_DAMAGED)
+        raise DataError(str(path), expected=f"columns {_COLUMNS.names}", got=str(table.schema.names), fix=DAMAGED)
     return table

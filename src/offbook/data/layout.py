@@ -12,11 +12,9 @@ from urllib.parse import quote
 import numpy as np
 
 from offbook.data.index import Index
-from offbook.data.schema import FieldSpec, Schema
+from offbook.data.schema import DAMAGED, FieldSpec, Schema
 from offbook.data.video import video_file
 from offbook.errors import DataError
-
-DAMAGED = "copy the store again from where it came from"
 
 
 def disk_dtype(spec: FieldSpec) -> np.dtype[Any]:

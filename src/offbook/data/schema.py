@@ -15,6 +15,7 @@ FORMAT = 1
 """Version of the store's layout on disk; a newer one is refused."""
 
 Role = Literal["observation", "action", "reward", "other"]
+DAMAGED = "copy the store again from where it came from"
 _FIX = "correct the schema of the store"
 
 
@@ -225,6 +226,5 @@ class Schema:
                 extra=dict(record["extra"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            fix = "copy the store again from where it came from"
-            expected = "the schema of an episode store"
-            raise DataError(where, expected=expected, got=f"{type(error).__name__} {error}", fix=fix) from error
+            got = f"{type(error).__name__} {error}"
+            raise DataError(where, expected="the schema of an episode store", got=got, fix=DAMAGED) from error

@@ -19,7 +19,6 @@ from jaxtyping import Bool, Shaped
 
 from offbook.data.index import Index, Outcome
 from offbook.data.layout import (
-    DAMAGED,
     check_file,
     data_files,
     disk_dtype,
@@ -32,7 +31,7 @@ from offbook.data.layout import (
     read_schema,
     video_folder,
 )
-from offbook.data.schema import FieldSpec, Role, Schema
+from offbook.data.schema import DAMAGED, FieldSpec, Role, Schema
 from offbook.data.video import Video, VideoFrames, stamps, video_file
 from offbook.data.writer import Writer, explained, sync_path
 from offbook.errors import DataError

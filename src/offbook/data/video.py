@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64, UInt8
 
+from offbook.data.schema import DAMAGED
 from offbook.errors import DataError
 
 # Decoded frames kept by each field of a store: with a few thousand frames of 64 x 64 pixels, all of them.
@@ -132,8 +133,7 @@ class _File:
         return next(self._frames, None)
 
     def _refusal(self, got: str) -> DataError:
-        fix = "copy the store again from where it came from"
-        return DataError(str(self.path), expected="the frames that the store speaks of", got=got, fix=fix)
+        return DataError(str(self.path), expected="the frames that the store speaks of", got=got, fix=DAMAGED)
 
 
 class VideoFrames:
@@ -154,10 +154,8 @@ class VideoFrames:
         self.shape, self.dtype, self.ndim = (len(rows), *shape), np.dtype(np.uint8), 1 + len(shape)
         self._files: OrderedDict[int, _File] = OrderedDict()
         self._lock, self._process = Lock(), os.getpid()
-        places = max(1, min(len(rows), _CACHE_BYTES // int(np.prod(shape))))
-        self._kept: np.ndarray | None = None
-        self._numbers, self._place = np.arange(len(rows)), np.full(len(rows), -1, np.int32)
-        self._row, self._used, self._turn = np.full(places, -1), np.zeros(places, np.int64), 0
+        self._numbers, self._places = np.arange(len(rows)), max(1, _CACHE_BYTES // int(np.prod(shape)))
+        self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -182,23 +180,20 @@ class VideoFrames:
         if self._process != os.getpid():
             # A fork shares open files with its parent, and where they stand.
             self._files, self._process = OrderedDict(), os.getpid()
-        if self._kept is None:
-            self._kept = np.empty((len(self._used), *self.shape[1:]), np.uint8)
         frames = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        self._turn += 1
-        place = self._place[rows]
-        here = place >= 0
-        frames[here] = self._kept[place[here]]
-        self._used[place[here]] = self._turn
-        new = np.flatnonzero(~here)
-        if len(new):
-            self._decode(rows[new], new, frames)
-            new = new[: len(self._used)]
-            oldest = np.argpartition(self._used, len(new) - 1)[: len(new)]
-            gone = self._row[oldest]
-            self._place[gone[gone >= 0]] = -1
-            self._row[oldest], self._place[rows[new]], self._used[oldest] = rows[new], oldest, self._turn
-            self._kept[oldest] = frames[new]
+        new = []
+        for i, row in enumerate(rows.tolist()):
+            if row in self._kept:
+                self._kept.move_to_end(row)
+                frames[i] = self._kept[row]
+            else:
+                new.append(i)
+        if new:
+            self._decode(rows[new], np.array(new), frames)
+            for i in new[-self._places :]:
+                self._kept[int(rows[i])] = frames[i].copy()
+            while len(self._kept) > self._places:
+                self._kept.popitem(last=False)
         return frames
 
     def _decode(self, rows: np.ndarray, to: np.ndarray, frames: np.ndarray) -> None:

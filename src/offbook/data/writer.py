@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import numpy as np
 
 from offbook.data.index import JOURNAL, Index, Outcome, journal_line
 from offbook.data.layout import (
-    DAMAGED,
     as_bytes,
     check_file,
     data_files,
@@ -29,7 +29,7 @@ from offbook.data.layout import (
     read_schema,
     video_folder,
 )
-from offbook.data.schema import Schema
+from offbook.data.schema import DAMAGED, Schema
 from offbook.data.video import Video
 from offbook.errors import DataError
 from offbook.runs.directory import write_atomic
@@ -160,7 +160,7 @@ class Writer:
         )
         with explained(self.path), self._unmade():
             arrays, videos = self._filmed(given, where)
-            row = {**outcome.to_json(), "start": self._steps, "length": length, **self._facts(arrays)}
+            row = {**asdict(outcome), "start": self._steps, "length": length, **self._facts(arrays)}
             row["sha256"] = episode_sha256(self.schema, arrays, row, videos)
             self._write(arrays, length)
             self._pending.append(journal_line(self._episodes, row))
