@@ -59,7 +59,7 @@ def test_no_timeouts_but_next_observations(tmp_path):
     assert "no timeouts: episodes end at terminals, and where a next observation is not that of" in stated(store)
 
 
-def test_no_timeouts_and_no_next_observations(tmp_path):
+def test_no_timeouts_and_no_next_observations(tmp_path, cli):
     episodes = walks((5, 3, 7))
     d4rl(tmp_path / "f.hdf5", episodes, with_timeouts=False, after=False)
     store = import_dataset(f"d4rl:{tmp_path}/f.hdf5", tmp_path / "store")
@@ -70,6 +70,8 @@ def test_no_timeouts_and_no_next_observations(tmp_path):
     d4rl(tmp_path / "g.hdf5", episodes, with_timeouts=False, after=False, terminals=terminals)
     with pytest.raises(DataError, match="got terminals all 0; add an array 'timeouts'"):
         import_dataset(f"d4rl:{tmp_path}/g.hdf5", tmp_path / "other")
+    outcome = cli(["data", "import", f"d4rl:{tmp_path}/g.hdf5", "--out", str(tmp_path / "other")])
+    assert (outcome.exit_code, outcome.stderr.count("\n")) == (1, 1)
 
 
 def test_rows_after_the_last_end_and_episodes_of_one_row(tmp_path):

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,8 +53,7 @@ class _Entry:
     videos: dict[str, tuple[Path, float]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ours:
+class _Ours(NamedTuple):
     """What an export of ours kept beside the dataset."""
 
     schema: Schema
@@ -200,31 +199,22 @@ def _ours(folder: Path, entries: list[_Entry]) -> _Ours | None:
         if [file_sha256(file).hex() for file in (*files, folder / FINAL)] != record["sha256"]:
             return None
         schema = Schema.from_json(record["schema"], str(folder / OURS))
-        return _Ours(schema=schema, outcomes=record["outcomes"], final=_table(folder / FINAL))
+        return _Ours(schema, record["outcomes"], _table(folder / FINAL))
 
 
 def _schema(folder: Path, info: Mapping[str, Any], short: list[int]) -> tuple[Schema, dict[str, Feature]]:
     """The schema of a foreign dataset, and its features, each of which is one field."""
-    features, left = {}, {}
-    for key, said in info["features"].items():
-        if key in INDEX or key in (DONE, SUCCESS):
-            continue
-        made = _foreign(key, said)
-        if isinstance(made, str):
-            left[key] = made
-        else:
-            features[key] = made
+    wanted = {key: said for key, said in info["features"].items() if key not in (*INDEX, DONE, SUCCESS)}
+    made = {key: _foreign(key, said) for key, said in wanted.items()}
+    left = {key: why for key, why in made.items() if isinstance(why, str)}
+    features = {key: feature for key, feature in made.items() if isinstance(feature, Feature)}
     specs = tuple(feature.parts[0] for feature in features.values())
     stated = [LAST_DROPPED, "that an episode ends counts as truncation; the format does not tell why it does"]
     stated += [f"the feature {key!r} ({why}) is left out" for key, why in left.items()]
     stated += [f"episodes of one frame are left out: {', '.join(map(str, short))}"] * bool(short)
-    extra = {
-        "format": "lerobot",
-        "stated": stated,
-        "bounds": "recorded",
-        "robot_type": info.get("robot_type"),
-        "names": {key: said.get("names") for key, said in info["features"].items() if key in features},
-    }
+    names = {key: wanted[key].get("names") for key in features}
+    extra = {"robot_type": info.get("robot_type"), "names": names}
+    extra |= {"format": "lerobot", "stated": stated, "bounds": "recorded"}
     return Schema(
         specs,
         rate_hz=float(info["fps"]),
@@ -248,18 +238,10 @@ def _foreign(key: str, said: Mapping[str, Any]) -> Feature | str:
         # A video stays one, and is copied as it is.
         spec = FieldSpec(key, "uint8", shape, "observation", video=kind == "video" and min(shape[:2]) >= 16)
         return Feature(key=key, kind=kind, shape=shape, parts=(spec,))
-    try:
-        numeric = np.dtype(kind).kind in "biuf"
-    except TypeError:
-        numeric = False
-    if not numeric:
+    if not re.fullmatch(r"bool|u?int(8|16|32|64)?|float(16|32|64)?", kind):
         return str(kind)
-    role: Role = "other"
-    if key.startswith("observation"):
-        role = "observation"
-    elif key.startswith("action"):
-        role = "action"
-    elif key == REWARD and math.prod(shape) == 1 and kind != "bool":
+    role: Role = "observation" if key.startswith("observation") else "action" if key.startswith("action") else "other"
+    if key == REWARD and math.prod(shape) == 1 and kind != "bool":
         role = "reward"
     spec = FieldSpec(key, np.dtype(kind).name, () if role == "reward" else shape, role, str(said.get("units", "")))
     return Feature(key=key, kind=spec.dtype, shape=shape or (1,), parts=(spec,))

@@ -131,13 +131,11 @@ def _find(source: str) -> Path:
 def _local_ids() -> list[str]:
     import minari
 
-    with warnings.catch_warnings():
+    # Minari stumbles over folders whose names are no ids; the hint is not worth failing for.
+    with warnings.catch_warnings(), contextlib.suppress(ValueError, TypeError):
         warnings.simplefilter("ignore")
-        try:
-            return list(minari.list_local_datasets())
-        except (ValueError, TypeError):
-            # Minari stumbles over folders whose names are no ids; the hint is not worth failing for.
-            return []
+        return list(minari.list_local_datasets())
+    return []
 
 
 @contextlib.contextmanager
@@ -274,12 +272,9 @@ def _env_spec(environment: str) -> str | None:
     import gymnasium
 
     library, _, name = environment.partition(":")
-    if library != "gym":
-        return None
-    try:
-        return str(gymnasium.spec(name).to_json())
-    except (gymnasium.error.Error, TypeError):
-        return None
+    with contextlib.suppress(gymnasium.error.Error, TypeError):
+        return str(gymnasium.spec(name).to_json()) if library == "gym" else None
+    return None
 
 
 def _spaces(schema: Schema, kept: Mapping[str, Any]) -> tuple[Any, Any]:

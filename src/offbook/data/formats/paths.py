@@ -119,6 +119,9 @@ def _steps(one: Mapping[str, Any], more: bool, where: str) -> Steps:
     terminated = flag is not None and flagged(one[flag], f"{where}, {flag}")
     # Without what the last step led to, the step that ended it is not kept.
     terminated = terminated and after is not None
+    # Some paths state success for the whole of themselves.
+    once = {"success": one["success"]} if isinstance(one.get("success"), bool | int | np.generic) else {}
+    success = succeeded({**others, **once})
     stopped = "timeouts" in one and flagged(one["timeouts"], f"{where}, timeouts")
     return Steps(
         observations=observations,
@@ -126,9 +129,7 @@ def _steps(one: Mapping[str, Any], more: bool, where: str) -> Steps:
         reward=numbers(one["rewards"], f"{where}, rewards") if "rewards" in one else None,
         others=others,
         after=after,
-        outcome=Outcome(
-            terminated=terminated, truncated=stopped or not terminated, success=succeeded({**others, **_once(one)})
-        ),
+        outcome=Outcome(terminated=terminated, truncated=stopped or not terminated, success=success),
     )
 
 
@@ -144,8 +145,3 @@ def _infos(one: Mapping[str, Any]) -> dict[str, np.ndarray | None]:
             except DataError:
                 found[name] = None
     return found
-
-
-def _once(one: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Success, where a path states it for the whole of itself."""
-    return {key: np.asarray(one[key]) for key in ("success",) if isinstance(one.get(key), bool | int | np.generic)}

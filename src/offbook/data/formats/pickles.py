@@ -27,6 +27,8 @@ MAX_INSTRUCTIONS = 20_000_000
 _CONSTANT = re.compile("INT|BININT[12]?|LONG1?|(BIN)?FLOAT|(SHORT_)?(BIN)?(STRING|BYTES|UNICODE)8?|BYTEARRAY8")
 _SIMPLE = re.compile(r"[|<>=]?(?:b1|\?|[iu][1248]|f[248]|[SU]\d{1,6})")
 
+_SINGLE: dict[str, Callable[[], Any]] = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}
+_SINGLE |= {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
 _OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
@@ -129,10 +131,8 @@ class _Machine:
                 pass
             case "MARK":
                 self.marks.append(len(stack))
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[name])
-            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_TUPLE":
-                stack.append({"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_TUPLE": tuple}[name]())
+            case _ if name in _SINGLE:
+                stack.append(_SINGLE[name]())
             case "LIST" | "TUPLE":
                 stack.append(self.since_mark() if name == "LIST" else tuple(self.since_mark()))
             case "DICT":

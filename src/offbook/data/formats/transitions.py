@@ -72,15 +72,16 @@ class Steps:
         for name, array in values.items():
             same_rows(name, array, len(action), where)
         if self.after is None:
-            return {name: native(a if name in self.observations else a[:-1]) for name, a in values.items()}
-        for name, array in self.after.items():
+            values = {name: array if name in self.observations else array[:-1] for name, array in values.items()}
+        for name, array in (self.after or {}).items():
             seen = self.observations[name]
             if array.shape[1:] != seen.shape[1:] or array.dtype != seen.dtype:
                 got = f"{array.dtype} {array.shape[1:]} after it"
                 expected = f"{seen.dtype} {seen.shape[1:]} as before each step"
                 raise DataError(f"{where}, {name}", expected=expected, got=got, fix="record both alike")
             values[name] = np.concatenate([seen, array])
-        return {name: native(array) for name, array in values.items()}
+        # In this machine's byte order.
+        return {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in values.items()}
 
 
 def same_rows(name: str, array: Any, rows: int, where: str) -> None:
@@ -95,11 +96,6 @@ def same_rows(name: str, array: Any, rows: int, where: str) -> None:
         also = ", one more than there are actions" if count == rows + 1 else ""
         fix = "cut all to the same steps; nothing is shifted to make them fit"
         raise DataError(f"{where}, {name}", expected=f"{rows} rows, one for each action", got=got + also, fix=fix)
-
-
-def native(array: np.ndarray) -> np.ndarray:
-    """The same values in this machine's byte order."""
-    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
 
 
 def entries(value: Any) -> int:
