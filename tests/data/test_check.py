@@ -303,6 +303,15 @@ def test_videos_agree_with_the_rows(tmp_path):
 
 
 @pytest.mark.faults
+def test_a_store_killed_before_its_files_were_made_is_sound(tmp_path):
+    path = filmed(tmp_path / "s", ())
+    for folder in ("fields", "final"):
+        shutil.rmtree(path / folder)
+    check = check_store(path)
+    assert (check.sound, check.episodes) == (True, 0)
+
+
+@pytest.mark.faults
 def test_a_video_cut_at_twenty_places_is_named(tmp_path):
     path = filmed(tmp_path / "s", (4,))
     file = path / "video/front/000000.mp4"

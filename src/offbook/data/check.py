@@ -187,9 +187,8 @@ def _video_rows(store: EpisodeStore, name: str) -> dict[int, np.ndarray]:
 
 def _videos(store: EpisodeStore) -> Iterator[Finding]:
     """Whether each frame that a row speaks of is in its video, and the ends of each episode can be decoded."""
-    names = [spec.name for spec in store.schema.fields if spec.video]
-    frames = 0
-    wrong = False
+    names = [spec.name for spec in store.schema.fields if spec.video and len(store)]
+    frames, wrong = 0, False
     for name in names:
         folder, start = video_folder(store.path, name), store.episodes["start"].tolist()
         try:

@@ -59,6 +59,8 @@ def video_folder(path: Path, name: str) -> Path:
 
 def films(path: Path, spec: FieldSpec, steps: int) -> set[int]:
     """The numbers of the video files of a field in which the first steps lie."""
+    if not steps:
+        return set()
     rows = np.fromfile(field_file(path, spec.name), disk_dtype(spec), 2 * steps, offset=offset(spec, 0))
     return set(np.unique(rows[::2]).tolist()) - {-1}
 
