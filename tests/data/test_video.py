@@ -1,8 +1,10 @@
 """Cameras kept as video: the same pictures by every way of reading, copied files as they were, honest faults."""
 
+import itertools
 import os
 import shutil
 import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -292,6 +294,35 @@ def test_a_refused_episode_leaves_no_video_behind(tmp_path):
     store = EpisodeStore.open(tmp_path / "s")
     store.verify()
     assert [store.video(name, 1).path.name for name in ("front", "wrist")] == ["000001.mp4", "000001.mp4"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["fsync", "pwrite"])
+def test_an_append_that_is_interrupted_has_not_been(raw, tmp_path, monkeypatch, name):
+    real, left = getattr(os, name), [0]
+
+    def interrupted(*given):
+        done = real(*given)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(os, name, interrupted)
+    for place in itertools.count(1):
+        with EpisodeStore.create(tmp_path / f"{place}", SCHEMA) as writer:
+            append(writer, 0)
+            left[0] = place
+            with suppress(KeyboardInterrupt):
+                append(writer, 1)
+            left[0], count = 0, len(writer)
+            if count == 1:
+                append(writer, 1)
+            append(writer, 2)
+        assert EpisodeStore.open(tmp_path / f"{place}").digest == raw.digest, place
+        if count == 2:
+            break
+    assert place > 3
 
 
 @pytest.mark.faults

@@ -165,7 +165,7 @@ class Writer:
             self._write(arrays, length)
             self._pending.append(journal_line(self._episodes, row))
             if sync:
-                self._commit(drop_last=True)
+                self._commit()
         self._episodes, self._steps = self._episodes + 1, self._steps + length
         return self._episodes - 1
 
@@ -190,14 +190,19 @@ class Writer:
 
     @contextmanager
     def _unmade(self) -> Iterator[None]:
-        """Removes the videos that were made in a block which fails."""
+        """Takes an episode back whose block fails or is interrupted before it is committed."""
         before = {name: filming.number for name, filming in self._filming.items()}
+        pending, committed = len(self._pending), self._journal_bytes
         try:
             yield
-        except Exception:
-            # Not where a user interrupts: by then the episode may be committed.
-            for name, number in before.items():
-                self._filming[name].remove_from(number)
+        except BaseException:
+            if self._journal_bytes > committed:
+                # Interrupted in the instant after the commit: it counts, though nobody heard its number.
+                self._release()
+            else:
+                del self._pending[pending:]
+                for name, number in before.items():
+                    self._filming[name].remove_from(number)
             raise
 
     def _filmed(
@@ -245,16 +250,7 @@ class Writer:
         for future in unfinished:
             future.result()
 
-    def _commit(self, *, drop_last: bool = False) -> None:
-        """Commits what is pending; `drop_last` takes the last episode back where that fails."""
-        try:
-            self._write_journal()
-        except OSError:
-            if drop_last:
-                self._pending.pop()
-            raise
-
-    def _write_journal(self) -> None:
+    def _commit(self) -> None:
         if not self._pending:
             return
         for file, handle in self._handles.items():
@@ -265,7 +261,7 @@ class Writer:
         try:
             _write_at(journal, self._journal_bytes, memoryview(lines))
             os.fsync(journal)
-        except OSError:
+        except BaseException:
             # Nothing of a failed attempt may be taken for a commit.
             os.ftruncate(journal, self._journal_bytes)
             raise
