@@ -84,6 +84,11 @@ def run(options: Options) -> list[Claim]:
     with tempfile.TemporaryDirectory(prefix="offbook-soak-") as folder:
         history = soak(Path(folder), plan)
     met = not history.violations and history.results == plan.trials
+    # What happened on the way is no figure to come again: chance decides which workers are killed.
+    way = (
+        f"{history.attempts} attempts, {history.faults} robot faults, {history.killed_workers} workers and "
+        f"{history.killed_servers} servers killed"
+    )
     return [
         Claim(
             system="arena",
@@ -92,15 +97,11 @@ def run(options: Options) -> list[Claim]:
             metrics=(
                 Metric(name="results", value=history.results, higher_is_better=True),
                 Metric(name="broken promises", value=len(history.violations), higher_is_better=False),
-                Metric(name="attempts", value=history.attempts),
-                Metric(name="robot faults", value=history.faults),
-                Metric(name="workers killed", value=history.killed_workers),
-                Metric(name="servers killed", value=history.killed_servers),
                 Metric(name="duration", value=history.seconds, unit="s", higher_is_better=False),
             ),
             seeds=(options.seed,),
             verdict="met" if met else "missed",
-            note="; ".join(history.violations[:5]),
+            note="; ".join([way, *history.violations[:5]]),
         )
     ]
 
