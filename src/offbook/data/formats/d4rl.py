@@ -70,7 +70,7 @@ def read(source: str) -> Recordings:
         algorithm = str(metadata.get("algorithm", ""))
 
         def episodes() -> Generator[tuple[str, Steps], None, None]:
-            with hdf5(path) as file:
+            with hdf5(path, known=True) as file:
                 for number in range(len(cut.starts)):
                     where = f"{path}, episode {number}"
                     yield where, _steps(file, cut, number, others, algorithm, where)

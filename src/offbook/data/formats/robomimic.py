@@ -58,7 +58,7 @@ def read(source: str) -> Recordings:
         stated += [f"groups of demonstrations: {', '.join(splits)}"] * bool(splits)
 
         def episodes() -> Generator[tuple[str, Steps], None, None]:
-            with hdf5(path) as file:
+            with hdf5(path, known=True) as file:
                 for name in names:
                     where = f"{path}, data/{name}"
                     yield where, _steps(file["data"][name], about, keys, where)

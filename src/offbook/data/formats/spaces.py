@@ -4,7 +4,9 @@ A bare space is one leaf, named after what it is of (`observation`, `action`). A
 leaf under its keys joined by dots; those of a nested action begin with `action.`.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -60,9 +62,7 @@ def _walk(space: Any, keys: Keys) -> Iterator[tuple[Keys, Any]]:
 
 def value_at(values: Any, keys: Keys) -> Any:
     """The part of a nested value to which keys lead."""
-    for key in keys:
-        values = values[key]
-    return values
+    return functools.reduce(operator.getitem, keys, values)
 
 
 def nested(space: Any, root: str, value: Callable[[str, Any], Any]) -> Any:

@@ -277,8 +277,12 @@ def recordings(
 
 
 @contextlib.contextmanager
-def hdf5(path: Path) -> Iterator[Any]:
+def hdf5(path: Path, *, known: bool = False) -> Iterator[Any]:
     """Opens an HDF5 file for reading.
+
+    Args:
+        path: the file.
+        known: it was looked through before, which takes a while where there are many arrays.
 
     Raises:
         DataError: it is not there, or points at other files, speaks of far more than it holds, or is damaged, there or
@@ -291,26 +295,31 @@ def hdf5(path: Path) -> Iterator[Any]:
     # Episodes are read one after another, and a compressed chunk often holds several: keep a few of them.
     with limits.explained(path, "a whole HDF5 file", fix), h5py.File(path, "r", rdcc_nbytes=2**26) as file:
         size = path.stat().st_size
-        limits.check_arrays(_arrays(file, size, str(path)), size, path)
+        if not known:
+            limits.check_arrays(_arrays(file, size, str(path)), size, path)
         yield file
 
 
 def _arrays(file: Any, size: int, where: str) -> Iterator[tuple[str, Any]]:
     """All arrays of an HDF5 file by each of their names; none may be read from other files, which may be any here."""
-    import h5py
+    from h5py import Dataset, Group, h5l
 
-    fix, pending, count = "copy everything into the file itself", [file], 0
-    away = file.visititems_links(lambda _, link: isinstance(link, h5py.ExternalLink) or None)
-    while pending:
-        part = pending.pop()
-        if isinstance(part, h5py.Group):
+    fix, pending, soft, count = "copy everything into the file itself", [file], list[tuple[Any, str]](), 0
+    while pending or soft:
+        # Where links by name lead, once it is known that none of those in the file leads out of it.
+        part = pending.pop() if pending else soft[-1][0].get(soft.pop()[1])
+        away = isinstance(part, Dataset) and (part.external or part.is_virtual)
+        if isinstance(part, Group):
             # A name takes more bytes than this, unless groups lead to themselves.
             count += len(part)
             if count > _LEAVES + size // 16:
                 raise DataError(where, expected="names that each lead somewhere else", got="a circle", fix=fix)
-            pending += [] if away else [part.get(name) for name in part]
-        elif isinstance(part, h5py.Dataset):
-            away = away or part.external or part.is_virtual
+            kinds = {name: part.id.links.get_info(name.encode("utf-8", "surrogateescape")).type for name in part}
+            away = h5l.TYPE_EXTERNAL in kinds.values()
+            pending += [part[name] for name, kind in kinds.items() if kind == h5l.TYPE_HARD]
+            soft += [(part, name) for name, kind in kinds.items() if kind == h5l.TYPE_SOFT]
+        if away:
+            got = "one that points at others"
+            raise DataError(where, expected="a file that holds its own values", got=got, fix=fix)
+        if isinstance(part, Dataset):
             yield part.name, part
-    if away:
-        raise DataError(where, expected="a file that holds its own values", got="one that points at others", fix=fix)
