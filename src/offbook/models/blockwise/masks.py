@@ -51,13 +51,7 @@ class Mask:
         """
         i = torch.arange(queries.start, queries.stop, device=device)[None, :, None]
         j = torch.arange(keys.start, keys.stop, device=device)[None, None]
-        seen, size = self._visible(i, j), (len(queries), len(keys))
-        broadcast = seen.ndim == 3 and all(own in (1, want) for own, want in zip(seen.shape[1:], size, strict=True))
-        if seen.dtype != torch.bool or not broadcast or seen.device != i.device:
-            where, expected = f"mask {type(self).__name__}", f"booleans (batch, {size[0]}, {size[1]}) on {i.device}"
-            got, fix = f"{seen.dtype} {tuple(seen.shape)} on {seen.device}", "compare i and j, and nothing else"
-            raise ConfigError(where, expected=expected, got=got, fix=fix)
-        return seen.expand(-1, *size)
+        return self._checked(i, j).expand(-1, len(queries), len(keys))
 
     def real(self, tokens: range, device: torch.device | str = "cpu") -> Bool[Tensor, "#batch tokens"] | None:
         """Which tokens are no padding; None where the mask knows of none."""
@@ -68,6 +62,16 @@ class Mask:
 
     def _visible(self, i: Int64[Tensor, "1 q 1"], j: Int64[Tensor, "1 1 k"]) -> Bool[Tensor, "#batch #q #k"]:
         raise NotImplementedError
+
+    def _checked(self, i: Int64[Tensor, "1 q 1"], j: Int64[Tensor, "1 1 k"]) -> Bool[Tensor, "#batch #q #k"]:
+        """What is visible, from functions of one's own too."""
+        seen, size = self._visible(i, j), (i.shape[1], j.shape[2])
+        tensor = isinstance(seen, Tensor) and seen.dtype == torch.bool and seen.device == i.device and seen.ndim == 3
+        if not tensor or any(own not in (1, want) for own, want in zip(seen.shape[1:], size, strict=True)):
+            got = f"{seen.dtype} {tuple(seen.shape)} on {seen.device}" if isinstance(seen, Tensor) else repr(seen)
+            where, expected = f"mask {type(self).__name__}", f"booleans (batch, {size[0]}, {size[1]}) on {i.device}"
+            raise ConfigError(where, expected=expected, got=got, fix="compare i and j, and nothing else")
+        return seen
 
     def __and__(self, other: Mask) -> Mask:
         return _Combined(self, other, every=True)
@@ -305,7 +309,7 @@ class _Combined(Mask):
         return neutral if not left else left.pop() if len(left) == 1 else Kind.PARTIAL
 
     def _visible(self, i: Int64[Tensor, "1 q 1"], j: Int64[Tensor, "1 1 k"]) -> Bool[Tensor, "#batch #q #k"]:
-        one, other = (part._visible(i, j) for part in self.parts)
+        one, other = (part._checked(i, j) for part in self.parts)
         return one & other if self._every else one | other
 
 
