@@ -86,10 +86,10 @@ def merge(
     other_lse: Float[Tensor, "B H Q"],
 ) -> tuple[Float[Tensor, "B H Q E"], Float[Tensor, "B H Q"]]:
     """Merges attention over one set of keys with that over another, in float32 or wider."""
-    lse = torch.logaddexp(one_lse, other_lse)
-    # Where nothing is seen at all, minus infinity less itself would be no number.
-    base = lse.masked_fill(lse == -math.inf, 0.0)
-    return one * (one_lse - base).exp()[..., None] + other * (other_lse - base).exp()[..., None], lse
+    # By the difference: large sums have few digits left behind the point. It is no number where nothing is seen.
+    share = torch.sigmoid(one_lse - other_lse).nan_to_num(0.5)[..., None]
+    one, other = one.to(share.dtype), other.to(share.dtype)
+    return torch.lerp(other, one, share), torch.logaddexp(one_lse, other_lse)
 
 
 def attend_backward(
