@@ -44,6 +44,20 @@ def test_nan_is_placed_by_check_and_refused_by_training(cli, tmp_path):
 
 
 @pytest.mark.faults
+def test_windows_with_nan_are_dropped_where_that_is_asked_for(cli, tmp_path):
+    def change(i, fields):
+        if i == 0:
+            fields["joints"][3, 2] = np.nan
+            fields["action"][5, 0] = np.inf
+
+    path = write(tmp_path / "s", [9, 12, 7], change=change)
+    out = ["--out", str(tmp_path / "run"), "--held-out", "0", "--on-nan", "drop"]
+    outcome = cli(["train", "bc", "--data", str(path), *out, "--parts", "joints", *BRIEF])
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "2 of 28 windows are left out for NaN or infinity" in outcome.stderr
+
+
+@pytest.mark.faults
 def test_episodes_shorter_than_a_window_are_counted_and_not_all_may_be(tmp_path):
     store = EpisodeStore.open(write(tmp_path / "s", [3, 9, 2, 5]))
     assert WindowSampler(store, ["joints"], length=4).dropped == 2
@@ -127,3 +141,4 @@ def test_a_constant_entry_is_no_fault(cli, tmp_path):
     assert cli(["data", "check", str(path)]).exit_code == 0
     outcome = cli(["train", "bc", "--data", str(path), "--out", str(tmp_path / "run"), "--parts", "joints", *BRIEF])
     assert outcome.exit_code == 0, outcome.stderr
+    assert outcome.stderr.count("1 of 3 entries of joints never vary and tell nothing") == 1

@@ -84,6 +84,42 @@ def test_windows_are_those_of_the_definition(tmp_path_factory, lengths, length, 
         assert pairs == set(expected)
 
 
+@pytest.mark.parametrize("weight", ["window", "episode"])
+@pytest.mark.parametrize("pad", ["drop", "left", "right"])
+def test_episodes_are_cut_where_a_step_is_not_finite(tmp_path, pad, weight):
+    # Episode 0 is whole, 1 has holes at steps 0, 4 and 5, 2 nothing but holes.
+    holes = {1: [0, 4, 5], 2: [0, 1, 2]}
+    with EpisodeStore.create(tmp_path / "s", COUNTER) as writer:
+        for i, length in enumerate([6, 10, 3]):
+            steps = np.arange(1, length + 2, dtype=np.float32)
+            code = np.stack([np.full_like(steps, i + 1), steps], axis=1)
+            code[holes.get(i, []), 1] = [np.nan, np.inf, -np.inf][: len(holes.get(i, []))]
+            fields = {"code": code, "action": np.arange(1, length + 1), "reward": np.full(length, i, np.float32)}
+            writer.append(fields, terminated=True, truncated=False, sync=False)
+    store = EpisodeStore.open(tmp_path / "s")
+    whole = WindowSampler(store, ["code", "action"], length=3, pad=pad, weight=weight)
+    sampler = WindowSampler(store, ["code", "action"], length=3, pad=pad, weight=weight, on_nan="drop")
+    # Stretches of 6, 3 and 4 steps; the two of episode 1 begin at its steps 1 and 6.
+    expected = [(0, 0, t) for t in range(6)] + [(1, 1, t) for t in range(3)] + [(1, 6, t) for t in range(4)]
+    lengths = {(0, 0): 6, (1, 1): 3, (1, 6): 4}
+    if pad == "drop":
+        expected = [(e, first, t) for e, first, t in expected if t + 3 <= lengths[e, first]]
+    shift = 2 if pad == "left" else 0
+    windows = sampler.at(np.arange(len(sampler)))
+    assert list(zip(windows.episode, windows.start, strict=True)) == [(e, f + t - shift) for e, f, t in expected]
+    assert (sampler.dropped, sampler.dropped_windows) == (1, len(whole) - len(sampler))
+    assert np.isfinite(windows.data["code"]).all()
+    for row, (episode, first, t) in enumerate(expected):
+        steps = np.arange(t - shift, t - shift + 3)
+        real = (steps >= 0) & (steps < lengths[episode, first])
+        np.testing.assert_array_equal(windows.valid[row], real)
+        np.testing.assert_array_equal(windows.data["code"][row, :, 1], np.where(real, first + steps + 1, 0))
+        np.testing.assert_array_equal(windows.data["action"][row], np.where(real, first + steps + 1, 0))
+    drawn = sampler.sample(8000, 0)
+    first = 1 / 2 if weight == "episode" else sum(e == 0 for e, *_ in expected) / len(expected)
+    assert abs((drawn.episode == 0).mean() - first) < 0.03
+
+
 def test_weights_are_as_said(tmp_path):
     store = counting_store(tmp_path / "s", [10, 1, 4])  # returns 0, 1, 8
     counts = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from offbook.data.store import EpisodeStore
 from offbook.errors import needs_extra
 from offbook.runs.config import with_presets
 from offbook.runs.directory import RunDirectory
+from offbook.runs.progress import note
 
 with needs_extra("models"):
     from offbook.learning.cloning import CloningConfig, check_cloning, train_cloning
@@ -67,7 +67,7 @@ def bc(
         run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
     if first and (count := left_out(store)):
         said = f"{count} of {len(store)} episodes are in no group and not learnt from"
-        print(f"{said}: run offbook data split {data}", file=sys.stderr)
+        note(f"{said}: run offbook data split {data}")
     began = time.monotonic()
     policy = train_cloning(store, config, run, resume=resume)
     seconds = time.monotonic() - began

@@ -37,7 +37,11 @@ class Normalizer:
 
     @staticmethod
     def fit(
-        store: EpisodeStore, fields: Sequence[str], episodes: Int64[np.ndarray, " chosen"] | None = None
+        store: EpisodeStore,
+        fields: Sequence[str],
+        episodes: Int64[np.ndarray, " chosen"] | None = None,
+        *,
+        skip_nan: bool = False,
     ) -> "Normalizer":
         """Computes the statistics over all real steps, in float64.
 
@@ -45,17 +49,25 @@ class Normalizer:
             store: the recordings.
             fields: which fields; the last observation of an episode, after its last step, is not counted.
             episodes: numbers of the episodes to use, such as those to train on; None for all.
+            skip_nan: leave out steps at which the field holds NaN or infinity, instead of refusing them.
 
         Raises:
-            DataError: a value is NaN or infinite, no episode has the field, or it is not one of numbers.
+            DataError: a value is NaN or infinite and not to be left out, no episode has the field, or it is not one of
+                numbers.
         """
-        both = {name: _statistics(store, name, episodes) for name in fields}
+        both = {name: _statistics(store, name, episodes, skip_nan) for name in fields}
         return Normalizer(
             mean={name: mean for name, (mean, _) in both.items()}, std={name: std for name, (_, std) in both.items()}
         )
 
     def __contains__(self, name: object) -> bool:
         return name in self.mean
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """By field, how many of its entries never varied; fields without such an entry are left out."""
+        counts = {name: int((std == 0).sum()) for name, std in self.std.items()}
+        return {name: count for name, count in counts.items() if count}
 
     def encode(self, name: str, values: Num[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
         """Normalises values of a field; any axes may stand before the field's own."""
@@ -101,15 +113,13 @@ class Normalizer:
 
 
 def _statistics(
-    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None
+    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None, skip_nan: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     spec = store.schema[name]
     shape = spec.shape
     count, total = 0, np.zeros(shape)
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-    for first, values in _chunks(store, name, episodes):
-        if not np.isfinite(values).all():
-            _refuse(store, name, first + int(np.argwhere(~np.isfinite(values))[0][0]))
+    for values in _chunks(store, name, episodes, skip_nan):
         count += len(values)
         total += values.sum(axis=0)
         low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
@@ -119,7 +129,7 @@ def _statistics(
     # Rounding must not move the mean of a constant.
     mean = np.where(low == high, low, total / count)
     squares = np.zeros(shape)
-    for _, values in _chunks(store, name, episodes):
+    for values in _chunks(store, name, episodes, skip_nan):
         squares += ((values - mean) ** 2).sum(axis=0)
     std = np.sqrt(squares / count)
     scale = float(np.sqrt(np.mean(std**2 + mean**2)))
@@ -127,13 +137,20 @@ def _statistics(
 
 
 def _chunks(
-    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    """The field's real steps in float64, a bounded number at a time, each chunk with the row it begins at."""
+    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None, skip_nan: bool
+) -> Iterator[np.ndarray]:
+    """The field's real and finite steps in float64, a bounded number at a time."""
     values, present = store.field(name), store.present(name)
     chosen = np.arange(len(store)) if episodes is None else np.unique(episodes)
     for first, last in stretches(store, chosen[present[chosen]], max(1, _CHUNK // store.schema[name].size)):
-        yield first, np.asarray(values[first:last], np.float64)
+        part = np.asarray(values[first:last], np.float64)
+        finite = np.isfinite(part.reshape(len(part), -1)).all(1)
+        if not finite.all():
+            if not skip_nan:
+                _refuse(store, name, first + int(np.flatnonzero(~finite)[0]))
+            part = part[finite]
+        if len(part):
+            yield part
 
 
 def stretches(store: EpisodeStore, episodes: Int64[np.ndarray, " chosen"], most: int) -> Iterator[tuple[int, int]]:
@@ -152,6 +169,6 @@ def stretches(store: EpisodeStore, episodes: Int64[np.ndarray, " chosen"], most:
 def _refuse(store: EpisodeStore, name: str, row: int) -> None:
     starts = store.episodes["start"]
     episode = int(np.searchsorted(starts, row, "right")) - 1
-    fix = "leave that episode out, or record it again"
+    fix = "leave such steps out (train bc: --on-nan drop), or record the episode again"
     where = f"{store.path}, field {name!r}, episode {episode}, step {row - int(starts[episode])}"
     raise DataError(where, expected="finite numbers", got="NaN or infinity", fix=fix)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64, Shaped
 from numpy.random import Generator, Philox
 
-from offbook.data.normalise import Normalizer
+from offbook.data.normalise import Normalizer, stretches
 from offbook.data.pack import RETURN_TO_GO, Pack
 from offbook.data.returns import ReturnSpec
 from offbook.data.store import EpisodeStore
@@ -17,8 +17,10 @@ from offbook.runs.seeding import generator
 
 Pad = Literal["drop", "left", "right"]
 Weight = Literal["window", "episode", "return"]
+OnNan = Literal["keep", "drop"]
 # Fields with more numbers a step than this, and pictures, are read from the store's files window by window.
 _PACKED = 512
+_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,13 @@ class WindowSampler:
         episodes: numbers of the episodes to draw from; None for all.
         returns: adds the return to go as `"return_to_go"`, shape (B, T).
         normalizer: normalises those of the fields that it was fitted to.
+        on_nan: `"drop"` cuts episodes where one of the fields is NaN or infinite, so that no window holds such a step
+            (`dropped_windows` counts what that costs); `"keep"` does not look.
         seed: of the random draws.
+
+    Attributes:
+        dropped: episodes without a window.
+        dropped_windows: windows that there would be without NaN and infinities.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -92,10 +100,11 @@ class WindowSampler:
         episodes: Int64[np.ndarray, " chosen"] | None = None,
         returns: ReturnSpec | None = None,
         normalizer: Normalizer | None = None,
+        on_nan: OnNan = "keep",
         seed: int = 0,
     ) -> None:
-        for name, value, choices in (("pad", pad, get_args(Pad)), ("weight", weight, get_args(Weight))):
-            if value not in choices:
+        for name, value, allowed in (("pad", pad, Pad), ("weight", weight, Weight), ("on_nan", on_nan, OnNan)):
+            if value not in (choices := get_args(allowed)):
                 raise ConfigError(name, expected=" or ".join(choices), got=repr(value), fix="choose one of them")
         for name, number in (("window length", length), ("window stride", stride)):
             if number < 1:
@@ -103,25 +112,35 @@ class WindowSampler:
         self.store, self.length, self.stride, self.pad, self.seed = store, length, stride, pad, seed
         self.fields = tuple(fields)
         self._key = generator(seed, "windows").integers(2**63, size=2).astype(np.uint64)
-        self._choose_episodes(episodes)
+        self._choose_spans(np.arange(len(store)) if episodes is None else np.unique(episodes), on_nan)
         self._weigh(weight)
         self._gather_fields(returns, normalizer)
 
-    def _choose_episodes(self, episodes: Int64[np.ndarray, " chosen"] | None) -> None:
-        """Keeps the episodes that give windows, and counts the windows of each."""
-        chosen = np.arange(len(self.store)) if episodes is None else np.unique(episodes)
-        lengths = self.store.episodes["length"][chosen]
-        span = lengths - self.length + 1 if self.pad == "drop" else lengths
-        counts = -(-span // self.stride)
+    def _choose_spans(self, chosen: Int64[np.ndarray, " chosen"], on_nan: OnNan) -> None:
+        """Keeps the stretches of episodes that give windows: whole episodes, unless they are cut."""
+        whole = self.store.episodes["length"][chosen]
+        which, offsets, lengths = np.arange(len(chosen)), np.zeros(len(chosen), np.int64), whole
+        if on_nan == "drop":
+            which, offsets, lengths = _finite_spans(self.store, self.fields, chosen)
+        counts = self._windows(lengths)
         keep = counts > 0
-        self.dropped = int((~keep).sum())
+        self.dropped_windows = int(self._windows(whole).sum() - counts.sum())
         if not keep.any():
             fix = "ask for shorter windows, or pad them"
             expected = f"an episode of {self.length} steps or more"
             got = f"{len(chosen)} episodes, the longest of {max(lengths, default=0)} steps"
             raise DataError(f"{self.store.path}, windows of {self.length} steps", expected=expected, got=got, fix=fix)
-        self._episodes, self._lengths, self._counts = chosen[keep], lengths[keep], counts[keep]
-        self._starts = self.store.episodes["start"][self._episodes]
+        self._lengths, self._counts, self._offsets = lengths[keep], counts[keep], offsets[keep]
+        self._packed, self._of = np.unique(which[keep], return_inverse=True)
+        self.dropped = len(chosen) - len(self._packed)
+        self._packed = chosen[self._packed]
+        self._episodes = self._packed[self._of]
+        self._starts = self.store.episodes["start"][self._episodes] + self._offsets
+
+    def _windows(self, lengths: Int64[np.ndarray, " spans"]) -> Int64[np.ndarray, " spans"]:
+        """How many windows so long stretches give."""
+        span = lengths - self.length + 1 if self.pad == "drop" else lengths
+        return np.asarray(np.maximum(-(-span // self.stride), 0))
 
     def __len__(self) -> int:
         return int(self._counts.sum())
@@ -129,7 +148,7 @@ class WindowSampler:
     def _weigh(self, weight: Weight) -> None:
         chances = self._counts.astype(np.float64)
         if weight == "episode":
-            chances = np.ones_like(chances)
+            chances /= np.bincount(self._of, chances)[self._of]
         elif weight == "return":
             returns = self.store.episodes["return"][self._episodes]
             if not np.isfinite(returns).all():
@@ -171,9 +190,10 @@ class WindowSampler:
         present = {name: store.present(name)[self._episodes] for name in self.fields}
         specs = [store.schema[name] for name in self.fields]
         small = [spec.name for spec in specs if np.dtype(spec.dtype).kind == "f" and spec.size <= _PACKED]
-        self._pack = Pack(store, small, self._episodes, returns=returns, normalizer=normalizer)
+        self._pack = Pack(store, small, self._packed, returns=returns, normalizer=normalizer)
         self._direct = {name: store.field(name) for name in self.fields if name not in small}
-        self._packed_starts = np.cumsum(self._lengths) - self._lengths
+        rows = store.episodes["length"][self._packed]
+        self._packed_starts = (np.cumsum(rows) - rows)[self._of] + self._offsets
         if returns is not None:
             present[RETURN_TO_GO] = store.present(store.schema.reward or "")[self._episodes]
         self._present = {name: None if flags.all() else flags for name, flags in present.items()}
@@ -241,7 +261,7 @@ class WindowSampler:
             valid=np.ones((batch, time), bool) if padding is None else ~padding,
             present=present,
             episode=self._episodes[which],
-            start=start,
+            start=start + self._offsets[which],
         )
 
     def _from_pack(
@@ -269,3 +289,25 @@ class WindowSampler:
             name: values[..., columns].reshape(len(first), time, *shapes[name])
             for name, columns in self._pack.columns.items()
         }
+
+
+def _finite_spans(
+    store: EpisodeStore, fields: Sequence[str], episodes: Int64[np.ndarray, " chosen"]
+) -> tuple[Int64[np.ndarray, " spans"], Int64[np.ndarray, " spans"], Int64[np.ndarray, " spans"]]:
+    """The stretches of steps in which all fields are finite: whose of the episodes', where they begin, how long."""
+    lengths = store.episodes["length"][episodes]
+    stops = np.cumsum(lengths)
+    finite = np.ones(int(lengths.sum()), bool)
+    for name in fields:
+        if np.dtype(store.schema[name].dtype).kind == "f":
+            to = 0
+            for first, last in stretches(store, episodes, _ROWS):
+                values = store.field(name)[first:last]
+                finite[to : to + last - first] &= np.isfinite(values.reshape(last - first, -1)).all(1)
+                to += last - first
+    edge = np.zeros(len(finite) + 1, bool)
+    edge[stops], edge[0] = True, True
+    begins = np.flatnonzero(finite & (edge[:-1] | ~np.append(False, finite[:-1])))
+    ends = np.flatnonzero(finite & (edge[1:] | ~np.append(finite[1:], False))) + 1
+    which = np.searchsorted(stops, begins, "right")
+    return which, begins - (stops - lengths)[which], ends - begins

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from offbook.learning.fit import FitConfig, fit
 from offbook.learning.networks import CloningNetwork, shift_images
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.runs.directory import RunDirectory
+from offbook.runs.progress import note
 from offbook.runs.seeding import generator
 
 KIND = "bc"
@@ -46,6 +47,7 @@ class CloningConfig:
         success_only: learn from successful episodes only, where the recordings know of success.
         held_out: share of the episodes kept for the validation loss, where the store does not say which; 0 for none.
         validate_every: steps between two validations; each also saves the policy.
+        on_nan: refuse recordings with NaN or infinity, or drop the windows that hold such a step, and say how many.
         fit: the training loop.
     """
 
@@ -60,6 +62,7 @@ class CloningConfig:
     success_only: bool = True
     held_out: float = 0.1
     validate_every: int = 250
+    on_nan: Literal["refuse", "drop"] = "refuse"
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=1_500, batch_size=64, learning_rate=2e-3, ema=0.99))
 
     def __post_init__(self) -> None:
@@ -176,6 +179,7 @@ def train_cloning(
         V, for the MLP on standardised joints.
     """
     data = _Recordings(store, config)
+    data.tell()
     meta = PolicyMeta(
         name=f"bc-{run.path.name}", observation=data.observation, action=data.action, chunk=config.execute
     )
@@ -256,7 +260,8 @@ class _Recordings:
         self.action_field = store.schema.actions[0]
         self.train, self.held_out = _episodes(store, config, (*self.parts, *self.cameras, self.action_field))
         continuous = (self.action_field,) if self.action.choices is None else ()
-        self.normalizer = Normalizer.fit(store, (*self.parts, *continuous), self.train)
+        skip = config.on_nan == "drop"
+        self.normalizer = Normalizer.fit(store, (*self.parts, *continuous), self.train, skip_nan=skip)
         self.sampler = self._sampler(self.train)
 
     def _sampler(self, episodes: Int64[np.ndarray, " episodes"]) -> WindowSampler:
@@ -266,8 +271,16 @@ class _Recordings:
             length=self.config.chunk,
             pad="right",
             episodes=episodes,
+            on_nan="drop" if self.config.on_nan == "drop" else "keep",
             seed=self.config.fit.seed,
         )
+
+    def tell(self) -> None:
+        """Says what of the recordings is not learnt from."""
+        if lost := self.sampler.dropped_windows:
+            note(f"{lost} of {lost + len(self.sampler)} windows are left out for NaN or infinity")
+        for name, count in self.normalizer.constants.items():
+            note(f"{count} of {self.normalizer.mean[name].size} entries of {name} never vary and tell nothing")
 
     def batch_at(self, index: int) -> Mapping[str, Tensor]:
         """Batch number `index` for training."""

@@ -15,6 +15,11 @@ def quiet() -> bool:
     return os.environ.get("OFFBOOK_QUIET", "") not in ("", "0")
 
 
+def note(text: str) -> None:
+    """Says something on stderr that a user should know, and that is no error; also where progress is switched off."""
+    print(text, file=sys.stderr)
+
+
 def track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
     """Hands the items on and shows how many of them are done and when the rest will be.
 
