@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn import functional
 
 from offbook.errors import ConfigError
+from offbook.models.blockwise.cache import Extension, KVCache, Lengths
 from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.layer import BlockwiseLayer, Pass, make_norm
 from offbook.models.blockwise.masks import Mask
 from offbook.models.blockwise.positions import rope_tables
-from offbook.models.blockwise.remat import through
+from offbook.models.blockwise.remat import part, through
 
 
 class Backbone(nn.Module):
@@ -80,6 +82,96 @@ class Backbone(nn.Module):
             x = through(run, x, shared, cond) if len(run) > 1 else run[0](x, shared, cond)
         out: Tensor = self.norm(x)
         return out
+
+    def new_cache(self, batch: int, max_len: int) -> KVCache:
+        """An empty cache for so many samples, and so many tokens of each, in the type and place of the weights."""
+        config, weight = self.config, next(self.parameters())
+        sizes = (config.layers, batch, max_len, config.key_heads, config.head_size)
+        return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+
+    def prefill(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        *,
+        cache: KVCache,
+        mask: Mask | None = None,
+        lengths: Lengths | None = None,
+        cond: Float[Tensor, "batch _ cond"] | None = None,
+        chunk: int = 2048,
+    ) -> tuple[Float[Tensor, "batch tokens dim"], KVCache]:
+        """The output for new tokens, which see those in a cache and join them.
+
+        It is what `forward` gives for them in the whole sequence. Samples may get different numbers of tokens, with
+        padding behind; each goes on from its own end.
+
+        Args:
+            x: embedded tokens.
+            cache: where their keys and values go, of `new_cache`.
+            mask: who sees whom, in later calls too; `Causal()` by default. It is decided when the cache is empty.
+            lengths: real tokens of each sample, the first ones; all by default.
+            cond: what the layers are conditioned on, as in `forward`.
+            chunk: tokens that are computed at a time.
+
+        Returns:
+            The output, 0 for padding; and the cache.
+
+        Raises:
+            CacheFullError: there are more tokens than the cache has room for.
+            ConfigError: shapes that do not fit; a mask under which an earlier token would see a new one; training, for
+                which a cache keeps no gradients. The cache is as it was, like after any error.
+        """
+        if self.training or (torch.is_grad_enabled() and x.requires_grad):
+            got, fix = "training", "call eval(), and this under torch.no_grad(); or use the forward pass"
+            raise ConfigError("cache", expected="inference", got=got, fix=fix)
+        self._check(x, mask or cache.mask, None, cond)
+        cache.check(x.shape[0], self.config.layers, self.config.key_heads, self.config.head_size, x.device)
+        new = cache.append(x.shape[1], lengths, mask)
+        with torch.no_grad():
+            return self._extended(x, new, cond, chunk), cache
+
+    def step(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        cache: KVCache,
+        *,
+        cond: Float[Tensor, "batch _ cond"] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The output for each sample's next token, or next few; see `prefill`.
+
+        Example:
+            >>> net = Backbone(BackboneConfig(dim=32, layers=2, heads=4)).eval()
+            >>> cache = net.new_cache(batch=1, max_len=100)
+            >>> prompt, token = torch.zeros(1, 10, 32), torch.zeros(1, 1, 32)
+            >>> h, cache = net.prefill(prompt, cache=cache)
+            >>> net.step(token, cache).shape, cache.lengths
+            (torch.Size([1, 1, 32]), (11,))
+        """
+        return self.prefill(x, cache=cache, cond=cond)[0]
+
+    def _extended(self, x: Tensor, new: Extension, cond: Tensor | None, chunk: int) -> Tensor:
+        tokens, config = x.shape[1], self.config
+        if new.tokens < tokens:  # all that is left out is padding
+            x, cond = part(x, range(new.tokens)), part(cond, range(new.tokens))
+        if self.table is not None:
+            if new.stop > config.max_positions:
+                expected = f"0 to {config.max_positions - 1}, the rows of the learned table"
+                raise ConfigError("positions", expected=expected, got=f"up to {new.stop - 1}", fix="use fewer tokens")
+            x = x + new.rows(self.table[None])
+        if (real := new.real()) is not None:
+            x = x.masked_fill(~real, 0.0)
+        shared = Pass(new.mask, "none")
+        if config.positions == "rope":
+            tables = new.cache.rotation(config.rotated, config.rope_base)
+            shared.cos, shared.sin = (new.rows(table) for table in tables)
+        if new.tokens:
+            chunk = new.chunk(chunk)
+            for layer in self.layers:
+                x = layer.extended(x, shared, cond, new, chunk)  # type: ignore[operator]
+        out: Tensor = self.norm(x)
+        new.commit()
+        if real is not None:
+            out = out.masked_fill(~real, 0.0)
+        return out if new.tokens == tokens else functional.pad(out, (0, 0, 0, tokens - new.tokens))
 
     def _remat(self, x: Tensor) -> str:
         return "layer" if self.config.remat == "auto" else self.config.remat

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from offbook.models.blockwise.attention import Rule, attend
+from offbook.models.blockwise.cache import Extension
 from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.masks import Kind, Mask, blocks
@@ -129,6 +130,26 @@ class BlockwiseLayer(nn.Module):
             for rows in blocks(tokens, self.config.block_ffn)
         ]  # fmt: skip
         return torch.cat(parts, 1)
+
+    def extended(self, x: Tensor, shared: Pass, cond: Tensor | None, new: Extension, chunk: int) -> Tensor:
+        """The layer's output for new tokens whose keys and values go to a cache, `chunk` tokens at a time."""
+        tokens = range(x.shape[1])
+        if len(tokens) <= chunk:
+            modulations = self._modulations(cond)
+            normed = _modulated(self.norm1(x), modulations, 0)
+            k, v = self.kv(normed).chunk(2, -1)
+            # Queries and keys turn together: a single token's time goes into the number of operations.
+            turned = self._turned(torch.cat([self.q(normed), k], -1), shared, tokens)
+            q, k = turned[:, : self.config.heads], turned[:, self.config.heads :]
+            new.write(self.number, tokens, k, self._split(v))
+            return self.rest(x, new.attend(self.number, tokens, q), shared, cond, tokens, modulations)
+        for rows in blocks(tokens, chunk):
+            new.write(self.number, rows, *self.keys_values(part(x, rows), shared, part(cond, rows), rows))
+        y = torch.empty_like(x)
+        for rows in blocks(tokens, chunk):
+            o = new.attend(self.number, rows, self.queries(part(x, rows), shared, part(cond, rows), rows))
+            y[:, rows.start : rows.stop] = self.rest(part(x, rows), o, shared, part(cond, rows), rows)
+        return y
 
     def rule(self, shared: Pass) -> Rule:
         """How its queries attend."""

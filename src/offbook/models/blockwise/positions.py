@@ -45,12 +45,9 @@ def rotate(
             `"pairs"`, numbers 2i and 2i + 1, as in GPT-J.
     """
     pairs = cos.shape[-1]
+    if x.shape[-1] > 2 * pairs:
+        return torch.cat([rotate(x[..., : 2 * pairs], cos, sin, layout), x[..., 2 * pairs :]], -1)
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    turned, rest = x[..., : 2 * pairs], x[..., 2 * pairs :]
-    if layout == "half":
-        a, b = turned.chunk(2, -1)
-        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-    else:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+    a, b = x.chunk(2, -1) if layout == "half" else (x[..., 0::2], x[..., 1::2])
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
+    return torch.cat(turned, -1) if layout == "half" else torch.stack(turned, -1).flatten(-2)
