@@ -7,7 +7,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offbook.errors import ConfigError
+from offbook.errors import ConfigError, DataError
 from offbook.models.blockwise.cache import Extension, KVCache, Lengths
 from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
@@ -59,6 +59,8 @@ class Backbone(nn.Module):
 
         Raises:
             ConfigError: shapes, kinds of number or positions are not what the configuration says.
+            DataError: under `torch.autograd.set_detect_anomaly(True)`, a layer gives infinity or no number; otherwise
+                such propagate.
         """
         self._check(x, mask, positions, cond)
         config = self.config
@@ -69,17 +71,24 @@ class Backbone(nn.Module):
         if (real := mask.real(range(x.shape[1]), x.device)) is not None:
             # What stands in the padding, infinities too, must reach nobody, and 0 times infinity would.
             x = x.masked_fill(~real[..., None], 0.0)
+            if cond is not None and cond.shape[1] == x.shape[1]:
+                cond = cond.masked_fill(~real[..., None], 0.0)
         shared = Pass(mask, self._remat(x), config.offload)
         if positions is not None and config.positions == "rope":
             shared.cos, shared.sin = rope_tables(positions, config.rotated, config.rope_base)
         if self.training and (config.dropout or config.attention_dropout):
             shared.seed = int(torch.randint(2**63 - 1, ()))
             x = dropped(x, shared.seed, config.dropout)
+        if torch.is_anomaly_enabled():
+            _check_finite(x, "input")
         step = config.segment if shared.remat in ("attn", "layer") else 1
         layers = list(self.layers)
         for first in range(0, len(layers), step):
             run = layers[first : first + step]
             x = through(run, x, shared, cond) if len(run) > 1 else run[0](x, shared, cond)
+            if torch.is_anomaly_enabled():
+                names = f"layer {first}" if len(run) == 1 else f"layers {first} to {first + len(run) - 1}"
+                _check_finite(x, f"output of {names}")
         out: Tensor = self.norm(x)
         return out
 
@@ -178,25 +187,37 @@ class Backbone(nn.Module):
 
     def _check(self, x: Tensor, mask: Mask, positions: Tensor | None, cond: Tensor | None) -> None:
         config, fix = self.config, "change the input, or the configuration"
-        batch, tokens = x.shape[:2]
         if x.ndim != 3 or x.shape[2] != config.dim or not x.is_floating_point():
             expected = f"floats (batch, tokens, {config.dim})"
             raise ConfigError("input", expected=expected, got=f"{x.dtype} {tuple(x.shape)}", fix=fix)
+        batch, tokens = x.shape[:2]
         mask.check(batch, tokens)
         if positions is not None:
-            got = f"{positions.dtype} {tuple(positions.shape)}"
+            got = f"{positions.dtype} {tuple(positions.shape)} on {positions.device}"
             fits = positions.ndim == 2 and positions.shape[0] in (1, batch) and positions.shape[1] == tokens
-            if positions.dtype != torch.int64 or not fits:
-                raise ConfigError("positions", expected=f"int64 (batch or 1, {tokens})", got=got, fix=fix)
-        if config.positions == "learned" and tokens:
+            if positions.dtype != torch.int64 or not fits or positions.device != x.device:
+                expected = f"int64 (batch or 1, {tokens}) on {x.device}"
+                raise ConfigError("positions", expected=expected, got=got, fix=fix)
+        if config.positions == "learned" and x.numel():
             last = tokens - 1 if positions is None else int(positions.max())
-            if last >= config.max_positions or (positions is not None and int(positions.min()) < 0):
+            lowest = 0 if positions is None else int(positions.min())
+            if last >= config.max_positions or lowest < 0:
                 expected = f"0 to {config.max_positions - 1}, the rows of the learned table"
-                raise ConfigError("positions", expected=expected, got=f"up to {last}", fix=fix)
+                raise ConfigError("positions", expected=expected, got=f"{lowest} to {last}", fix=fix)
         if (cond is None) != (config.cond_dim is None):
             got = "none" if cond is None else "one"
             expected = "none" if config.cond_dim is None else f"one of size {config.cond_dim}"
             raise ConfigError("conditioning", expected=expected, got=got, fix=fix)
-        if cond is not None and (cond.ndim != 3 or cond.shape[0] != batch or cond.shape[1] not in (1, tokens)):
+        shapes = [(batch, number, config.cond_dim) for number in (1, tokens)]
+        if cond is not None and cond.shape not in shapes:
             expected = f"({batch}, 1 or {tokens}, {config.cond_dim})"
             raise ConfigError("conditioning", expected=expected, got=f"{tuple(cond.shape)}", fix=fix)
+
+
+def _check_finite(x: Tensor, where: str) -> None:
+    if x.isfinite().all():
+        return
+    # The first in time, not the first of the first sample.
+    token, sample, number = (~x.isfinite()).transpose(0, 1).nonzero()[0].tolist()
+    got = f"{float(x[sample, token, number])} at token {token} of sample {sample}"
+    raise DataError(where, expected="finite numbers", got=got, fix="look at what comes before it")

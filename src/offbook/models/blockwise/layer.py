@@ -109,7 +109,7 @@ class BlockwiseLayer(nn.Module):
             RuntimeError: a function transform is active, or a second derivative is asked for, and the policy is one
                 that computes again by blocks.
         """
-        if shared.remat in ("attn", "layer"):
+        if shared.remat in ("attn", "layer") or not x.numel():
             y: Tensor = through([self], x, shared, cond)
             return y
         tokens, rule, modulations = range(x.shape[1]), self.rule(shared), self._modulations(cond)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import tempfile
 from collections.abc import Sequence
@@ -12,31 +13,25 @@ from torch import Tensor
 from offbook.errors import ResourceError
 
 
-class Kept:
-    """Tensors that wait.
+def put_away(tensors: Sequence[Tensor], where: str) -> tuple[list[Tensor], list[_File | _Pinned]]:
+    """Puts tensors where they wait.
 
     Args:
         tensors: what is kept.
         where: `"none"` for in place, `"cpu"`, or `"disk"`: files without a name in the folder for temporary ones
             (`TMPDIR`), which vanish with the process however it ends.
 
+    Returns:
+        Those that wait in place, and copies of the others.
+
     Raises:
         ResourceError: the disk is full.
-
-    Attributes:
-        here: those that wait in place.
     """
-
-    def __init__(self, tensors: Sequence[Tensor], where: str) -> None:
-        moved = where == "disk" or (where == "cpu" and tensors[0].device.type != "cpu")
-        self.here = [] if moved else list(tensors)
-        self._away: list[_File | _Pinned] = []
-        if moved:
-            self._away = [_File(tensor) if where == "disk" else _Pinned(tensor) for tensor in tensors]
-
-    def back(self, here: Sequence[Tensor]) -> list[Tensor]:
-        """The tensors, where they were; `here` are those that waited in place."""
-        return [*here, *(away.back() for away in self._away)]
+    if where == "disk":
+        return [], [_File(tensor) for tensor in tensors]
+    if where == "cpu" and tensors[0].device.type != "cpu":
+        return [], [_Pinned(tensor) for tensor in tensors]
+    return list(tensors), []
 
 
 class _Pinned:
@@ -56,15 +51,21 @@ class _File:
     def __init__(self, tensor: Tensor) -> None:
         self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
         size = tensor.numel() * tensor.element_size()
+        self._file = tempfile.TemporaryFile(prefix="offbook-")  # noqa: SIM115 (it lives as long as this object)
         try:
-            self._file = tempfile.TemporaryFile(prefix="offbook-")  # noqa: SIM115 (it lives as long as this object)
             self._file.write(_bytes(tensor.detach().cpu().contiguous()))
             self._file.flush()
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             got, fix = f"a full disk at {tempfile.gettempdir()}", "free some, or point TMPDIR elsewhere"
             raise ResourceError("offload='disk'", expected=f"room for {size} bytes", got=got, fix=fix) from None
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
 
     def back(self) -> Tensor:
         tensor = torch.empty(self._shape, dtype=self._dtype)

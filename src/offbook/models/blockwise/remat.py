@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offbook.models.blockwise.attention import attend, attend_backward
 from offbook.models.blockwise.masks import blocks
-from offbook.models.blockwise.offload import Kept
+from offbook.models.blockwise.offload import put_away
 
 if TYPE_CHECKING:
     from offbook.models.blockwise.layer import BlockwiseLayer, Pass
@@ -31,12 +31,18 @@ def through(layers: Sequence[BlockwiseLayer], x: Tensor, shared: Pass, cond: Ten
     """Runs layers by blocks, keeping the first one's input.
 
     Raises:
-        RuntimeError: a function transform is active; or, later, a second derivative is asked for.
+        RuntimeError: a function transform is active, or a part of a layer drops numbers by PyTorch's own generator; or,
+            later, the backward pass would give gradients of something else than was computed.
     """
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_ONCE.format("torch.func"))
-    weights = [weight for layer in layers for weight in layer.parameters() if weight.requires_grad]
-    y: Tensor = _Through.apply(layers, shared, x, cond, *weights)  # type: ignore[no-untyped-call]
+    if not torch.is_grad_enabled():
+        with _autocast(x.device.type)():
+            return _run(layers, x, shared, cond, None)
+    for name, module in ((name, module) for layer in layers for name, module in layer.named_modules()):
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p:
+            raise RuntimeError(f"{name} would drop other numbers in the backward pass: set its p=0, or remat='none'")
+    y: Tensor = _Through.apply(layers, shared, x, cond, *_weights(layers))  # type: ignore[no-untyped-call]
     return y
 
 
@@ -45,17 +51,14 @@ class _Through(torch.autograd.Function):
     def forward(
         ctx: Any, layers: Sequence[BlockwiseLayer], shared: Pass, x: Tensor, cond: Tensor | None, *weights: Tensor
     ) -> Tensor:
-        ctx.layers, ctx.shared, ctx.context = layers, shared, _autocast(x.device.type)
+        ctx.layers, ctx.shared, ctx.weights, ctx.context = layers, shared, weights, _autocast(x.device.type)
         single = len(layers) == 1 and shared.remat == "attn"
         attended: list[tuple[Tensor, Tensor]] | None = [] if single else None
-        y = x
         with ctx.context():
-            for layer in layers:
-                y = _forward(layer, y, shared, cond, attended)
-        ctx.kept = Kept([x, *(attended[0] if attended else ())], shared.offload)
-        # Weights too, for the check that nobody changes them before the backward pass.
-        ctx.save_for_backward(cond, *weights, *ctx.kept.here)
-        ctx.weights = len(weights)
+            y = _run(layers, x, shared, cond, attended)
+        here, ctx.away = put_away([x, *(attended[0] if attended else ())], shared.offload)
+        # Weights, frozen ones too, for the check that nobody changes them before the backward pass.
+        ctx.save_for_backward(cond, *weights, *here)
         return y if y is not x else x.clone()
 
     @staticmethod
@@ -63,8 +66,11 @@ class _Through(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError(_ONCE.format("a second derivative"))
         cond, *rest = ctx.saved_tensors
-        weights, kept = rest[: ctx.weights], ctx.kept.back(rest[ctx.weights :])
-        sums = _Sums(weights, cond)
+        now = _weights(ctx.layers)
+        if len(now) != len(ctx.weights) or any(one is not other for one, other in zip(now, ctx.weights, strict=True)):
+            raise RuntimeError(_ONCE.format("weights that are others in the backward pass, as of functional_call"))
+        kept = [*rest[len(now) :], *(away.back() for away in ctx.away)]
+        sums = _Sums(now, cond)
         dy, x, attended = grads[0], kept[0], (kept[1], kept[2]) if len(kept) > 1 else None
         with ctx.context():
             inputs = [x]
@@ -72,11 +78,28 @@ class _Through(torch.autograd.Function):
                 inputs.append(_forward(layer, inputs[-1], ctx.shared, cond, None))
             for layer in reversed(ctx.layers):
                 dy = _backward(layer, inputs.pop(), attended, dy, ctx.shared, cond, sums)
-        return None, None, dy, sums.cond, *sums.weights
+        return None, None, dy, *sums.found()
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise RuntimeError(_ONCE.format("forward-mode derivatives"))
+
+
+def _weights(layers: Sequence[BlockwiseLayer]) -> list[Tensor]:
+    """All of the layers' weights, each once."""
+    return list(dict.fromkeys(weight for layer in layers for weight in layer.parameters()))
+
+
+def _run(
+    layers: Sequence[BlockwiseLayer],
+    x: Tensor,
+    shared: Pass,
+    cond: Tensor | None,
+    attended: list[tuple[Tensor, Tensor]] | None,
+) -> Tensor:
+    for layer in layers:
+        x = _forward(layer, x, shared, cond, attended)
+    return x
 
 
 def _forward(
@@ -89,7 +112,7 @@ def _forward(
     """A layer's output; what its attention gave goes to `attended`, if that is a list."""
     tokens, rule, config = range(x.shape[1]), layer.rule(shared), layer.config
     y = torch.empty_like(x)
-    if not tokens:
+    if not x.numel():
         return y
     k, v = _keys_values(layer, x, shared, cond)
     outs, sums = [], []
@@ -131,11 +154,10 @@ def _backward(
     """The gradient of a layer's input; those of weights and conditioning are added to `sums`."""
     tokens, rule, config = range(x.shape[1]), layer.rule(shared), layer.config
     dx = torch.empty_like(x)
-    if not tokens:
+    if not x.numel():
         return dx
     k, v = _keys_values(layer, x, shared, cond)
-    wide = torch.promote_types(k.dtype, torch.float32)
-    dk, dv = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
+    dk, dv = (torch.zeros_like(some, dtype=_wide(some)) for some in (k, v))
     for rows in blocks(tokens, config.block_q):
         here, all_ = shared.indices(rows), shared.indices(tokens)
         (q,), close = sums.open(layer.queries, x, shared, cond, rows)
@@ -159,17 +181,20 @@ def _backward(
 
 
 class _Sums:
-    """Gradients of weights and conditioning, summed over blocks.
-
-    Attributes:
-        weights: their gradients, None where there is none so far.
-        cond: that of the conditioning.
-    """
+    """Gradients of weights and conditioning, summed over blocks in float32 or wider."""
 
     def __init__(self, weights: Sequence[Tensor], cond: Tensor | None) -> None:
-        self._weights = weights
-        self.weights: list[Tensor | None] = [None] * len(weights)
-        self.cond = None if cond is None else torch.zeros_like(cond)
+        self._weights, self._every = [weight for weight in weights if weight.requires_grad], weights
+        self._sums: list[Tensor | None] = [None] * len(self._weights)
+        self._cond = None if cond is None else torch.zeros_like(cond, dtype=_wide(cond))
+        self._cond_dtype = None if cond is None else cond.dtype
+
+    def found(self) -> list[Tensor | None]:
+        """The gradient of the conditioning, and of each weight."""
+        sums = iter(self._sums)
+        parts = [next(sums) if weight.requires_grad else None for weight in self._every]
+        grads = [None if sum_ is None else sum_.to(w.dtype) for sum_, w in zip(parts, self._every, strict=True)]
+        return [None if self._cond is None else self._cond.to(self._cond_dtype), *grads]
 
     def open(
         self, compute: Callable[..., Any], x: Tensor, shared: Pass, cond: Tensor | None, rows: range, *more: Tensor
@@ -192,19 +217,44 @@ class _Sums:
         with torch.enable_grad():
             results = compute(*leaves, shared, block, rows)
         results = results if isinstance(results, tuple) else (results,)
+        conditioned = [] if block is None else [block]
+        known = [*leaves, *conditioned, *self._weights]
+        if not rows.start:
+            _check_leaves(results, known)
 
         def pull(*gradients: Tensor) -> tuple[Tensor, ...]:
-            conditioned = [] if block is None else [block]
-            found = torch.autograd.grad(results, [*leaves, *conditioned, *self._weights], gradients, allow_unused=True)
+            found = torch.autograd.grad(results, known, gradients, allow_unused=True)
             for number, gradient in enumerate(found[len(leaves) + len(conditioned) :]):
                 if gradient is not None:
-                    before = self.weights[number]
-                    self.weights[number] = gradient if before is None else before.add_(gradient)
-            if block is not None and self.cond is not None and found[len(leaves)] is not None:
-                part(self.cond, rows).add_(found[len(leaves)])
+                    before = self._sums[number]
+                    # A copy at first: two weights may be given one and the same gradient.
+                    self._sums[number] = (
+                        gradient.to(_wide(gradient), copy=True) if before is None else before.add_(gradient)
+                    )
+            if block is not None and self._cond is not None and found[len(leaves)] is not None:
+                part(self._cond, rows).add_(found[len(leaves)])
             return found[: len(leaves)]
 
         return results, pull
+
+
+def _check_leaves(results: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Raises a RuntimeError if results depend on a tensor that would be left without its gradient."""
+    names, seen, nodes = {id(leaf) for leaf in known}, set(), [result.grad_fn for result in results]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in names:
+            what = f"a tensor of shape {tuple(leaf.shape)} that wants a gradient, but is none of its parameters"
+            raise RuntimeError(f"a layer computes with {what}: make it one, hand it in as cond, or set remat='none'")
+        nodes += [other for other, _ in node.next_functions]
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @overload
@@ -217,12 +267,12 @@ def part(values: Tensor | None, rows: range) -> Tensor | None:
 
 
 def _autocast(device: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """The mixed precision that is on now, for later.
+    """The mixed precision that is on now, or off, for later.
 
     Without its cache: that would keep graphs from one block to the next, and from a forward pass without gradients to
     others with them.
     """
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device):
         return contextlib.nullcontext
-    dtype = torch.get_autocast_dtype(device)
-    return lambda: torch.autocast(device, dtype=dtype, cache_enabled=False)
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return lambda: torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
