@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-EXTRAS := models,sim,arena,rl,formats,docs,dev
+EXTRAS := models,sim,arena,rl,formats,llm,docs,dev
 # uv does not read pip's settings: hand on a local wheel folder where there is one.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 # Threads of several processes on few cores wait for one another; one each is faster.

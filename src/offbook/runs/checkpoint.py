@@ -161,6 +161,24 @@ def read_header(path: Path | str) -> Header:
         CheckpointError: no file; a pickle or other foreign format; truncated; a format from the future; inconsistent.
     """
     path = Path(path)
+    header, data, size = _read_header(path)
+    kind, record = _record(path, header.pop("__metadata__", None))
+    return Header(kind=kind, record=record, tensors=_tensors(path, header, data, size), size=size)
+
+
+def read_tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    """Type and shape by name of what is in any safetensors file, checked as by `read_header`.
+
+    Raises:
+        CheckpointError: see `read_header`.
+    """
+    header, data, size = _read_header(path)
+    header.pop("__metadata__", None)
+    return _tensors(path, header, data, size)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begins, and the length of the file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -180,13 +198,7 @@ def read_header(path: Path | str) -> Header:
         got = f"one that cannot be read ({type(error).__name__})"
         raise _damaged(path, "a JSON header", got) from error
     _expect(path, isinstance(header, dict), "a JSON object as header", type(header).__name__)
-    metadata = header.pop("__metadata__", None)
-    kind, record = _record(path, metadata)
-    tensors, end = _tensors(path, header)
-    if size < 8 + length + end:
-        raise _truncated(path, 8 + length + end, size)
-    _expect(path, size == 8 + length + end, f"{8 + length + end} bytes", f"{size} bytes")
-    return Header(kind=kind, record=record, tensors=tensors, size=size)
+    return header, 8 + length, size
 
 
 def _damaged(path: Path, expected: str, got: str) -> CheckpointError:
@@ -235,8 +247,8 @@ def _record(path: Path, metadata: Any) -> tuple[str, dict[str, Any]]:
     return kind, record
 
 
-def _tensors(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], int]:
-    """Type and shape by name, and where the data ends; the pieces must lie side by side without gap or overlap."""
+def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
+    """Type and shape by name; the pieces must lie side by side without gap or overlap, to the end of the file."""
     _expect(path, len(header) <= MAX_TENSORS, f"at most {MAX_TENSORS} tensors", f"{len(header)}")
     tensors, pieces = dict[str, TensorInfo](), []
     for name, entry in header.items():
@@ -254,7 +266,10 @@ def _tensors(path: Path, header: Mapping[str, Any]) -> tuple[dict[str, TensorInf
     for first, last in sorted(pieces):
         _expect(path, first == end, f"tensor data from byte {end}", f"from byte {first}")
         end = last
-    return tensors, end
+    if size < data + end:
+        raise _truncated(path, data + end, size)
+    _expect(path, size == data + end, f"{data + end} bytes", f"{size} bytes")
+    return tensors
 
 
 def _naturals(value: Any) -> bool:

@@ -7,7 +7,9 @@ Source: Liu and Abbeel, "Blockwise Parallel Transformer for Large Context Models
 """
 
 from offbook.models.blockwise.backbone import Backbone
+from offbook.models.blockwise.cache import CacheFullError, KVCache
 from offbook.models.blockwise.config import BackboneConfig
+from offbook.models.blockwise.hf import LanguageModel
 from offbook.models.blockwise.masks import (
     Causal,
     FrameCausal,
@@ -24,10 +26,13 @@ from offbook.models.blockwise.masks import (
 __all__ = [
     "Backbone",
     "BackboneConfig",
+    "CacheFullError",
     "Causal",
     "FrameCausal",
     "Full",
+    "KVCache",
     "KeyPadding",
+    "LanguageModel",
     "Mask",
     "Prefix",
     "Segments",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -15,6 +18,9 @@ from offbook.models.blockwise.layer import BlockwiseLayer, Pass, make_norm
 from offbook.models.blockwise.masks import Mask
 from offbook.models.blockwise.positions import rope_tables
 from offbook.models.blockwise.remat import part, through
+
+if TYPE_CHECKING:
+    from offbook.models.blockwise.hf import LanguageModel
 
 
 class Backbone(nn.Module):
@@ -40,6 +46,19 @@ class Backbone(nn.Module):
         self.table: nn.Parameter | None = None
         if config.positions == "learned":
             self.table = nn.Parameter(torch.randn(config.max_positions, config.dim) * 0.02)
+
+    @staticmethod
+    def from_hf(
+        path: Path | str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **settings: Any,
+    ) -> LanguageModel:
+        """A language model from a local folder in the layout of GPT-2, GPT-NeoX or Llama; see `hf.load`."""
+        from offbook.models.blockwise.hf import load
+
+        return load(path, dtype=dtype, device=device, **settings)
 
     def forward(
         self,
@@ -75,7 +94,7 @@ class Backbone(nn.Module):
                 cond = cond.masked_fill(~real[..., None], 0.0)
         shared = Pass(mask, self._remat(x), config.offload)
         if positions is not None and config.positions == "rope":
-            shared.cos, shared.sin = rope_tables(positions, config.rotated, config.rope_base)
+            shared.cos, shared.sin = rope_tables(positions, config.rotated, config.rope_base, config.rope_stretch)
         if self.training and (config.dropout or config.attention_dropout):
             shared.seed = int(torch.randint(2**63 - 1, ()))
             x = dropped(x, shared.seed, config.dropout)
@@ -170,7 +189,7 @@ class Backbone(nn.Module):
             x = x.masked_fill(~real, 0.0)
         shared = Pass(new.mask, "none")
         if config.positions == "rope":
-            tables = new.cache.rotation(config.rotated, config.rope_base)
+            tables = new.cache.rotation(config.rotated, config.rope_base, config.rope_stretch)
             shared.cos, shared.sin = (new.rows(table) for table in tables)
         if new.tokens:
             chunk = new.chunk(chunk)

@@ -20,7 +20,7 @@ from torch.nn import functional
 from offbook.errors import ConfigError, OffbookError
 from offbook.models.blockwise.attention import Rule, attend
 from offbook.models.blockwise.masks import Causal, KeyPadding, Kind, Mask, blocks
-from offbook.models.blockwise.positions import rope_tables
+from offbook.models.blockwise.positions import RopeStretch, rope_tables
 
 Lengths = Sequence[int] | Int64[Tensor, " batch"]
 """A whole number for each sample."""
@@ -89,7 +89,7 @@ class KVCache:
                 raise ConfigError(name, expected="1 or more", got=str(size), fix="choose a positive number")
         self.max_len, self._lengths = max_len, [0] * batch
         self.mask: Mask = Causal()
-        self._tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, float, RopeStretch | None], tuple[Tensor, Tensor]] = {}
         shape = (batch, kv_heads, max_len, head_dim)
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
@@ -193,13 +193,13 @@ class KVCache:
             got = "{}, {}, {} of {} on {}".format(*have, first.device)
             raise ConfigError("cache", expected=expected, got=got, fix="make it with new_cache(batch, max_len)")
 
-    def rotation(self, size: int, base: float) -> tuple[Tensor, Tensor]:
+    def rotation(self, size: int, base: float, stretch: RopeStretch | None) -> tuple[Tensor, Tensor]:
         """Cosine and sine for all slots, each of shape (1, max_len, size / 2); made once."""
-        if (size, base) not in self._tables:
+        if (size, base, stretch) not in self._tables:
             with torch.inference_mode(False):
                 slots = torch.arange(self.max_len, device=self.keys[0].device)[None]
-                self._tables[size, base] = rope_tables(slots, size, base)
-        return self._tables[size, base]
+                self._tables[size, base, stretch] = rope_tables(slots, size, base, stretch)
+        return self._tables[size, base, stretch]
 
     def _check_mask(self, mask: Mask) -> None:
         if any(self._lengths):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_type_hints
 
 from offbook.errors import ConfigError, nearest
-from offbook.models.blockwise.positions import RopeLayout
+from offbook.models.blockwise.positions import RopeLayout, RopeStretch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class BackboneConfig:
         max_positions: rows of the learned table.
         rope_dim: numbers of a head that are rotated, even; None for all.
         rope_base: see `positions.rope_tables`.
+        rope_stretch: likewise.
         rope_layout: see `positions.rotate`.
         dropout: share of the numbers dropped from the input and from both residual branches.
         attention_dropout: share of the attention probabilities dropped.
@@ -66,6 +67,7 @@ class BackboneConfig:
     max_positions: int = 1024
     rope_dim: int | None = None
     rope_base: float = 10_000.0
+    rope_stretch: RopeStretch | None = None
     rope_layout: RopeLayout = "half"
     dropout: float = 0.0
     attention_dropout: float = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,8 +13,25 @@ from torch import Tensor
 RopeLayout = Literal["half", "pairs"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RopeStretch:
+    """Longer wavelengths, for contexts longer than those of the first training, as Llama 3.1 and later have them.
+
+    Attributes:
+        factor: of wavelengths longer than `tokens / low`; those between that and `tokens / high` grow by less.
+        low: wavelengths in `tokens`.
+        high: wavelengths in `tokens`, more than `low`; shorter ones stay.
+        tokens: of the first training.
+    """
+
+    factor: float
+    low: float
+    high: float
+    tokens: int
+
+
 def rope_tables(
-    positions: Int64[Tensor, "#batch tokens"], size: int, base: float = 10_000.0
+    positions: Int64[Tensor, "#batch tokens"], size: int, base: float = 10_000.0, stretch: RopeStretch | None = None
 ) -> tuple[Float[Tensor, "#batch tokens pairs"], Float[Tensor, "#batch tokens pairs"]]:
     """Cosine and sine of position * base^(-2i / size) for i = 0 to size / 2 - 1, float32.
 
@@ -20,11 +39,16 @@ def rope_tables(
         positions: of the tokens; they need not be in a row, nor begin at 0.
         size: numbers of a head that are rotated, even.
         base: of the wavelengths, which go from 2 pi tokens to 2 pi * base.
+        stretch: which of them are made longer; None for none.
 
     Source: Su et al., "RoFormer" (2021), section 3.2.2.
     """
     # In float64, because an angle of a far position has few digits left in float32.
     rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
+    if stretch is not None:
+        kept = (stretch.tokens * rates / (2 * math.pi) - stretch.low) / (stretch.high - stretch.low)
+        kept = kept.clamp(0, 1)
+        rates = rates * (kept + (1 - kept) / stretch.factor)
     angles = positions[..., None] * rates
     return angles.cos().float(), angles.sin().float()
 
