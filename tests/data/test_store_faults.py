@@ -14,6 +14,7 @@ import pytest
 from made import SCHEMA, values
 
 from killing import killed
+from offbook.data import writer as writing
 from offbook.data.check import check_store
 from offbook.data.store import EpisodeStore
 from offbook.errors import DataError
@@ -262,3 +263,48 @@ def test_a_full_disk_is_explained_and_appending_can_go_on(tmp_path):
     assert "what was appended before is safe" in message
     reference = write(tmp_path / "reference", range(int(number) + 1))
     assert EpisodeStore.open(tmp_path / "s").digest == reference.digest
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_an_append_that_is_interrupted_anywhere_is_whole_or_not_there(tmp_path, sync):
+    def append(writer, number):
+        fields = values(number, 20 + number % 7)
+        return writer.append(fields, terminated=True, truncated=False, seed=number, sync=sync)
+
+    def interrupted(writer, line):
+        """Whether an append was interrupted, at so manieth a line of it or of the commit."""
+        lines = iter(range(line))
+
+        def trace(frame, event, _):
+            if frame.f_code.co_filename != writing.__file__ or frame.f_code.co_name not in ("append", "_commit"):
+                return None
+            if event == "line" and next(lines, None) is None:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            append(writer, 1)
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    counts = set()
+    for line in range(99):
+        path = tmp_path / str(line)
+        with EpisodeStore.create(path, SCHEMA) as writer:
+            append(writer, 0)
+            was = interrupted(writer, line)
+            before = len(writer)
+            assert append(writer, 2) == before
+        store = EpisodeStore.open(path)
+        assert store.episodes["seed"].tolist() == ([0, 2] if before == 1 else [0, 1, 2])
+        assert check_store(path).findings[1].result == "ok"
+        store.verify()
+        counts.add(before)
+        if not was:
+            break
+    assert counts == {1, 2}
+    assert 20 < line < 98

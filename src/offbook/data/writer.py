@@ -158,7 +158,7 @@ class Writer:
             success=None if success is None else bool(success),
             score=None if score is None else float(score),
         )
-        with explained(self.path), self._unmade():
+        with explained(self.path), self._counted(length):
             arrays, videos = self._filmed(given, where)
             row = {**asdict(outcome), "start": self._steps, "length": length, **self._facts(arrays)}
             row["sha256"] = episode_sha256(self.schema, arrays, row, videos)
@@ -166,7 +166,6 @@ class Writer:
             self._pending.append(journal_line(self._episodes, row))
             if sync:
                 self._commit()
-        self._episodes, self._steps = self._episodes + 1, self._steps + length
         return self._episodes - 1
 
     def append_soon(self, fields: Mapping[str, np.ndarray | Video | None], **outcome: Any) -> "Future[int]":
@@ -189,19 +188,23 @@ class Writer:
         return future
 
     @contextmanager
-    def _unmade(self) -> Iterator[None]:
-        """Takes an episode back whose block fails or is interrupted before it is committed."""
-        before = {name: filming.number for name, filming in self._filming.items()}
+    def _counted(self, length: int) -> Iterator[None]:
+        """Counts the episode that its block makes; takes it back if the block fails or is interrupted before that."""
+        filmed = {name: filming.number for name, filming in self._filming.items()}
         pending, committed = len(self._pending), self._journal_bytes
+        before, after = (self._episodes, self._steps), (self._episodes + 1, self._steps + length)
         try:
             yield
+            self._episodes, self._steps = after
         except BaseException:
             if self._journal_bytes > committed:
                 # Interrupted in the instant after the commit: it counts, though nobody heard its number.
-                self._release()
+                self._pending.clear()
+                self._episodes, self._steps = after
             else:
                 del self._pending[pending:]
-                for name, number in before.items():
+                self._episodes, self._steps = before
+                for name, number in filmed.items():
                     self._filming[name].remove_from(number)
             raise
 
@@ -261,11 +264,11 @@ class Writer:
         try:
             _write_at(journal, self._journal_bytes, memoryview(lines))
             os.fsync(journal)
+            self._journal_bytes += len(lines)
         except BaseException:
             # Nothing of a failed attempt may be taken for a commit.
             os.ftruncate(journal, self._journal_bytes)
             raise
-        self._journal_bytes += len(lines)
         self._pending.clear()
 
     def close(self) -> None:
