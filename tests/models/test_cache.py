@@ -123,6 +123,14 @@ def test_what_went_by_cannot_see_what_comes(mask: Mask) -> None:
     assert cache.lengths == (6,)
 
 
+def test_a_layer_that_is_used_twice_has_two_places() -> None:
+    net, x = network(), torch.randn(1, 5, 32)
+    net.layers[1] = net.layers[0]
+    cache = net.new_cache(1, 5)
+    net.prefill(x[:, :4], cache=cache)
+    torch.testing.assert_close(net.step(x[:, 4:], cache)[0], alone(net, x[0])[4:])
+
+
 def state(cache: KVCache) -> tuple[Any, ...]:
     return cache.lengths, cache.mask, [tensor.clone() for tensor in (*cache.keys, *cache.values)]
 
@@ -143,6 +151,7 @@ def test_errors_leave_the_cache_as_it_was() -> None:
         (ConfigError, r"input: expected floats", lambda: net.step(x[:, 0], cache)),
         (ConfigError, r"crop: expected at most \[6, 3\] tokens", lambda: cache.crop(4)),
         (ConfigError, r"crop: expected at most \[6, 3\] tokens", lambda: cache.crop([-1, 2])),
+        (ConfigError, "chunk: expected 1 or more", lambda: net.prefill(x[:, :1], cache=cache, chunk=0)),
         (ConfigError, r"crop", lambda: cache.crop([1])),
         (ConfigError, "samples: expected numbers from 0 to 1", lambda: cache.reorder([0, 2])),
         (ConfigError, "samples: expected", lambda: cache.reorder([])),
@@ -297,5 +306,5 @@ def test_a_step_costs_what_a_plain_one_costs() -> None:
 def test_a_step_costs_the_same_after_many_tokens_apart_from_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network(dim=256, layers=2)
     short, long, x = filled(net, 1024, 400), filled(net, 8192, 400), torch.randn(1, 1, 256)
-    monkeypatch.setattr(Extension, "attend", lambda new, layer, rows, q: q)
+    monkeypatch.setattr(Extension, "attend", lambda new, rows, q: q)
     assert by_turns(lambda: net.step(x, long), lambda: net.step(x, short), 100, 1.3) <= 1.3

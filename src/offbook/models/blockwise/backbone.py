@@ -151,6 +151,8 @@ class Backbone(nn.Module):
         if self.training or (torch.is_grad_enabled() and x.requires_grad):
             got, fix = "training", "call eval(), and this under torch.no_grad(); or use the forward pass"
             raise ConfigError("cache", expected="inference", got=got, fix=fix)
+        if chunk < 1:
+            raise ConfigError("chunk", expected="1 or more tokens", got=str(chunk), fix="choose a positive number")
         self._check(x, mask or cache.mask, None, cond)
         cache.check(x.shape[0], self.config.layers, self.config.key_heads, self.config.head_size, x.device)
         new = cache.append(x.shape[1], lengths, mask)
@@ -193,7 +195,7 @@ class Backbone(nn.Module):
             shared.cos, shared.sin = (new.rows(table) for table in tables)
         if new.tokens:
             chunk = new.chunk(chunk)
-            for layer in self.layers:
+            for new.layer, layer in enumerate(self.layers):
                 x = layer.extended(x, shared, cond, new, chunk)  # type: ignore[operator]
         out: Tensor = self.norm(x)
         new.commit()

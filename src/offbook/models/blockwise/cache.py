@@ -216,15 +216,16 @@ class Extension:
     Attributes:
         cache: where they go.
         mask: who sees whom.
+        layer: the one where they are.
         tokens: of the sample that gets most of them.
         start: index of the first one, where it is the same in all samples, or None.
-        stop: the largest index of a real one, and 1.
+        stop: one more than the largest index of any.
     """
 
     def __init__(self, cache: KVCache, mask: Mask, counts: list[int]) -> None:
         before = cache._lengths
         self.tokens, least, first = max(counts), min(before), max(before)
-        self.cache, self.mask, self._counts = cache, mask, counts
+        self.cache, self.mask, self.layer, self._counts = cache, mask, 0, counts
         self._after = list(map(int.__add__, before, counts))
         self.stop = max(self._after)
         self._even = min(counts) == self.tokens
@@ -263,9 +264,9 @@ class Extension:
             return None
         return (torch.arange(self.tokens, device=self._device) < self._tensor(self._counts)[:, None])[..., None]
 
-    def write(self, layer: int, rows: range, k: Float[Tensor, "B G Q E"], v: Float[Tensor, "B G Q E"]) -> None:
-        """Takes keys and values of a layer, for a stretch of the new tokens."""
-        for kept, new in ((self.cache.keys[layer], k), (self.cache.values[layer], v)):
+    def write(self, rows: range, k: Float[Tensor, "B G Q E"], v: Float[Tensor, "B G Q E"]) -> None:
+        """Takes keys and values of the layer, for a stretch of the new tokens."""
+        for kept, new in ((self.cache.keys[self.layer], k), (self.cache.values[self.layer], v)):
             if self._even and self.start is not None:
                 kept[:, :, self.start + rows.start : self.start + rows.stop] = new
             elif self._even and self.tokens == 1:
@@ -276,9 +277,10 @@ class Extension:
                     first = start + rows.start
                     kept[sample, :, first : first + n] = new[sample, :, :n]
 
-    def attend(self, layer: int, rows: range, q: Float[Tensor, "B H Q E"]) -> Float[Tensor, "B H Q E"]:
+    def attend(self, rows: range, q: Float[Tensor, "B H Q E"]) -> Float[Tensor, "B H Q E"]:
         """What a stretch of the new tokens gets from all tokens that it sees, when all are written."""
-        k, v = self.cache.keys[layer][:, :, : self.stop], self.cache.values[layer][:, :, : self.stop]
+        keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
+        k, v = keys[:, :, : self.stop], values[:, :, : self.stop]
         given = q.dtype
         if given != k.dtype:
             q = q.to(k.dtype)

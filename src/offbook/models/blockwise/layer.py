@@ -141,13 +141,13 @@ class BlockwiseLayer(nn.Module):
             # Queries and keys turn together: a single token's time goes into the number of operations.
             turned = self._turned(torch.cat([self.q(normed), k], -1), shared, tokens)
             q, k = turned[:, : self.config.heads], turned[:, self.config.heads :]
-            new.write(self.number, tokens, k, self._split(v))
-            return self.rest(x, new.attend(self.number, tokens, q), shared, cond, tokens, modulations)
+            new.write(tokens, k, self._split(v))
+            return self.rest(x, new.attend(tokens, q), shared, cond, tokens, modulations)
         for rows in blocks(tokens, chunk):
-            new.write(self.number, rows, *self.keys_values(part(x, rows), shared, part(cond, rows), rows))
+            new.write(rows, *self.keys_values(part(x, rows), shared, part(cond, rows), rows))
         y = torch.empty_like(x)
         for rows in blocks(tokens, chunk):
-            o = new.attend(self.number, rows, self.queries(part(x, rows), shared, part(cond, rows), rows))
+            o = new.attend(rows, self.queries(part(x, rows), shared, part(cond, rows), rows))
             y[:, rows.start : rows.stop] = self.rest(part(x, rows), o, shared, part(cond, rows), rows)
         return y
 
