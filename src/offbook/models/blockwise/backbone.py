@@ -240,5 +240,5 @@ def _check_finite(x: Tensor, where: str) -> None:
         return
     # The first in time, not the first of the first sample.
     token, sample, number = (~x.isfinite()).transpose(0, 1).nonzero()[0].tolist()
-    got = f"{float(x[sample, token, number])} at token {token} of sample {sample}"
+    got = f"{x[sample, token, number].item()} at token {token} of sample {sample}"
     raise DataError(where, expected="finite numbers", got=got, fix="look at what comes before it")
