@@ -16,6 +16,7 @@ from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.layer import BlockwiseLayer, Pass, make_norm
 from offbook.models.blockwise.masks import Mask
+from offbook.models.blockwise.plan import available, choose
 from offbook.models.blockwise.positions import rope_tables
 from offbook.models.blockwise.remat import part, through
 
@@ -41,6 +42,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         self.config = config
+        self._chosen: dict[tuple[int, int], str] = {}
         self.layers = nn.ModuleList(BlockwiseLayer(config, number) for number in range(config.layers))
         self.norm = make_norm(config)
         self.table: nn.Parameter | None = None
@@ -204,7 +206,16 @@ class Backbone(nn.Module):
         return out if new.tokens == tokens else functional.pad(out, (0, 0, 0, tokens - new.tokens))
 
     def _remat(self, x: Tensor) -> str:
-        return "layer" if self.config.remat == "auto" else self.config.remat
+        if self.config.remat != "auto":
+            return self.config.remat
+        batch, tokens = x.shape[:2]
+        if not torch.is_grad_enabled():
+            return "none" if tokens <= self.config.block_q else "layer"
+        # What is left of the memory is asked once for each size of input, since asking takes longer than a small step.
+        if (batch, tokens) not in self._chosen:
+            budget = available(x.device)
+            self._chosen[batch, tokens] = choose(self.config, tokens, batch, x.element_size(), budget=budget)
+        return self._chosen[batch, tokens]
 
     def _check(self, x: Tensor, mask: Mask, positions: Tensor | None, cond: Tensor | None) -> None:
         config, fix = self.config, "change the input, or the configuration"

@@ -1,0 +1,136 @@
+"""What a training step will take, before the first one: memory counted tensor by tensor, and what fits a budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from offbook.errors import ResourceError
+from offbook.models.blockwise.config import BackboneConfig
+
+Remat = Literal["none", "ffn", "attn", "layer"]
+# From the fastest, which keeps most, to the one that keeps least.
+POLICIES: tuple[Remat, ...] = get_args(Remat)
+# Of a budget, for what is not counted: other tensors of the user's, and what allocators lose between tensors.
+_SPARE = 0.1
+
+
+class ContextTooLongError(ResourceError):
+    """A training step would take more memory than there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a training step of a backbone will take at its peak, in bytes.
+
+    Attributes:
+        kept: what layers keep for the backward pass.
+        layer: what the backward pass of one layer holds of the whole sequence.
+        block: what it holds of a block.
+        weights: gradients of weights.
+        ends: what stands before the first layer and behind the last one.
+    """
+
+    kept: int
+    layer: int
+    block: int
+    weights: int
+    ends: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kept + self.layer + self.block + self.weights + self.ends
+
+
+def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) -> MemoryPlan:
+    """Counts what a training step will hold at its peak.
+
+    That is in the backward pass of the last layer, when all layers' inputs are kept, or in that of the first one, when
+    all weights have their gradients.
+
+    Args:
+        config: the backbone; `"auto"` is taken for `"layer"`.
+        tokens: of a sequence.
+        batch: sequences.
+        element: bytes of a number; gradients of weights have 4.
+    """
+    d, n = config.dim, batch * tokens * element
+    heads, keys = config.heads * config.head_size, config.key_heads * config.head_size
+    up, hidden = config.hidden * (2 if config.ffn == "swiglu" else 1), config.hidden
+    weights = 4 * (d * (2 * heads + 2 * keys + up + hidden) + (config.cond_dim or 0) * 6 * d)
+    sums = 4 * batch * tokens * config.heads  # of the exponentials of the scores
+    cuts = (config.block_q, config.block_ffn, config.block_k)
+    rows, inner, looked = (element * batch * min(tokens, size) for size in cuts)
+    feedforward = inner * (2 * up + 2 * hidden + 2 * d) + 4 * d * (heads + up + hidden)
+    of_one, runs = d * n, math.ceil(config.layers / config.segment)
+    if config.remat == "none":
+        of_one, runs = (5 * d + 2 * heads + 3 * keys + up + hidden) * n + sums, config.layers
+        layer, block = hidden * n, 0
+    elif config.remat == "ffn":
+        of_one, runs = (2 * d + 2 * heads + 3 * keys) * n + sums, config.layers
+        layer, block = (2 * d + heads) * n, feedforward
+    else:
+        if config.remat == "attn" and config.segment == 1:
+            of_one += heads * n + sums
+        layer = (2 * d + 2 * keys) * n + 2 * keys * n // element * 4
+        attention = rows * (d + 5 * heads) + 2 * keys * looked
+        block = max(feedforward + rows * (d + 3 * heads), attention)
+    inside = d * n * (config.segment - 1) if config.remat in ("attn", "layer") else 0
+    away = config.offload != "none" and config.remat in ("attn", "layer")
+    last = (of_one if away else of_one * runs) + inside, weights * config.segment
+    first = of_one + inside, weights * config.layers
+    kept, gradients = max(last, first, key=sum)
+    rope = 4 * config.rotated * tokens if config.positions == "rope" else 0
+    return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=rope + d * n)
+
+
+def longest(config: BackboneConfig, budget: int, batch: int = 1, element: int = 4) -> int:
+    """Tokens of the longest sequence whose step fits a budget of bytes; 0 where none does."""
+    low, high = 0, 1
+    while plan(config, high, batch, element).total <= budget:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if plan(config, middle, batch, element).total <= budget else (low, middle)
+    return low
+
+
+def choose(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, *, budget: int) -> Remat:
+    """The policy that computes least again among those that fit a budget of bytes.
+
+    Raises:
+        ContextTooLongError: none does.
+
+    Example:
+        >>> config = BackboneConfig(dim=256, layers=4, heads=4)
+        >>> [choose(config, tokens, budget=1 << 30) for tokens in (1_000, 20_000, 80_000)]
+        ['none', 'ffn', 'layer']
+    """
+    for policy in POLICIES:
+        if plan(replace(config, remat=policy), tokens, batch, element).total <= budget:
+            return policy
+    least = replace(config, remat="layer")
+    got = f"{_size(plan(least, tokens, batch, element).total)} for {tokens} tokens"
+    fix = f"the longest here is {longest(least, budget, batch, element)}; or try segment or offload='disk'"
+    raise ContextTooLongError("memory of a training step", expected=f"at most {_size(budget)}", got=got, fix=fix)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take: of the device, or of the machine and of the group it is confined to."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * (1 - _SPARE))
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
+    return int(free * (1 - _SPARE))
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,56 @@
+"""The planner: what it counts is what a process takes, and what does not fit is refused before the first step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offbook.models.blockwise import Backbone, BackboneConfig, Causal
+from offbook.models.blockwise import backbone as backbone_module
+from offbook.models.blockwise.plan import ContextTooLongError, choose, longest, plan
+from offbook.systems.bpt.measure import Step, measure
+
+SMALL = BackboneConfig(dim=128, layers=3, heads=4, block_q=256, block_k=512, block_ffn=128)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"remat": "none"},
+        {"remat": "attn"},
+        {"remat": "layer"},
+        {"remat": "layer", "offload": "disk"},
+        {"remat": "layer", "segment": 3},
+        {"remat": "layer", "kv_heads": 1, "ffn": "swiglu"},
+    ],
+)
+def test_a_step_takes_what_is_planned(how):
+    config = replace(SMALL, **how)
+    measured = measure(Step(backbone=config, tokens=6144, vocabulary=64)).bytes
+    assert plan(config, 6144).total == pytest.approx(measured, rel=0.1)
+
+
+def test_the_longest_context_fits_and_one_token_more_does_not():
+    for remat in ("none", "ffn", "attn", "layer"):
+        config, budget = replace(SMALL, remat=remat), 200 << 20
+        tokens = longest(config, budget)
+        assert plan(config, tokens).total <= budget < plan(config, tokens + 1).total
+    assert longest(SMALL, 1 << 10) == 0
+
+
+def test_less_is_kept_the_less_there_is():
+    sizes = [plan(replace(SMALL, remat=remat), 8192).total for remat in ("none", "ffn", "attn", "layer")]
+    assert sizes == sorted(sizes, reverse=True)
+    for remat, size in zip(("none", "ffn", "attn", "layer"), sizes, strict=True):
+        assert choose(SMALL, 8192, budget=size) == remat
+    with pytest.raises(ContextTooLongError, match=r"8192 tokens; the longest here is [1-9]\d*; or try segment"):
+        choose(SMALL, 8192, budget=sizes[-1] - 1)
+
+
+def test_auto_asks_the_planner_before_the_step(monkeypatch):
+    net = Backbone(SMALL)
+    monkeypatch.setattr(backbone_module, "available", lambda device: 1 << 20)
+    with pytest.raises(ContextTooLongError, match="expected at most 1 MiB"):
+        net(torch.zeros(1, 2000, 128), mask=Causal())
+    with torch.no_grad():
+        assert net(torch.zeros(1, 2000, 128), mask=Causal()).shape == (1, 2000, 128)
