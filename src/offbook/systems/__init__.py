@@ -40,6 +40,7 @@ SYSTEMS: dict[str, System] = {
         authors="Liu, Abbeel",
         venue="NeurIPS 2023",
         arxiv="2305.19370",
+        status="in progress: layers, masks, cache, vocabulary head, planner",
     ),
     "mtm": System(
         title="Masked trajectory models (MTM)",

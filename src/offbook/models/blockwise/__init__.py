@@ -9,6 +9,7 @@ Source: Liu and Abbeel, "Blockwise Parallel Transformer for Large Context Models
 from offbook.models.blockwise.backbone import Backbone
 from offbook.models.blockwise.cache import CacheFullError, KVCache
 from offbook.models.blockwise.config import BackboneConfig
+from offbook.models.blockwise.head import argmax, linear_cross_entropy, sample, token_logprobs
 from offbook.models.blockwise.hf import LanguageModel
 from offbook.models.blockwise.masks import (
     Causal,
@@ -22,21 +23,30 @@ from offbook.models.blockwise.masks import (
     Where,
     Window,
 )
+from offbook.models.blockwise.plan import ContextTooLongError, MemoryPlan, longest, plan
 
 __all__ = [
     "Backbone",
     "BackboneConfig",
     "CacheFullError",
     "Causal",
+    "ContextTooLongError",
     "FrameCausal",
     "Full",
     "KVCache",
     "KeyPadding",
     "LanguageModel",
     "Mask",
+    "MemoryPlan",
     "Prefix",
     "Segments",
     "TokenTypes",
     "Where",
     "Window",
+    "argmax",
+    "linear_cross_entropy",
+    "longest",
+    "plan",
+    "sample",
+    "token_logprobs",
 ]
