@@ -142,3 +142,15 @@ def test_a_constant_entry_is_no_fault(cli, tmp_path):
     outcome = cli(["train", "bc", "--data", str(path), "--out", str(tmp_path / "run"), "--parts", "joints", *BRIEF])
     assert outcome.exit_code == 0, outcome.stderr
     assert outcome.stderr.count("1 of 3 entries of joints never vary and tell nothing") == 1
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(("out", "got"), [("link", "a link"), (".", "the current one")])
+def test_a_folder_whose_place_a_store_cannot_take(tmp_path, monkeypatch, cli, out, got):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    outcome = cli(["data", "import", "paths:nowhere.pkl", "--out", out])
+    assert (outcome.exit_code, outcome.stderr.count("\n")) == (1, 1)
+    assert f"expected a new or empty folder, got {got}" in outcome.stderr
+    assert [file.name for file in (tmp_path / "here").iterdir()] == ["link"]

@@ -207,3 +207,34 @@ def test_names_in_pickles_are_words(tmp_path):
     (tmp_path / "p.pkl").write_bytes(b"\x80\x04" + nested + b"\x8c\x01a\x93.")
     with pytest.raises(DataError, match="got a name that is no word"):
         pickles.load(tmp_path / "p.pkl")
+
+
+@pytest.mark.faults
+def test_what_was_compressed_twice(tmp_path, cli):
+    twice = "expected (values|chunks) that were compressed once, got several compressions"
+    with h5py.File(tmp_path / "f.hdf5", "w") as file:
+        plan = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plan.set_chunk((64, 4))
+        plan.set_deflate(9)
+        plan.set_deflate(9)
+        space = h5py.h5s.create_simple((64, 4))
+        h5py.h5d.create(file.id, b"observations", h5py.h5t.IEEE_F32LE, space, plan)
+        for name, array in {"actions": np.zeros((64, 2)), "rewards": np.zeros(64), "terminals": np.zeros(64)}.items():
+            file.create_dataset(name, data=array, compression="gzip", shuffle=True, fletcher32=True)
+    refused(cli, tmp_path, f"d4rl:{tmp_path}/f.hdf5", rf"/observations: {twice}")
+    gzip, shards = {"name": "gzip", "configuration": {"level": 9}}, {"chunks": (8, 4), "shards": (64, 4)}
+    for number, (form, more) in enumerate([(2, {}), (3, {"chunks": (64, 4)}), (3, shards)]):
+        path = tmp_path / f"{number}.zarr"
+        root = zarr.open_group(path, mode="w", zarr_format=form)
+        root.create_array("data/action", data=np.zeros((64, 4)), **more)
+        root.create_array("meta/episode_ends", data=np.array([64]))
+        about = path / "data" / "action" / (".zarray" if form == 2 else "zarr.json")
+        said = json.loads(about.read_text())
+        if form == 2:
+            said |= {"filters": [{"id": "zlib", "level": 9}], "compressor": {"id": "zlib", "level": 9}}
+        else:
+            codecs = said["codecs"][0]["configuration"]["codecs"] if more is shards else said["codecs"]
+            codecs[1:] = [gzip, gzip]
+        import_dataset(f"zarr:{path}", tmp_path / f"sound {number}")
+        about.write_text(json.dumps(said))
+        refused(cli, tmp_path, f"zarr:{path}", rf"data/action: {twice}")

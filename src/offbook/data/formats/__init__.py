@@ -82,8 +82,10 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
     """
     read, name = _format_of(source, "read")
     out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise DataError(str(out), expected="a new or empty folder", got="one in use", fix="choose another folder")
+    # A store that is whole takes the place of the folder, which a link or the folder one is in does not allow.
+    if out.is_symlink() or not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        got = "a link" if out.is_symlink() else "one in use" if out.name else "the current one"
+        raise DataError(str(out), expected="a new or empty folder", got=got, fix="choose another folder")
     with explained(source, _LAYOUT, _OTHER):
         recordings: Recordings = read(name)
     if setting is not None:

@@ -322,4 +322,17 @@ def _arrays(file: Any, size: int, where: str) -> Iterator[tuple[str, Any]]:
             got = "one that points at others"
             raise DataError(where, expected="a file that holds its own values", got=got, fix=fix)
         if isinstance(part, Dataset):
+            _check_filters(part, f"{where}, {part.name}")
             yield part.name, part
+
+
+def _check_filters(array: Any, where: str) -> None:
+    """Refuses what was compressed twice: a million times as much, where once makes a thousand."""
+    from h5py import h5z
+
+    about = array.id.get_create_plist()
+    kinds = [about.get_filter(i)[0] for i in range(about.get_nfilters())]
+    harmless = (h5z.FILTER_SHUFFLE, h5z.FILTER_FLETCHER32, h5z.FILTER_NBIT, h5z.FILTER_SCALEOFFSET)
+    if len([kind for kind in kinds if kind not in harmless]) > 1:
+        fix = "save it with one compression"
+        raise DataError(where, expected="values that were compressed once", got="several compressions", fix=fix)

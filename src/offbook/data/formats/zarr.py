@@ -20,6 +20,7 @@ from offbook.data.index import Outcome
 from offbook.errors import DataError, needs_extra
 
 _OTHERS = ("timestamp", "stage", "n_contacts")
+_COMPRESSIONS = {"blosc", "bz2", "gzip", "lz4", "lzma", "zlib", "zstd"}
 _WHOLE = "a whole Zarr store that can be decoded"
 
 
@@ -139,10 +140,18 @@ def _check_plain(array: Any, where: str) -> None:
     """Refuses an array whose chunks could be pickles, before anything of it is decoded."""
     with explained(where, _WHOLE):
         about = array.metadata.to_dict()
-        codecs = repr([about.get(key) for key in ("codecs", "compressor", "filters")])
+        listed = [*(about.get("codecs") or ()), *(about.get("filters") or ()), about.get("compressor")]
+        codecs = repr(listed)
+        # Where chunks lie together in shards, those of the shards' own list.
+        inner = [part["configuration"].get("codecs") or () for part in listed if part and part.get("configuration")]
+        names = [[str(part.get("name", part.get("id"))) for part in of if part] for of in (listed, *inner)]
     if array.dtype.kind not in "biuf":
         fix = "save numbers, in rows of the same length"
         raise DataError(where, expected="numbers", got=f"an array of {array.dtype}", fix=fix)
+    if max(sum(name.removeprefix("numcodecs.") in _COMPRESSIONS for name in of) for of in names) > 1:
+        # Once makes a thousand times as much, twice a million, whatever the chunk's shape is.
+        got, fix = "several compressions", "save it with one"
+        raise DataError(where, expected="chunks that were compressed once", got=got, fix=fix)
     if "pickle" in codecs.lower():
         raise DataError(where, expected="chunks of plain numbers", got="pickles", fix="save it without that codec")
 
