@@ -120,6 +120,20 @@ def test_episodes_are_cut_where_a_step_is_not_finite(tmp_path, pad, weight):
     assert abs((drawn.episode == 0).mean() - first) < 0.03
 
 
+def test_no_return_to_go_is_drawn_that_holds_nan(tmp_path):
+    with EpisodeStore.create(tmp_path / "s", COUNTER) as writer:
+        for rewards in ([1, 1, np.nan, 1, 1, 1], [1, 1, 1]):
+            steps = np.arange(len(rewards) + 1, dtype=np.float32)
+            fields = {"code": np.stack([steps, steps], axis=1), "action": np.arange(len(rewards))}
+            fields["reward"] = np.array(rewards, np.float32)
+            writer.append(fields, terminated=True, truncated=False)
+    sampler = WindowSampler(EpisodeStore.open(tmp_path / "s"), ["code"], length=2, on_nan="drop", returns=ReturnSpec())
+    windows = sampler.at(np.arange(len(sampler)))
+    assert list(zip(windows.episode, windows.start, strict=True)) == [(0, 3), (0, 4), (1, 0), (1, 1)]
+    assert windows.data["return_to_go"].tolist() == [[3, 2], [2, 1], [3, 2], [2, 1]]
+    assert sampler.dropped_windows == 3
+
+
 def test_weights_are_as_said(tmp_path):
     store = counting_store(tmp_path / "s", [10, 1, 4])  # returns 0, 1, 8
     counts = {}

@@ -10,7 +10,7 @@ from numpy.random import Generator, Philox
 
 from offbook.data.normalise import Normalizer, stretches
 from offbook.data.pack import RETURN_TO_GO, Pack
-from offbook.data.returns import ReturnSpec
+from offbook.data.returns import ReturnSpec, returns_to_go
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 from offbook.runs.seeding import generator
@@ -33,8 +33,8 @@ class Windows:
         valid: which steps are real, shape (B, T); the others are padding.
         present: by field, which windows' episodes have it, shape (B,).
         episode: number of each window's episode in the store, shape (B,).
-        start: step of its episode at which the window's first position stands, shape (B,); negative where the left is
-            padded.
+        start: step of its episode at which the window's first position stands, shape (B,); where the left is padded,
+            that of the first real step less the padding, which may be negative.
     """
 
     data: Mapping[str, Shaped[np.ndarray, "batch time ..."]]
@@ -63,8 +63,8 @@ class WindowSampler:
         episodes: numbers of the episodes to draw from; None for all.
         returns: adds the return to go as `"return_to_go"`, shape (B, T).
         normalizer: normalises those of the fields that it was fitted to.
-        on_nan: `"drop"` cuts episodes where one of the fields is NaN or infinite, so that no window holds such a step
-            (`dropped_windows` counts what that costs); `"keep"` does not look.
+        on_nan: `"drop"` cuts episodes where one of the fields or the return to go is NaN or infinite, so that no window
+            holds such a step (`dropped_windows` counts what that costs); `"keep"` does not look.
         seed: of the random draws.
 
     Attributes:
@@ -112,16 +112,16 @@ class WindowSampler:
         self.store, self.length, self.stride, self.pad, self.seed = store, length, stride, pad, seed
         self.fields = tuple(fields)
         self._key = generator(seed, "windows").integers(2**63, size=2).astype(np.uint64)
-        self._choose_spans(np.arange(len(store)) if episodes is None else np.unique(episodes), on_nan)
+        self._choose_spans(np.arange(len(store)) if episodes is None else np.unique(episodes), on_nan, returns)
         self._weigh(weight)
         self._gather_fields(returns, normalizer)
 
-    def _choose_spans(self, chosen: Int64[np.ndarray, " chosen"], on_nan: OnNan) -> None:
+    def _choose_spans(self, chosen: Int64[np.ndarray, " chosen"], on_nan: OnNan, returns: ReturnSpec | None) -> None:
         """Keeps the stretches of episodes that give windows: whole episodes, unless they are cut."""
         whole = self.store.episodes["length"][chosen]
         which, offsets, lengths = np.arange(len(chosen)), np.zeros(len(chosen), np.int64), whole
         if on_nan == "drop":
-            which, offsets, lengths = _finite_spans(self.store, self.fields, chosen)
+            which, offsets, lengths = _finite_spans(self.store, self.fields, chosen, returns)
         counts = self._windows(lengths)
         keep = counts > 0
         self.dropped_windows = int(self._windows(whole).sum() - counts.sum())
@@ -292,19 +292,22 @@ class WindowSampler:
 
 
 def _finite_spans(
-    store: EpisodeStore, fields: Sequence[str], episodes: Int64[np.ndarray, " chosen"]
+    store: EpisodeStore, fields: Sequence[str], episodes: Int64[np.ndarray, " chosen"], returns: ReturnSpec | None
 ) -> tuple[Int64[np.ndarray, " spans"], Int64[np.ndarray, " spans"], Int64[np.ndarray, " spans"]]:
-    """The stretches of steps in which all fields are finite: whose of the episodes', where they begin, how long."""
+    """The stretches of steps in which all of these are finite: whose of the episodes', where they begin, how long."""
     lengths = store.episodes["length"][episodes]
     stops = np.cumsum(lengths)
     finite = np.ones(int(lengths.sum()), bool)
-    for name in fields:
-        if np.dtype(store.schema[name].dtype).kind == "f":
-            to = 0
-            for first, last in stretches(store, episodes, _ROWS):
-                values = store.field(name)[first:last]
-                finite[to : to + last - first] &= np.isfinite(values.reshape(last - first, -1)).all(1)
-                to += last - first
+    columns = [store.field(name) for name in fields if np.dtype(store.schema[name].dtype).kind == "f"]
+    if returns is not None and store.schema.reward is not None:
+        # A reward that is NaN is in the returns to go of all steps before it.
+        rewards = np.asarray(store.field(store.schema.reward))
+        columns.append(returns_to_go(rewards, store.episodes["start"][episodes], lengths, returns))
+    for column in columns:
+        to = 0
+        for first, last in stretches(store, episodes, _ROWS):
+            finite[to : to + last - first] &= np.isfinite(column[first:last].reshape(last - first, -1)).all(1)
+            to += last - first
     edge = np.zeros(len(finite) + 1, bool)
     edge[stops], edge[0] = True, True
     begins = np.flatnonzero(finite & (edge[:-1] | ~np.append(False, finite[:-1])))
