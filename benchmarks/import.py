@@ -227,8 +227,8 @@ def claim(name: str, episodes: list[Episode], folder: Path, options: Options) ->
         ratios = [a / b for a, b in zip(seconds[over], seconds[under], strict=True)]
         return median_metric(called, ratios, higher_is_better=higher_is_better)
 
-    def speed(side: str, amount: float, unit: str) -> Metric:
-        return median_metric(side, [amount / spent for spent in seconds[side]], unit=unit, higher_is_better=True)
+    def speed(called: str, side: str, amount: float, unit: str) -> Metric:
+        return median_metric(called, [amount / spent for spent in seconds[side]], unit=unit, higher_is_better=True)
 
     least = "at least as fast" if limit == 1 else f"at least {limit} times as fast"
     quicker = ratio("one plain load to the first batch", "load", "first batch")
@@ -239,12 +239,12 @@ def claim(name: str, episodes: list[Episode], folder: Path, options: Options) ->
             quicker,
             ratio("one import to one plain load", "import", "load", higher_is_better=False),
             ratio("share of the bound, import", "bound", "import"),
-            speed("import", store.steps, "steps/s"),
-            speed("import", given / 1e6, "MB/s"),
+            speed("import, steps", "import", store.steps, "steps/s"),
+            speed("import, bytes of the files", "import", given / 1e6, "MB/s"),
             median_metric("first batch", seconds["first batch"], unit="s"),
         ),
         baseline_metrics=(
-            speed("bound", given / 1e6, "MB/s"),
+            speed("bound", "bound", given / 1e6, "MB/s"),
             median_metric("one plain load", seconds["load"], unit="s"),
         ),
         seeds=(options.seed,),

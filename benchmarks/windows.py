@@ -11,7 +11,7 @@ By turns, batch by batch, in a process:
 - Minari: `sample_episodes` from its HDF5 file, and a slice of each.
 
 The bound is what one NumPy gather reads at random out of the same memory: aligned blocks of a window's size, at places
-drawn beforehand, none of them twice. Single cache lines of 64 bytes are timed beside it. As every batch follows one of
+drawn beforehand, anew for each batch. Single cache lines of 64 bytes are timed beside it. As every batch follows one of
 another side, caches hold what they hold in training: what others left there. What a process grows by while it draws
 from all windows is measured in a process of its own.
 """

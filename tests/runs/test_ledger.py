@@ -240,6 +240,8 @@ def test_a_verdict_holds_when_it_or_a_better_one_comes_again(recorded: Verdict, 
         ({"higher_is_better": True, "interval": None, "n": 1}, 9.0, "better", "disagrees"),
         ({"higher_is_better": False, "interval": None, "n": 1}, 5.3, "disagrees", "disagrees"),
         ({"higher_is_better": False, "interval": None, "n": 1}, 5.2, "agrees", "agrees"),
+        ({"higher_is_better": True}, float("nan"), "disagrees", "disagrees"),
+        ({"higher_is_better": False}, float("nan"), "disagrees", "disagrees"),
         # Times are the machine's; megabytes are not.
         ({"unit": "s"}, 500.0, "not compared", "not compared"),
         ({"unit": "windows/s"}, 500.0, "not compared", "not compared"),
@@ -253,6 +255,7 @@ def test_what_is_better_agrees_and_times_are_not_compared(
     again = replace(metric, value=value, interval=metric.interval and (value - 0.5, value + 0.5))
     assert compare(metric, again).outcome == outcome
     assert compare(metric, again, baseline=True).outcome == of_a_baseline
+    assert compare(metric, replace(again, unit="apples")).outcome == "disagrees"
 
 
 def test_verify_of_a_command_that_fails_or_is_foreign(checkout: Path) -> None:

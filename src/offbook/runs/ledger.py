@@ -347,8 +347,8 @@ def compare(metric: Metric, again: Metric | None, tolerance: float = 0.05, *, ba
         >>> compare(old, Metric(name="ratio", value=8.0)).outcome
         'better'
     """
-    if again is None:
-        return Comparison(metric=metric, again=None, outcome="disagrees")
+    if again is None or again.unit != metric.unit:
+        return Comparison(metric=metric, again=again, outcome="disagrees")
     if metric.unit == "s" or metric.unit.endswith("/s"):
         return Comparison(metric=metric, again=again, outcome="not compared")
     if metric.interval is None:
@@ -359,7 +359,8 @@ def compare(metric: Metric, again: Metric | None, tolerance: float = 0.05, *, ba
     low, high = again.interval or (again.value, again.value)
     if low <= most and high >= least:
         return Comparison(metric=metric, again=again, outcome="agrees")
-    better = not baseline and metric.higher_is_better == (low > most)
+    # NaN is on no side.
+    better = not baseline and {True: low > most, False: high < least, None: False}[metric.higher_is_better]
     return Comparison(metric=metric, again=again, outcome="better" if better else "disagrees")
 
 
