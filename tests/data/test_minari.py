@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import minari
@@ -286,10 +287,30 @@ def test_what_a_kill_left_of_an_import_is_replaced(tmp_path):
     shutil.copytree(whole.path, tmp_path / "other.partial")
     assert import_dataset("minari:a-v0", tmp_path / "other").digest == whole.digest
     assert not (tmp_path / "other.partial").exists()
-    EpisodeStore.create(tmp_path / "third.partial", whole.schema).close()
-    with EpisodeStore.append_to(tmp_path / "third.partial"), pytest.raises(DataError, match="the only writer"):
-        import_dataset("minari:a-v0", tmp_path / "third")
-    assert (tmp_path / "third.partial").exists()
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.faults
+def test_two_imports_into_one_folder_do_not_meet(tmp_path, monkeypatch):
+    made("a-v0", [buffer(), buffer()])
+    digest, refused = import_dataset("minari:a-v0", tmp_path / "store").digest, []
+
+    def beside(*of):
+        # As late as can be: the writer has let go of its lock, and the store does not have its name yet.
+        with pytest.raises(DataError, match=r"third: expected to be the only import there") as error:
+            import_dataset("minari:a-v0", tmp_path / "third")
+        refused.append(error)
+        return replace(*of)
+
+    replace = Path.replace
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", lambda path, to: beside(path, to) if to.name == "third" else replace(path, to))
+        assert import_dataset("minari:a-v0", tmp_path / "third").digest == digest
+    assert len(refused) == 1
+    # What a kill leaves of the lock is no obstacle.
+    (tmp_path / ".fourth.importing").touch()
+    assert import_dataset("minari:a-v0", tmp_path / "fourth").digest == digest
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 def test_exports_that_cannot_be(tmp_path, make_store):

@@ -5,6 +5,7 @@ Each format is a module with `read(source) -> Recordings`, and those that are wr
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import re
@@ -92,29 +93,59 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
         from offbook.data.formats.setting import placed
 
         recordings = placed(recordings, setting, source)
-    partial, schema = out.with_name(f"{out.name}.partial"), recordings.schema
-    recorded = schema.extra.get("import", {}).get("bounds") == "recorded"
-    ranges = []
-    _clear(partial)
-    try:
-        with EpisodeStore.create(partial, schema) as writer:
-            for fields, outcome in track(_each(recordings, source, partial.parent), "importing", recordings.total):
-                writer.append(fields, **asdict(outcome), sync=False)
-                ranges += [_range(fields, schema)] if recorded and schema.actions else []
-        if ranges:
-            schema = replace(schema, action=_bounds(ranges))
-            write_atomic(partial / "store.json", json.dumps(schema.to_json(), indent=1) + "\n")
-    except DataError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if not error.where.startswith(f"{partial}, episode"):
+    partial = out.with_name(f"{out.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _clear(partial)
+        try:
+            _written(recordings, source, partial)
+        except DataError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not error.where.startswith(f"{partial}, episode"):
+                raise
+            where = error.where.replace(str(partial), source, 1)
+            raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
             raise
-        where = error.where.replace(str(partial), source, 1)
-        raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    partial.replace(out)
+        partial.replace(out)
     return EpisodeStore.open(out)
+
+
+def _written(recordings: Recordings, source: str, partial: Path) -> None:
+    schema, ranges = recordings.schema, []
+    recorded = schema.extra.get("import", {}).get("bounds") == "recorded"
+    with EpisodeStore.create(partial, schema) as writer:
+        for fields, outcome in track(_each(recordings, source, partial.parent), "importing", recordings.total):
+            writer.append(fields, **asdict(outcome), sync=False)
+            ranges += [_range(fields, schema)] if recorded and schema.actions else []
+    if ranges:
+        schema = replace(schema, action=_bounds(ranges))
+        write_atomic(partial / "store.json", json.dumps(schema.to_json(), indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps other imports out of a folder, from before anything is written until the store has its name.
+
+    Raises:
+        DataError: another one is at work.
+    """
+    lock = out.with_name(f".{out.name}.importing")
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Not the file that another import has just left and taken away.
+            held = lock.exists() and lock.samefile(f"/dev/fd/{stream.fileno()}")
+        except BlockingIOError:
+            held = False
+        if not held:
+            fix = "wait until it is done, or choose another folder"
+            raise DataError(str(out), expected="to be the only import there", got="another at work", fix=fix)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _range(fields: Mapping[str, Any], schema: Schema) -> np.ndarray:
@@ -138,7 +169,7 @@ def _clear(partial: Path) -> None:
     """Removes what a kill left of an import, whole or damaged, and nothing else.
 
     Raises:
-        DataError: another process is importing there this very moment, or it is no store.
+        DataError: it is no store.
     """
     if not partial.exists() and not partial.is_symlink():
         return
@@ -148,12 +179,6 @@ def _clear(partial: Path) -> None:
     if not hidden or not shown <= _STORE or ("store.json" not in shown and shown):
         fix = "move it away, or choose another name for the store"
         raise DataError(str(partial), expected="what an import left, or nothing", got="something else", fix=fix)
-    try:
-        if shown:
-            EpisodeStore.append_to(partial).close()
-    except DataError as error:
-        if error.expected == "to be the only writer":
-            raise
     shutil.rmtree(partial, ignore_errors=True)
 
 
