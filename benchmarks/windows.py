@@ -5,7 +5,7 @@ By turns, batch by batch, in a process:
 
 - item by item: a `torch.utils.data.Dataset` that slices a window out of arrays in memory, one for each quantity with a
   row for each episode, and a `DataLoader` that shuffles and collates, as the first release of masked trajectory
-  modelling (Wu et al., 2023) does; without worker processes, which for windows this small bring little or nothing;
+  modelling (Wu et al., 2023) does, without worker processes;
 - TorchRL's `SliceSampler` with its cache of trajectories, where TorchRL is installed (`offbook[bench]`);
 - a list of transitions: one Python object for each step, gathered one by one into a batch;
 - Minari: `sample_episodes` from its HDF5 file, and a slice of each.
