@@ -63,6 +63,7 @@ DATASETS: dict[str, Dataset] = {
         env_id="gym:Walker2d-v5",
         size=150_000,
         policy="sac",
+        digest="845eb13c0662183c711e22d4d2f6f07be8bc5b4f6f6b248ae8efa3f3ccbd8648",
     ),
     "metaworld-door": Dataset(
         about="a robot opens a door: the scripted expert at four grades of noise and of giving up",
