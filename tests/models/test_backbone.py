@@ -336,12 +336,12 @@ def test_less_is_saved_the_more_is_computed_again() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_backward_pass_lets_go_of_what_was_kept(policy: dict) -> None:
-    net, x = make(**policy), tokens(number=77)
-    loss = weighted(net(x.requires_grad_(), mask=Causal()))
+    net, x = make(layers=4, **policy), tokens(number=77)
+    loss = weighted(net(x, mask=Causal()))
     loss.backward()
-    left = sum(t.numel() for t in gc.get_objects() if type(t) is Tensor and t.shape == (2, 77, 16))
-    assert loss.grad_fn is not None
-    assert left <= 2 * x.numel()  # the input, and its gradient
+    assert loss.grad_fn is not None  # With the graph alive, as it is until the next loss.
+    left = [kept for kept in gc.get_objects() if type(kept) is Tensor and kept.shape == x.shape]
+    assert [kept is x for kept in left] == [True]
 
 
 @pytest.mark.parametrize("policy", [KEPT[0], KEPT[3]])

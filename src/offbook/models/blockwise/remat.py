@@ -226,11 +226,9 @@ class _Sums:
             found = torch.autograd.grad(results, known, gradients, allow_unused=True)
             for number, gradient in enumerate(found[len(leaves) + len(conditioned) :]):
                 if gradient is not None:
-                    before = self._sums[number]
+                    before, wide = self._sums[number], _wide(gradient)
                     # A copy at first: two weights may be given one and the same gradient.
-                    self._sums[number] = (
-                        gradient.to(_wide(gradient), copy=True) if before is None else before.add_(gradient)
-                    )
+                    self._sums[number] = gradient.to(wide, copy=True) if before is None else before.add_(gradient)
             if block is not None and self._cond is not None and found[len(leaves)] is not None:
                 part(self._cond, rows).add_(found[len(leaves)])
             return found[: len(leaves)]
