@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 
-def kept(seed: int, rate: float, *indices: Int64[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+def kept(seed: int, rate: float, *indices: Int64[Tensor, "*#shape"]) -> Bool[Tensor, "*shape"]:
     """Which numbers stay.
 
     Args:
