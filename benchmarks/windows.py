@@ -18,6 +18,7 @@ from all windows is measured in a process of its own.
 
 import gc
 import itertools
+import logging
 import subprocess
 import sys
 import tempfile
@@ -151,6 +152,8 @@ def torchrl(store: EpisodeStore, length: int) -> Draw:
     from tensordict import TensorDict
     from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
+    # It would write to where the figures go.
+    logging.getLogger("torchrl").setLevel(logging.WARNING)
     columns: dict[str, Any] = {name: torch.from_numpy(column) for name, column in columns_of(store).items()}
     columns["episode"] = torch.arange(store.steps) // STEPS
     buffer = TensorDictReplayBuffer(

@@ -60,8 +60,8 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether the error is within the limit, or three times the reference's own; no number is within neither."""
-        return self.error <= max(self.limit, 3 * self.plain)
+        """Whether the error is within the limit; no number is not."""
+        return self.error <= self.limit
 
 
 @dataclass(frozen=True)
