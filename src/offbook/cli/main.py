@@ -43,6 +43,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "arena status": ("offbook.cli.arena:status", "how far a submission is"),
     "policy serve": ("offbook.cli.policy:serve", "let a policy dial out to an arena and play its trials"),
     "policy check": ("offbook.cli.policy:check", "dry run of a policy: shapes, ranges, speed"),
+    "context plan": ("offbook.cli.context:plan", "which context fits a memory, before the run"),
+    "context check": ("offbook.cli.context:check", "audit blockwise layers against the equations"),
     "bench": ("offbook.cli.results:bench", "run a benchmark of benchmarks/"),
     "ledger render": ("offbook.cli.results:ledger_render", "write the tables of results from the ledger"),
     "ledger verify": ("offbook.cli.results:ledger_verify", "run the command of a ledger entry again and compare"),

@@ -41,6 +41,7 @@ SYSTEMS: dict[str, System] = {
         venue="NeurIPS 2023",
         arxiv="2305.19370",
         status="in progress: layers, masks, cache, vocabulary head, planner",
+        commands=("offbook context plan", "offbook context check"),
     ),
     "mtm": System(
         title="Masked trajectory models (MTM)",

@@ -46,6 +46,12 @@ class MemoryPlan:
         """All of it."""
         return self.kept + self.layer + self.block + self.weights + self.ends
 
+    @property
+    def dominant(self) -> str:
+        """What takes most."""
+        parts = {name: getattr(self, name) for name in ("kept", "layer", "block", "weights", "ends")}
+        return max(parts, key=lambda name: parts[name])
+
 
 def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) -> MemoryPlan:
     """Counts what a training step will hold at its peak.
@@ -87,6 +93,25 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) 
     kept, gradients = max(last, first, key=sum)
     rope = 4 * config.rotated * tokens if config.positions == "rope" else 0
     return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=rope + d * n)
+
+
+def work(config: BackboneConfig, tokens: int) -> float:
+    """Arithmetic of a training step, as a multiple of that of one that computes nothing again.
+
+    Counted for causal attention, whose backward pass takes 2.5 times its forward one, the scores being computed again
+    in any case; everything else takes twice.
+    """
+    heads, keys = config.heads * config.head_size, config.key_heads * config.head_size
+    feedforward = config.dim * config.hidden * (3 if config.ffn == "swiglu" else 2)
+    attention, dense = heads * tokens, config.dim * (2 * heads + 2 * keys) + feedforward
+    least = 3 * dense + 3.5 * attention
+    # Keys and values are projected once more than the rest.
+    whole = dense + config.dim * 2 * keys
+    more = {"none": 0, "ffn": feedforward, "attn": whole, "layer": whole + attention, "auto": 0}
+    again: float = more[config.remat]
+    if config.segment > 1 and config.remat in ("attn", "layer"):
+        again = whole + attention + (dense + attention) * (config.segment - 1) / config.segment
+    return (least + again) / least
 
 
 def longest(config: BackboneConfig, budget: int, batch: int = 1, element: int = 4) -> int:

@@ -1,0 +1,119 @@
+"""`offbook context`: what fits a memory, and whether blockwise layers compute what they should on this machine."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Annotated
+
+import tyro
+
+from offbook.cli.report import Report, table
+from offbook.errors import ConfigError, needs_extra
+from offbook.runs.progress import track
+
+with needs_extra("models"):
+    import torch
+
+    from offbook.models.blockwise.audit import LIMITS, audit
+    from offbook.models.blockwise.config import BackboneConfig
+    from offbook.models.blockwise.plan import available, longest, work
+    from offbook.models.blockwise.plan import plan as planned
+
+_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_ELEMENTS = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+def plan(
+    *,
+    budget: str = "",
+    tokens: int = 0,
+    batch: int = 1,
+    dtype: str = "float32",
+    config: Annotated[BackboneConfig, tyro.conf.arg(name="")] = BackboneConfig(dim=256, layers=4, heads=4),  # noqa: B008
+) -> Report:
+    """Says before a training run which context fits: the longest one for each way to spend memory, and what it costs.
+
+    It counts the transformer alone: its activations, and the gradients of its weights. "work" is the arithmetic of a
+    step at that length, as a multiple of one that computes nothing again.
+
+    Args:
+        budget: memory for a training step, such as 2GiB; by default what is free here.
+        tokens: also the memory that so many tokens take; by default those of the longest context.
+        batch: sequences at a time.
+        dtype: of the activations: float32, bfloat16 or float64.
+        config: the transformer.
+
+    Examples:
+        offbook context plan --budget 2GiB
+        offbook context plan --budget 40GiB --dim 2048 --layers 24 --heads 16 --dtype bfloat16 --tokens 65536
+    """
+    if dtype not in _ELEMENTS:
+        raise ConfigError("--dtype", expected=" or ".join(_ELEMENTS), got=repr(dtype), fix="choose one of them")
+    for name, number in (("--tokens", tokens + 1), ("--batch", batch)):
+        if number < 1:
+            raise ConfigError(name, expected="a positive number", got=str(number), fix="choose one")
+    room, element = _size(budget) if budget else available(torch.device("cpu")), _ELEMENTS[dtype]
+    root = max(2, round(config.layers**0.5))
+    ways = {
+        "none": {"remat": "none"},
+        "ffn": {"remat": "ffn"},
+        "attn": {"remat": "attn"},
+        "layer": {"remat": "layer"},
+        f"layer, segment {root}": {"remat": "layer", "segment": root},
+        "layer, offload disk": {"remat": "layer", "offload": "disk"},
+    }
+    rows, data = [], []
+    for name, settings in ways.items():
+        way = replace(config, **{"segment": 1, "offload": "none", **settings})
+        most = longest(way, room, batch, element)
+        memory = planned(way, tokens or max(most, 1), batch, element)
+        fits = memory.total <= room
+        rows.append([name, f"{most:,}", f"{memory.total / 2**20:,.0f} MiB{'' if fits else ' (too much)'}",
+                     memory.dominant, f"{work(way, tokens or most):.2f}"])  # fmt: skip
+        data.append({"way": name, "longest": most, "bytes": memory.total, "dominant": memory.dominant, "fits": fits})
+    shown = f"{tokens:,} tokens" if tokens else "that length"
+    text = f"{room / 2**30:.2f} GiB, batch {batch}, {dtype}\n\n" + table(
+        ["computes again", "longest context", f"memory at {shown}", "most of it", "work"], rows
+    )
+    return Report(text=text, data={"budget": room, "ways": data})
+
+
+def check(*, shapes: int = 200, seed: int = 0) -> Report:
+    """Audits blockwise layers on this machine: random backbones against a transformer written from the equations.
+
+    Shapes, masks, norms, dropout and what is computed again are drawn at random. The error of an output or gradient is
+    its largest difference from the reference in float64, as a share of its largest number. Exit code 1 when one is
+    beyond its limit.
+
+    Args:
+        shapes: how many backbones.
+        seed: of their choice.
+
+    Examples:
+        offbook context check
+        offbook context check --shapes 20 --seed 7
+    """
+    if shapes < 1:
+        raise ConfigError("--shapes", expected="1 or more", got=str(shapes), fix="audit at least one")
+    results = list(track(audit(shapes, seed), "auditing", 2 * shapes))
+    rows, largest = [], {}
+    for dtype, limit in LIMITS.items():
+        of = [result for result in results if result.dtype == dtype]
+        worst = max(of, key=lambda result: result.error)
+        name = str(dtype).removeprefix("torch.")
+        rows.append([name, len(of), f"{worst.error:.2g}", f"{limit:.2g}", worst.tensor])
+        largest[name] = worst.error
+    missed = [result for result in results if not result.ok]
+    lines = [table(["numbers", "backbones", "largest error", "limit", "where"], rows), ""]
+    lines += [f"beyond: {result.error:.2g} in {result.tensor} of {result.case}" for result in missed]
+    lines += [f"{len(missed)} of {len(results)} are beyond their limit" if missed else "All are within their limits."]
+    data = {"beyond": len(missed), "results": len(results), "largest": largest}
+    return Report(text="\n".join(lines), data=data, exit_code=1 if missed else 0)
+
+
+def _size(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w*)", text)
+    if not found or found[2] not in _UNITS or not float(found[1]):
+        raise ConfigError("--budget", expected="a size such as 2GiB or 500MB", got=repr(text), fix="write it so")
+    return int(float(found[1]) * _UNITS[found[2]])
