@@ -10,6 +10,11 @@ from collections.abc import Iterator
 
 SERVER = """
 import os, sys
+
+def announce(number):
+    # In one piece, so that no kill cuts it.
+    os.write(1, b"%d\\n" % number)
+
 for line in sys.stdin:
     if not (child := os.fork()):
         print("child", os.getpid(), flush=True)
@@ -26,13 +31,13 @@ def killed(script: str, *arguments: str, times: int = 20, seed: int = 0) -> Iter
     """Starts children one after another and kills each.
 
     Args:
-        script: defines `begin()`, which goes on for ever and prints the number of each episode that is finished.
+        script: defines `begin()`, which goes on for ever and calls `announce(number)` for each finished episode.
         arguments: for the script, in `sys.argv`.
         times: how many children.
         seed: of the moments: after up to four episodes and up to 30 ms.
 
     Yields:
-        After each kill, what the child had printed.
+        After each kill, what the child had announced.
     """
     chance = random.Random(seed)
     command = [sys.executable, "-c", script + SERVER, *arguments]

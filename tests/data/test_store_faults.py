@@ -36,9 +36,6 @@ path, way = Path(sys.argv[1]), sys.argv[3]
 fields = [replace(spec, video=way != "raw") if spec.camera else spec for spec in SCHEMA.fields]
 schema = replace(SCHEMA, fields=tuple(fields))
 
-def announce(number):
-    print(number if isinstance(number, int) else number.result(), flush=True)
-
 def begin():
     there = (path / "store.json").exists()
     writer = EpisodeStore.append_to(path) if there else EpisodeStore.create(path, schema)
@@ -46,7 +43,7 @@ def begin():
     while True:
         given = values(number, 20 + number % 7), dict(terminated=True, truncated=False, seed=number)
         if way == "soon":
-            writer.append_soon(given[0], **given[1]).add_done_callback(announce)
+            writer.append_soon(given[0], **given[1]).add_done_callback(lambda done: announce(done.result()))
         else:
             announce(writer.append(given[0], **given[1]))
         number += 1

@@ -24,7 +24,7 @@ append = Writer.append
 
 def announced(*given, **outcome):
     number = append(*given, **outcome)
-    print(number, flush=True)
+    announce(number)
     return number
 
 def begin():
