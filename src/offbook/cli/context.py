@@ -20,6 +20,7 @@ with needs_extra("models"):
     from offbook.models.blockwise.plan import available, longest, work
     from offbook.models.blockwise.plan import plan as planned
 
+_SMALL = BackboneConfig(dim=256, layers=4, heads=4)
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ELEMENTS = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -30,7 +31,7 @@ def plan(
     tokens: int = 0,
     batch: int = 1,
     dtype: str = "float32",
-    config: Annotated[BackboneConfig, tyro.conf.arg(name="")] = BackboneConfig(dim=256, layers=4, heads=4),  # noqa: B008
+    config: Annotated[BackboneConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = _SMALL,
 ) -> Report:
     """Says before a training run which context fits: the longest one for each way to spend memory, and what it costs.
 
