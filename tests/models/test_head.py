@@ -99,7 +99,8 @@ def test_loss_and_gradients_are_those_of_full_logits(dtype: torch.dtype, bound: 
         for name, ours, formula, truth in results:
             assert ours.dtype == dtype
             # A saturated softcap cancels digits in the plain formula too; it is then the measure.
-            assert worst(ours, truth) <= max(bound, 1.5 * worst(formula, truth)), (seed, name, settings)
+            capped = 1.5 * worst(formula, truth) if settings.get("softcap") else 0.0
+            assert worst(ours, truth) <= max(bound, capped), (seed, name, settings)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from offbook.errors import ConfigError, OffbookError
 
-# A product of few rows reads the whole weight for little work: with V = 32,768 and d = 256 a step costs 3.2 CPU seconds
-# in chunks of 32 rows, 2.4 of 64, 2.2 of 128 and 2.1 of 192 or 256 (N = 2048, one AVX2 core), so that past 128 only
-# memory grows. A smaller vocabulary has more rows in the same room. GPUs want more to be busy (not measured).
+# A product of few rows reads the whole weight for little work, while beyond some hundred rows only memory grows. A
+# smaller vocabulary has more rows in the same room; GPUs want more to be busy.
 _ROWS = 64
 _CPU_BYTES, _GPU_BYTES = 16 << 20, 128 << 20
 

@@ -39,7 +39,6 @@ class Pass:
         cos: of `rope_tables`, for the tokens at hand; None without rotary positions.
         sin: of `rope_tables`.
         seed: of this pass's dropout; None where nothing is dropped.
-        first: index of the first token at hand in the whole sequence.
         offload: see `BackboneConfig`.
     """
 
@@ -49,12 +48,7 @@ class Pass:
     cos: Tensor | None = None
     sin: Tensor | None = None
     seed: int | None = None
-    first: int = 0
     _dense: tuple[bool, Tensor | None] | None = None
-
-    def indices(self, tokens: range) -> range:
-        """In the whole sequence."""
-        return range(self.first + tokens.start, self.first + tokens.stop)
 
     def dense(self, tokens: int, device: torch.device) -> tuple[bool, Tensor | None]:
         """Whether all is causal, and otherwise what is visible, shape (#batch, 1, tokens, tokens); made once."""
@@ -117,7 +111,7 @@ class BlockwiseLayer(nn.Module):
         q, k, v = self._turned(self.q(normed), shared, tokens), *self._projected(normed, shared, tokens)
         if rule.rate:
             # Queries all at once: what is dropped is a function of the indices, but the probabilities are kept.
-            o = attend(q, k, v, rule, shared.indices(tokens), shared.indices(tokens))[0]
+            o = attend(q, k, v, rule, tokens, tokens)[0]
         else:
             causal, seen = shared.dense(len(tokens), x.device)
             grouped = self.config.key_heads != self.config.heads
@@ -211,7 +205,7 @@ class BlockwiseLayer(nn.Module):
     def _dropped(self, x: Tensor, shared: Pass, site: int, tokens: range) -> Tensor:
         if shared.seed is None:
             return x
-        return dropped(x, self._seed(shared.seed, site), self.config.dropout, shared.indices(tokens).start)
+        return dropped(x, self._seed(shared.seed, site), self.config.dropout, tokens.start)
 
     def _seed(self, seed: int, site: int) -> int:
         """Of one use of dropout in this layer."""

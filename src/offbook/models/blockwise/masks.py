@@ -9,6 +9,7 @@ of the sequence, and blocks without a visible pair cost nothing.
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -30,7 +31,7 @@ class Kind(Enum):
     PARTIAL = "some"
 
 
-class Mask:
+class Mask(ABC):
     """Which keys a query sees; queries and keys are named by their indices in the whole sequence.
 
     Attributes:
@@ -60,8 +61,8 @@ class Mask:
     def _kind(self, queries: range, keys: range) -> Kind:
         return Kind.PARTIAL
 
-    def _visible(self, i: Int64[Tensor, "1 q 1"], j: Int64[Tensor, "1 1 k"]) -> Bool[Tensor, "#batch #q #k"]:
-        raise NotImplementedError
+    @abstractmethod
+    def _visible(self, i: Int64[Tensor, "1 q 1"], j: Int64[Tensor, "1 1 k"]) -> Bool[Tensor, "#batch #q #k"]: ...
 
     def _checked(self, i: Int64[Tensor, "1 q 1"], j: Int64[Tensor, "1 1 k"]) -> Bool[Tensor, "#batch #q #k"]:
         """What is visible, from functions of one's own too."""

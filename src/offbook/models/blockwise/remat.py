@@ -118,7 +118,7 @@ def _forward(
     outs, sums = [], []
     for rows in blocks(tokens, config.block_q):
         q = layer.queries(part(x, rows), shared, part(cond, rows), rows)
-        o, lse = attend(q, k, v, rule, shared.indices(rows), shared.indices(tokens))
+        o, lse = attend(q, k, v, rule, rows, tokens)
         for inner in blocks(rows, config.block_ffn):
             cut = slice(inner.start - rows.start, inner.stop - rows.start)
             y[:, inner.start : inner.stop] = layer.rest(part(x, inner), o[:, :, cut], shared, part(cond, inner), inner)
@@ -159,11 +159,10 @@ def _backward(
     k, v = _keys_values(layer, x, shared, cond)
     dk, dv = (torch.zeros_like(some, dtype=_wide(some)) for some in (k, v))
     for rows in blocks(tokens, config.block_q):
-        here, all_ = shared.indices(rows), shared.indices(tokens)
         (q,), close = sums.open(layer.queries, x, shared, cond, rows)
         held = q.detach()
         if attended is None:
-            o, lse = attend(held, k, v, rule, here, all_)
+            o, lse = attend(held, k, v, rule, rows, tokens)
         else:
             o, lse = (kept[:, :, rows.start : rows.stop] for kept in attended)
         do = torch.empty_like(o)
@@ -171,7 +170,7 @@ def _backward(
             cut = slice(inner.start - rows.start, inner.stop - rows.start)
             _y, finish = sums.open(layer.rest, x, shared, cond, inner, o[:, :, cut])
             dx[:, inner.start : inner.stop], do[:, :, cut] = finish(dy[:, inner.start : inner.stop])
-        dq = attend_backward(do, held, k, v, o, lse, rule, here, all_, dk, dv)
+        dq = attend_backward(do, held, k, v, o, lse, rule, rows, tokens, dk, dv)
         dx[:, rows.start : rows.stop] += close(dq.to(q.dtype))[0]
     for rows in blocks(tokens, config.block_ffn):
         cut = slice(rows.start, rows.stop)
