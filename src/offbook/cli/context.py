@@ -17,10 +17,13 @@ with needs_extra("models"):
 
     from offbook.models.blockwise.audit import LIMITS, audit
     from offbook.models.blockwise.config import BackboneConfig
-    from offbook.models.blockwise.plan import available, longest, work
+    from offbook.models.blockwise.plan import available, longest, ways, work
     from offbook.models.blockwise.plan import plan as planned
+    from offbook.systems.bpt.measure import Step, measure
 
 _SMALL = BackboneConfig(dim=256, layers=4, heads=4)
+# By which share a plan may be off what is measured.
+_OFF = 0.1
 _UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 _ELEMENTS = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -55,18 +58,8 @@ def plan(
         if number < 1:
             raise ConfigError(name, expected="a positive number", got=str(number), fix="choose one")
     room, element = _size(budget) if budget else available(torch.device("cpu")), _ELEMENTS[dtype]
-    root = max(2, round(config.layers**0.5))
-    ways = {
-        "none": {"remat": "none"},
-        "ffn": {"remat": "ffn"},
-        "attn": {"remat": "attn"},
-        "layer": {"remat": "layer"},
-        f"layer, segment {root}": {"remat": "layer", "segment": root},
-        "layer, offload disk": {"remat": "layer", "offload": "disk"},
-    }
     rows, data = [], []
-    for name, settings in ways.items():
-        way = replace(config, **{"segment": 1, "offload": "none", **settings})
+    for name, way in ways(config).items():
         most = longest(way, room, batch, element)
         memory = planned(way, tokens or max(most, 1), batch, element)
         fits = memory.total <= room
@@ -78,6 +71,50 @@ def plan(
         ["computes again", "longest context", f"memory at {shown}", "most of it", "work"], rows
     )
     return Report(text=text, data={"budget": room, "ways": data})
+
+
+def bench(
+    *,
+    tokens: int = 4096,
+    batch: int = 1,
+    threads: int = 1,
+    config: Annotated[BackboneConfig, tyro.conf.arg(name=""), tyro.conf.AvoidSubcommands] = _SMALL,
+) -> Report:
+    """Measures a training step here, each in a process of its own, beside what was planned and the ordinary ways.
+
+    Those are attention as a matrix (vanilla) and PyTorch's own (SDPA), both with checkpointed layers. The loss is over
+    a small vocabulary, in chunks; "time" is that of the processor, as a share of SDPA's, of one step each. Exit code 1
+    when a plan is off by more than a tenth.
+
+    Args:
+        tokens: of the sequence.
+        batch: sequences at a time.
+        threads: of the processor.
+        config: the transformer.
+
+    Examples:
+        offbook context bench
+        offbook context bench --tokens 16384 --layers 12
+    """
+    for name, number in (("--tokens", tokens), ("--batch", batch), ("--threads", threads)):
+        if number < 1:
+            raise ConfigError(name, expected="a positive number", got=str(number), fix="choose one")
+    step = Step(backbone=config, tokens=tokens, batch=batch, threads=threads, vocabulary=64)
+    arms = {"SDPA": replace(step, arm="sdpa"), "vanilla": replace(step, arm="vanilla")}
+    arms |= {name: replace(step, backbone=way) for name, way in ways(config).items()}
+    rows, data, beyond, least = [], [], [], 0.0
+    for name, arm in track(arms.items(), "measuring", len(arms)):
+        size, seconds = measure(arm).bytes, measure(replace(arm, goal="time")).seconds
+        expected = planned(arm.backbone, tokens, batch).total if arm.arm == "blockwise" else None
+        least = least or seconds
+        off = None if expected is None else expected / size - 1
+        beyond += [name] if off is not None and abs(off) > _OFF else []
+        plan_words = ["-", "-"] if expected is None or off is None else [f"{expected / 2**20:,.0f} MiB", f"{off:+.0%}"]
+        rows.append([name, f"{size / 2**20:,.0f} MiB", *plan_words, f"{seconds / least:.2f}"])
+        data.append({"way": name, "bytes": size, "planned": expected, "seconds": seconds})
+    text = f"{tokens:,} tokens, batch {batch}, float32\n\n" + table(["way", "memory", "planned", "off", "time"], rows)
+    text += f"\n\nThe plan is off by more than a tenth: {', '.join(beyond)}." if beyond else ""
+    return Report(text=text, data={"tokens": tokens, "ways": data, "beyond": beyond}, exit_code=int(bool(beyond)))
 
 
 def check(*, shapes: int = 200, seed: int = 0) -> Report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import time
@@ -56,26 +57,36 @@ def bench(
         raise ConfigError("benchmark", expected="its name", got=repr(name), fix=nearest(name, [*known, "all"]))
     if repeats < 1:
         raise ConfigError("--repeats", expected="1 or more", got=str(repeats), fix="measure at least once")
-    if record:
-        _require_clean(ledger)
     claims: list[Claim] = []
     for chosen in known if name == "all" else [name]:
         print(f"offbook: benchmark {chosen}", file=sys.stderr)
-        started, clock = datetime.now(UTC), time.monotonic()
-        found = _load(known[chosen])(Options(seed=seed, repeats=repeats))
-        claims += found
-        if record:
-            command = f"offbook bench {chosen} --seed {seed} --repeats {repeats}"
-            seconds = time.monotonic() - clock
-            for claim in found:
-                append(ledger, entry(claim, command=command, started=started, seconds=seconds, ledger=_beside(ledger)))
-    missed = any(claim.verdict == "missed" for claim in claims)
-    return Report(
-        text=_claims_text(claims), data={"claims": [to_json(claim) for claim in claims]}, exit_code=int(missed)
-    )
+        run = functools.partial(_run, known[chosen], Options(seed=seed, repeats=repeats))
+        command = f"offbook bench {chosen} --seed {seed} --repeats {repeats}"
+        claims += measured(run, command, ledger if record else None)
+    return claims_report(claims)
 
 
-def _load(path: Path) -> Callable[[Options], Sequence[Claim]]:
+def measured(run: Callable[[], Sequence[Claim]], command: str, ledger: Path | None) -> Sequence[Claim]:
+    """Runs what measures; its claims go to the ledger, if that is given."""
+    if ledger is not None:
+        _require_clean(ledger)
+    started, clock = datetime.now(UTC), time.monotonic()
+    found = run()
+    if ledger is not None:
+        seconds = time.monotonic() - clock
+        for claim in found:
+            append(ledger, entry(claim, command=command, started=started, seconds=seconds, ledger=_beside(ledger)))
+    return found
+
+
+def claims_report(claims: Sequence[Claim]) -> Report:
+    """Claims with their figures; exit code 1 when a limit was missed, or a paper's claim contradicted."""
+    failed = any(claim.verdict in ("missed", "contradicted") for claim in claims)
+    data = {"claims": [to_json(claim) for claim in claims]}
+    return Report(text=_claims_text(claims), data=data, exit_code=int(failed))
+
+
+def _run(path: Path, options: Options) -> Sequence[Claim]:
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(str(path), expected="a Python file", got="something else", fix="check --folder")
@@ -84,8 +95,8 @@ def _load(path: Path) -> Callable[[Options], Sequence[Claim]]:
     if not hasattr(module, "run"):
         fix = "define run(options) -> list of claims"
         raise ConfigError(str(path), expected="a function run", got="a file without one", fix=fix)
-    run: Callable[[Options], Sequence[Claim]] = module.run
-    return run
+    found: Sequence[Claim] = module.run(options)
+    return found
 
 
 def _require_clean(ledger: Path) -> None:

@@ -40,8 +40,9 @@ SYSTEMS: dict[str, System] = {
         authors="Liu, Abbeel",
         venue="NeurIPS 2023",
         arxiv="2305.19370",
-        status="in progress: layers, masks, cache, vocabulary head, planner",
-        commands=("offbook context plan", "offbook context check"),
+        status="in progress: layers, masks, cache, vocabulary head, planner, reproduction",
+        recipe="offbook.systems.bpt.recipe:run",
+        commands=("offbook context plan", "offbook context bench", "offbook context check", "offbook reproduce bpt"),
     ),
     "mtm": System(
         title="Masked trajectory models (MTM)",

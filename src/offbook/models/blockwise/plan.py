@@ -95,6 +95,22 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) 
     return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=rope + d * n)
 
 
+def ways(config: BackboneConfig) -> dict[str, BackboneConfig]:
+    """The ways to spend memory, from the one that keeps all to the one that keeps least, by what they do.
+
+    Example:
+        >>> list(ways(BackboneConfig(dim=256, layers=9, heads=4)))
+        ['none', 'ffn', 'attn', 'layer', 'layer, segments of 3', 'layer, offload to disk']
+    """
+    plain = replace(config, segment=1, offload="none")
+    root = max(2, round(config.layers**0.5))
+    return {
+        **{policy: replace(plain, remat=policy) for policy in POLICIES},
+        f"layer, segments of {root}": replace(plain, remat="layer", segment=root),
+        "layer, offload to disk": replace(plain, remat="layer", offload="disk"),
+    }
+
+
 def work(config: BackboneConfig, tokens: int) -> float:
     """Arithmetic of a training step, as a multiple of that of one that computes nothing again.
 
