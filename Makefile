@@ -49,6 +49,7 @@ soak: venv
 
 gpu: venv
 	$(BIN)/pytest -m gpu -q -rs
+	$(BIN)/offbook bench blockwise_gpu
 
 clean:
 	rm -rf $(VENV) docs/_build demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -31,3 +31,11 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], Outcome]:
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("wants a CUDA device")

@@ -137,7 +137,7 @@ def attend_backward(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rule: Rule, kind: Kind, queries: range, keys: range
 ) -> tuple[Tensor, Tensor]:
-    if rule.rate or q.device.type not in ("cpu", "cuda"):
+    if not _has_kernel(q, rule):
         return _eager(q, k, v, rule, kind, queries, keys)
     bias, dead = _bias(q, rule, kind, queries, keys)
     causal = kind is Kind.DIAGONAL
@@ -163,7 +163,7 @@ def _backward(
     queries: range,
     keys: range,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if rule.rate or q.device.type not in ("cpu", "cuda"):
+    if not _has_kernel(q, rule):
         return _eager_backward(do, q, k, v, o, lse, rule, kind, queries, keys)
     bias, _dead = _bias(q, rule, kind, queries, keys)
     causal = kind is Kind.DIAGONAL
@@ -180,13 +180,22 @@ def _backward(
     return dq, _summed(dk, heads), _summed(dv, heads)
 
 
+def _has_kernel(q: Tensor, rule: Rule) -> bool:
+    """Whether PyTorch has a kernel for it: none drops by our bits, and CUDA's wants sizes that its vectors divide."""
+    if q.device.type == "cuda":
+        return not rule.rate and q.dtype != torch.float64 and q.shape[-1] % 8 == 0
+    return not rule.rate and q.device.type == "cpu"
+
+
 def _bias(q: Tensor, rule: Rule, kind: Kind, queries: range, keys: range) -> tuple[Tensor | None, Tensor | None]:
     """What is added to the scores, shape (#B, 1, Q, K), and which queries see nothing, shape (#B, 1, Q)."""
     if kind is not Kind.PARTIAL:
         return None, None
     seen = rule.mask.visible(queries, keys, q.device)[:, None]
-    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -math.inf)
-    return bias, ~seen.any(-1)
+    # CUDA's kernel reads rows that begin at multiples of 16 numbers.
+    keys_there = len(keys) if q.device.type == "cpu" else -(-len(keys) // 16) * 16
+    bias = torch.zeros(*seen.shape[:-1], keys_there, dtype=q.dtype, device=q.device)[..., : len(keys)]
+    return bias.masked_fill_(~seen, -math.inf), ~seen.any(-1)
 
 
 def _scores(q: Tensor, k: Tensor, rule: Rule, kind: Kind, queries: range, keys: range) -> tuple[Tensor, Tensor | None]:
@@ -206,7 +215,7 @@ def _scores(q: Tensor, k: Tensor, rule: Rule, kind: Kind, queries: range, keys: 
 def _eager(
     q: Tensor, k: Tensor, v: Tensor, rule: Rule, kind: Kind, queries: range, keys: range
 ) -> tuple[Tensor, Tensor]:
-    """What the kernels do, in plain operations: with dropout, and on devices without a kernel."""
+    """What the kernels do, in plain operations: with dropout, and where there is no kernel."""
     scores, drop = _scores(q, k, rule, kind, queries, keys)
     lse = scores.logsumexp(-1)
     probabilities = (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()

@@ -31,7 +31,7 @@ _CURRENT_FUTURE_ON_FAULT = 7
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _ATEN = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
-Arm = Literal["vanilla", "sdpa", "blockwise"]
+Arm = Literal["vanilla", "sdpa", "compiled", "blockwise"]
 Head = Literal["ours", "torch", "full"]
 
 
@@ -42,7 +42,7 @@ class Step:
     Attributes:
         backbone: the transformer; for the arms other than `"blockwise"` its `remat` says nothing.
         arm: `"vanilla"` holds the matrix of attention of one layer at a time, `"sdpa"` is PyTorch's flash attention,
-            both with `torch.utils.checkpoint` around each layer; or ours.
+            `"compiled"` is that through `torch.compile`, all with `torch.utils.checkpoint` around each layer; or ours.
         tokens: of the sequence.
         batch: sequences.
         vocabulary: different tokens.
@@ -310,6 +310,11 @@ def _vanilla(backbone: Backbone, x: Tensor) -> Tensor:
     return _checkpointed(backbone, x, [SDPBackend.MATH])
 
 
+def _compiled(backbone: Backbone, x: Tensor) -> Tensor:
+    out: Tensor = torch.compile(_checkpointed)(backbone, x)
+    return out
+
+
 def _blockwise(backbone: Backbone, x: Tensor) -> Tensor:
     out: Tensor = backbone(x, mask=Causal())
     return out
@@ -318,6 +323,7 @@ def _blockwise(backbone: Backbone, x: Tensor) -> Tensor:
 _ARMS: dict[Arm, Callable[[Backbone, Tensor], Tensor]] = {
     "vanilla": _vanilla,
     "sdpa": _checkpointed,
+    "compiled": _compiled,
     "blockwise": _blockwise,
 }
 
