@@ -51,14 +51,14 @@ def test_depth_and_vocabulary_are_held_against_their_own_baselines() -> None:
 
 def test_times_are_compared_pair_by_pair() -> None:
     seconds = {("SDPA", 8_192): [1.0, 2.0, 4.0], ("attn", 8_192): [0.9, 1.7, 3.6], ("layer", 8_192): [1.1, 2.0, 4.8]}
-    claim = claims.time(replace(CONFIG, timed=(8_192,)), seconds)
+    claim = claims.time(replace(CONFIG, timed=((8_192, 4),)), seconds)
     assert [(m.name, m.value) for m in claim.metrics] == [
         ("attn to SDPA, 8192 tokens", 0.9),
         ("layer to SDPA, 8192 tokens", 1.1),
     ]
     assert claim.verdict == "met"
     seconds["attn", 8_192] = [0.91, 1.9, 3.6]
-    assert claims.time(replace(CONFIG, timed=(8_192,)), seconds).verdict == "missed"
+    assert claims.time(replace(CONFIG, timed=((8_192, 4),)), seconds).verdict == "missed"
 
 
 def test_plans_gradients_and_losses_are_judged_by_the_worst() -> None:

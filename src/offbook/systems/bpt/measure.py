@@ -152,12 +152,15 @@ def longest(
     for _ in range(tries):
         if any(0.97 * budget <= size <= budget for size in points.values()):
             break
-        # Between the last that fits and the first that does not, or through the two at the end; as a power law.
         order = sorted(points)
         place = sum(points[tokens] <= budget for tokens in order)
         low, high = order[max(0, min(place, len(order) - 1) - 1) :][:2]
-        power = math.log(points[high] / points[low]) / math.log(high / low)
-        tokens = int(low * (0.985 * budget / points[low]) ** (1 / power)) // 64 * 64
+        if place == len(order):  # all fit: along the line
+            tokens = high + (0.985 * budget - points[high]) * (high - low) / (points[high] - points[low])
+        else:  # between one that fits and one that does not, or below both: as a power law
+            power = math.log(points[high] / points[low]) / math.log(high / low)
+            tokens = low * (0.985 * budget / points[low]) ** (1 / power)
+        tokens = int(tokens) // 64 * 64
         if tokens < 64 or tokens in points:
             break
         points[tokens] = at(tokens)

@@ -21,7 +21,7 @@ class BptConfig:
         computed: tokens beyond which flash attention is allocated and not computed where memory is measured.
         depths: layers of the deeper transformers.
         large_vocabulary: of the large head.
-        timed: lengths whose time is taken.
+        timed: lengths and layers whose time is taken.
         repeats: rounds of it, each arm once in each.
         grid: tokens and layers at which the planner is held against measurements, for each way to spend memory.
         shapes: random backbones that the audit compares, for each seed.
@@ -36,10 +36,10 @@ class BptConfig:
     step: Step = field(default_factory=Step)
     budget: int = 2 << 30
     starts: tuple[int, int] = (8_192, 16_384)
-    computed: int = 16_384
+    computed: int = 8_192
     depths: tuple[int, ...] = (12, 24)
     large_vocabulary: int = 32_768
-    timed: tuple[int, ...] = (8_192, 32_768)
+    timed: tuple[tuple[int, int], ...] = ((8_192, 4), (32_768, 1))
     repeats: int = 5
     grid: tuple[tuple[int, int], ...] = ((2_048, 2), (2_048, 12), (6_144, 6), (16_384, 2), (16_384, 12))
     shapes: int = 200
@@ -60,7 +60,7 @@ def smoke() -> BptConfig:
         computed=2_048,
         depths=(3,),
         large_vocabulary=4_096,
-        timed=(512,),
+        timed=((512, 2),),
         repeats=1,
         grid=((2_048, 2),),
         shapes=3,

@@ -49,8 +49,8 @@ def run(config: BptConfig, out: RunDirectory) -> list[Claim]:
 
     # Test: which context fits a memory, whether the planner knew, how long a step takes, and whether all is exact.
     measured = Measurements(out.path / "measurements.jsonl")
-    found, planned = _longest_contexts(config, measured), _planned(config, measured)
     seconds, audited = _seconds(config, measured), _audited(config)
+    found, planned = _longest_contexts(config, measured), _planned(config, measured)
 
     # Record: each claim beside its limits, and a picture.
     claims.draw_contexts(out.path / "contexts.png", {name: found[name] for name in ways_to_train}, config.budget)
@@ -147,11 +147,11 @@ def _planned(config: BptConfig, measured: Measurements) -> dict[str, float]:
 def _seconds(config: BptConfig, measured: Measurements) -> dict[tuple[str, int], list[float]]:
     """Seconds of an arm at a length, by turns with the other arms."""
     seconds: dict[tuple[str, int], list[float]] = {}
-    rounds = [(tokens, turn) for tokens in config.timed for turn in range(config.repeats)]
-    timed = {name: arm for name, arm in arms(config.step).items() if name in ("SDPA", "attn", "layer")}
-    for tokens, turn in track(rounds, "timing"):
-        for name, arm in timed.items():
-            took = measured(replace(arm, tokens=tokens, goal="time"), turn).seconds
+    rounds = [(*where, turn) for where in config.timed for turn in range(config.repeats)]
+    for tokens, layers, turn in track(rounds, "timing"):
+        known = arms(replace(config.step, backbone=replace(config.step.backbone, layers=layers), goal="time"))
+        for name in ("SDPA", "attn", "layer"):
+            took = measured(replace(known[name], tokens=tokens), turn).seconds
             seconds.setdefault((name, tokens), []).append(took)
     return seconds
 
