@@ -79,9 +79,11 @@ def test_what_never_varied_is_ignored_and_given_back_exactly(store, tmp_path):
 
 
 @pytest.mark.learning
-def test_the_goal_is_found_in_the_picture(store, tmp_path):
+@pytest.mark.parametrize("body", ["mlp", "transformer"])
+def test_the_goal_is_found_in_the_picture(store, tmp_path, body):
     # With the goal hidden from the state, only the camera can tell where to go.
-    config = replace(CONFIG, parts=("place",), cameras=("front",), shift=1, fit=replace(FIT, steps=400))
+    fit = replace(FIT, steps=400, learning_rate=FIT.learning_rate if body == "mlp" else 1e-3)
+    config = replace(CONFIG, parts=("place",), cameras=("front",), shift=1, body=body, fit=fit)
     seeing = train(store, tmp_path / "seeing", config)
     blind = train(store, tmp_path / "blind", replace(config, cameras=()))
     assert seeing.meta.observation.cameras == {"front": (24, 24)}
@@ -103,8 +105,12 @@ def test_discrete_actions_are_cloned(tmp_path):
 
 
 def test_saved_and_loaded_acts_the_same_to_the_last_bit(store, tmp_path):
-    for name, cameras in (("state", ()), ("images", ("front",))):
-        policy = train(store, tmp_path / name, replace(BRIEF, cameras=cameras))
+    for name, cameras, body in (
+        ("state", (), "mlp"),
+        ("images", ("front",), "mlp"),
+        ("queries", ("front",), "transformer"),
+    ):
+        policy = train(store, tmp_path / name, replace(BRIEF, cameras=cameras, body=body))
         loaded = load_policy(tmp_path / name)
         assert loaded.meta == policy.meta
         seen = observe(policy)
@@ -206,7 +212,8 @@ def test_fields_that_are_not_there(store, tmp_path, change, message):
         train(store, tmp_path / "run", replace(BRIEF, **change))
 
 
-@pytest.mark.parametrize("bad", [{"chunk": 0}, {"execute": 99}, {"dropout": 1.0}, {"held_out": -0.1}, {"depth": 0}])
+@pytest.mark.parametrize("bad", [{"chunk": 0}, {"execute": 99}, {"dropout": 1.0}, {"held_out": -0.1}, {"depth": 0},
+                                 {"hidden": 6, "body": "transformer"}])  # fmt: skip
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(ConfigError, match=f"--{next(iter(bad)).replace('_', '-')}"):
         CloningConfig(**bad)

@@ -162,6 +162,8 @@ def _set(*keys, to):
         _set("network", "hidden", to="8"),
         _set("network", to={"chunk": 4, "hidden": True, "depth": 2}),
         _set("network", to=[1, 2]),
+        _set("network", "body", to="transformers"),
+        _set("network", "body", to=["mlp"]),
     ],
 )
 def test_records_that_lie(sound, tmp_path, change):

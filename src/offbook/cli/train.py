@@ -56,6 +56,7 @@ def bc(
     Examples:
         offbook train bc --data recordings/pour --out runs/bc
         offbook train bc --data recordings/pour --out runs/bc-images --parts joints --cameras front
+        offbook train bc --data recordings/pour --out runs/queries --parts joints --cameras front --body transformer
         offbook train bc --data recordings/pour --out runs/quick --preset smoke --fit.steps 100
         offbook train bc --data recordings/pour --out runs/bc --resume
     """

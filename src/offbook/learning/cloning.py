@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from offbook.data.store import EpisodeStore
 from offbook.data.windows import Windows, WindowSampler
 from offbook.errors import ConfigError, DataError, nearest
 from offbook.learning.fit import FitConfig, fit
-from offbook.learning.networks import CloningNetwork, shift_images
+from offbook.learning.networks import HEADS, Body, CloningNetwork, shift_images
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.runs.directory import RunDirectory
 from offbook.runs.progress import note
@@ -40,7 +40,9 @@ class CloningConfig:
         cameras: cameras to look at.
         chunk: number H of future actions that the network predicts.
         execute: how many of them are carried out before the next look, 1 to H.
-        hidden: width of the layers behind the encoders.
+        body: what stands behind the encoders: an MLP, or a transformer in which a query for each action attends to the
+            state and to each camera.
+        hidden: width of its layers, for a transformer a multiple of 4.
         depth: number of those layers.
         dropout: share of their units that is dropped while training.
         shift: largest random shift of the images in pixels, sideways and up or down, while training.
@@ -55,6 +57,7 @@ class CloningConfig:
     cameras: tuple[str, ...] = ()
     chunk: int = 50
     execute: int = 8
+    body: Body = "mlp"
     hidden: int = 256
     depth: int = 2
     dropout: float = 0.0
@@ -69,7 +72,10 @@ class CloningConfig:
         checks = {
             "chunk": (1 <= self.chunk <= 1_000, "1 to 1000"),
             "execute": (1 <= self.execute <= self.chunk, f"1 to chunk ({self.chunk})"),
-            "hidden": (1 <= self.hidden <= 65_536, "1 to 65536"),
+            "hidden": (
+                1 <= self.hidden <= 65_536 and (self.body == "mlp" or self.hidden % HEADS == 0),
+                f"1 to 65536, for a transformer a multiple of {HEADS}",
+            ),
             "depth": (1 <= self.depth <= 64, "1 to 64"),
             "dropout": (0 <= self.dropout < 1, "a share in [0, 1)"),
             "shift": (0 <= self.shift <= 64, "0 to 64 pixels"),
@@ -126,9 +132,11 @@ class ClonedPolicy:
         """
         meta = PolicyMeta.from_json(record["meta"])
         network = {name: record["network"][name] for name in ("chunk", "hidden", "depth")}
+        body = record["network"].get("body", "mlp")  # which policies saved earlier do not name
         action, sizes = meta.action, [size for _, size in meta.observation.state]
         sound = (
             all(type(value) is int for value in network.values())
+            and body in get_args(Body)
             and len(action.low) == len(action.high) == action.size
             and all(low <= high for low, high in zip(action.low, action.high, strict=True))
             and (action.choices is None or (action.size == 1 and action.choices >= 1))
@@ -138,8 +146,8 @@ class ClonedPolicy:
         )
         if not sound:
             raise ConfigError("policy record", expected="sizes that agree", got="others", fix="save the policy again")
-        CloningConfig(execute=meta.chunk, **network)
-        module = CloningNetwork(meta.observation, action, dropout=0.0, **network)
+        CloningConfig(execute=meta.chunk, body=body, **network)
+        module = CloningNetwork(meta.observation, action, dropout=0.0, body=body, **network)
         return cls(module, meta, {k: v for k, v in record.items() if k not in ("meta", "network")})
 
 
@@ -216,7 +224,7 @@ def _network(data: _Recordings, config: CloningConfig) -> CloningNetwork:
     # The initial weights come from the default generator; forked and seeded, it is a function of the seed alone.
     with torch.random.fork_rng():
         torch.manual_seed(int(generator(config.fit.seed, "weights").integers(2**62)))
-        module = CloningNetwork(data.observation, data.action, dropout=config.dropout, **sizes)
+        module = CloningNetwork(data.observation, data.action, dropout=config.dropout, body=config.body, **sizes)
     module.standardise(data.normalizer, data.parts, data.action_field if data.action.choices is None else None)
     return module
 

@@ -1,8 +1,9 @@
-"""The network that behaviour cloning fits: standardised state and encoded images to a chunk of actions."""
+"""The networks that behaviour cloning fits: standardised state and encoded images to a chunk of actions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 
 from offbook.client.protocol import ActionSpec, ObservationSpec
 from offbook.data.normalise import Normalizer
+from offbook.models.blockwise import Backbone, BackboneConfig, Full
 
+Body = Literal["mlp", "transformer"]
+
+HEADS = 4  # of the transformer
 _KEYPOINTS = 32
 # An input this many deviations from its mean tells no more than that.
 _INPUT_LIMIT = 10.0
 
 
 class CloningNetwork(nn.Module):
-    """Standardised state and encoded images through an MLP to H standardised actions (or logits of discrete ones).
+    """Standardised state and encoded images through a body to H standardised actions (or logits of discrete ones).
 
     Args:
         observation: what it sees.
@@ -27,6 +32,7 @@ class CloningNetwork(nn.Module):
         hidden: width of the layers.
         depth: number of layers.
         dropout: share of units dropped while training.
+        body: an MLP, or a transformer in which a query for each action attends to the state and to each camera.
     """
 
     state_mean: Tensor
@@ -43,19 +49,22 @@ class CloningNetwork(nn.Module):
         hidden: int,
         depth: int,
         dropout: float,
+        body: Body = "mlp",
     ) -> None:
         super().__init__()
         self.observation, self.action = observation, action
-        self.sizes = {"chunk": chunk, "hidden": hidden, "depth": depth}
+        self.sizes: dict[str, Any] = {"chunk": chunk, "hidden": hidden, "depth": depth, "body": body}
         size = observation.state_size
         self.encoders = nn.ModuleList(_encoder() for _ in observation.cameras)
-        width = size + sum(_KEYPOINTS * 2 for _ in observation.cameras)
-        layers: list[nn.Module] = []
-        for _ in range(depth):
-            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
-            width = hidden
+        widths = [size, *(_KEYPOINTS * 2 for _ in observation.cameras)]
         self.outputs = action.choices or action.size
-        self.mlp = nn.Sequential(*layers, nn.Linear(width, chunk * self.outputs))
+        module: nn.Module
+        if body == "mlp":
+            module = _mlp(sum(widths), hidden, depth, dropout, chunk * self.outputs)
+        else:
+            module = _ActionQueries(widths, chunk, hidden, depth, dropout, self.outputs)
+        # Files say by the names of weights which body it is.
+        self.add_module(body, module)
         # In the module, so that a checkpoint is whole and a robot needs to know nothing of the recordings.
         self.register_buffer("state_mean", torch.zeros(size))
         self.register_buffer("state_std", torch.ones(size))
@@ -86,7 +95,7 @@ class CloningNetwork(nn.Module):
         for encoder, camera in zip(self.encoders, self.observation.cameras, strict=True):
             # A permuted NHWC tensor is what PyTorch calls channels_last: no copy, and convolutions like it.
             seen.append(_keypoints(encoder(images[camera].permute(0, 3, 1, 2).float() / 127.5 - 1)))
-        out: Tensor = self.mlp(torch.cat(seen, 1))
+        out: Tensor = self.get_submodule(self.sizes["body"])(torch.cat(seen, 1))
         return out.reshape(len(state), self.sizes["chunk"], self.outputs)
 
     def act(
@@ -101,6 +110,52 @@ class CloningNetwork(nn.Module):
     def targets(self, action: Float[Tensor, "batch time action"]) -> Float[Tensor, "batch time action"]:
         """Continuous actions in the units of the network's output."""
         return _standard(action, self.action_mean, self.action_std)
+
+
+class _ActionQueries(nn.Module):
+    """A token for the state and one for each camera, and a learnt query for each action, through a transformer.
+
+    All tokens see one another; what stands at the queries in the end becomes the actions, as in Zhao et al., "Learning
+    Fine-Grained Bimanual Manipulation with Low-Cost Hardware" (2023), section IV, without its latent style.
+
+    Args:
+        widths: numbers of the state, which may be 0, and of each camera.
+        chunk: number of actions.
+        hidden: size of a token.
+        depth: number of layers.
+        dropout: share of the numbers dropped while training.
+        outputs: numbers of an action.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], chunk: int, hidden: int, depth: int, dropout: float, outputs: int
+    ) -> None:
+        super().__init__()
+        self.widths = [width for width in widths if width]
+        positions = len(self.widths) + chunk
+        config = BackboneConfig(
+            dim=hidden, layers=depth, heads=HEADS, positions="learned", max_positions=positions, dropout=dropout,
+            remat="none",
+        )  # fmt: skip
+        self.inputs = nn.ModuleList(nn.Linear(width, hidden) for width in self.widths)
+        self.queries = nn.Parameter(torch.zeros(chunk, hidden))
+        self.backbone, self.output = Backbone(config), nn.Linear(hidden, outputs)
+
+    def forward(self, seen: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch outputs"]:
+        """The actions, one behind the other."""
+        parts = torch.split(seen, self.widths, 1)
+        tokens = [embed(part)[:, None] for embed, part in zip(self.inputs, parts, strict=True)]
+        hidden = self.backbone(torch.cat([*tokens, self.queries.expand(len(seen), -1, -1)], 1), mask=Full())
+        out: Tensor = self.output(hidden[:, len(tokens) :])
+        return out.flatten(1)
+
+
+def _mlp(width: int, hidden: int, depth: int, dropout: float, outputs: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
+        width = hidden
+    return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
 def _standard(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
