@@ -99,7 +99,7 @@ class Backbone(nn.Module):
             shared.cos, shared.sin = rope_tables(positions, config.rotated, config.rope_base, config.rope_stretch)
         if self.training and (config.dropout or config.attention_dropout):
             shared.seed = int(torch.randint(2**63 - 1, ()))
-            x = dropped(x, shared.seed, config.dropout)
+            x = dropped(x, shared.seed, config.dropout, shared.place.indices(range(x.shape[1]), x.device))
         if torch.is_anomaly_enabled():
             _check_finite(x, "input")
         step = config.segment if shared.remat in ("attn", "layer") else 1
