@@ -171,6 +171,22 @@ def test_a_process_on_its_own_is_a_ring(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
 
+def _inference() -> list[Tensor]:
+    ring, net, x = Ring(timeout=60), make(remat="auto", dropout=0.5).eval(), tokens()
+    with torch.no_grad():
+        plain = net(ring.split(x), mask=MASKS["padding"](50), ring=ring)
+    with torch.inference_mode():
+        return [plain, net(ring.split(x), mask=MASKS["padding"](50), ring=ring).clone()]
+
+
+def test_without_gradients_the_output_is_the_same(tmp_path: Path) -> None:
+    want = make(remat="none").eval()(tokens(), mask=MASKS["padding"](50)).detach()
+    for rank, found in enumerate(spread(_inference, 2, tmp_path)):
+        own = [i for span in fold(50, 2, rank) for i in span]
+        for out in found:
+            torch.testing.assert_close(out, want[:, own], atol=1e-12, rtol=1e-12)
+
+
 def _two_rings() -> dict[str, Tensor]:
     rank = distributed.get_rank()
     groups = [distributed.new_group([0, 2]), distributed.new_group([1, 3])]
@@ -294,7 +310,7 @@ SMALL = {"dim": 64, "heads": 2, "layers": 8, "block_q": 256, "block_k": 256, "bl
 
 
 def test_a_process_of_two_takes_little_more_than_half_the_memory(tmp_path: Path) -> None:
-    _assert_peak(4096, {**SMALL, "remat": "attn"}, tmp_path)
+    _assert_peak(3072, {**SMALL, "remat": "attn", "layers": 16}, tmp_path)
 
 
 @pytest.mark.slow

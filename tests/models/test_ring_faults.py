@@ -43,9 +43,12 @@ def _one_dies(when: str) -> tuple:
 
     def step() -> None:
         out = net(x, mask=Causal(), ring=ring)
-        if ring.rank == 1:
+        if ring.rank == 1 and when == "backward":
             out.register_hook(_die)
         out.sum().backward()
+        if ring.rank == 1:
+            _die()
+        ring.sum_gradients(net)
 
     first = _outcome(step)
     again = [lambda: net(x, mask=Causal(), ring=ring), lambda: ring.total(x), lambda: earlier.sum().backward()]
@@ -55,7 +58,7 @@ def _one_dies(when: str) -> tuple:
     return first, [_outcome(more) for more in again], net.norm.weight.grad is not None
 
 
-@pytest.mark.parametrize("when", ["forward", "backward"])
+@pytest.mark.parametrize("when", ["forward", "backward", "sum"])
 def test_all_others_raise_when_a_process_is_killed(when: str, tmp_path: Path) -> None:
     every = spread(_one_dies, 4, tmp_path, when)
     assert every[1] is None
@@ -63,8 +66,9 @@ def test_all_others_raise_when_a_process_is_killed(when: str, tmp_path: Path) ->
         (kind, words, seconds), more, alone = every[rank]
         assert kind == "RingError"
         taker, giver = (rank + 1) % 4, (rank - 1) % 4
-        assert words.startswith(f"rank {rank} of the ring: expected rank {taker} to take torch.float64 (2, 2, 2,")
-        assert f"from rank {giver}, within 60 s, got " in words
+        awaited = "all to add up torch.int64 (" if when == "sum" else f"rank {taker} to take torch.float64 (2, 2, 2,"
+        assert words.startswith(f"rank {rank} of the ring: expected {awaited}")
+        assert f"{'' if when == 'sum' else f'from rank {giver}'}, within 60 s, got " in words
         assert "🏖" not in words
         assert words.endswith("look for the first error in the logs of all processes, and start them again.")
         # Long before the timeout: who gives up leaves, which its neighbours notice.
@@ -91,6 +95,35 @@ def test_a_process_that_does_not_come_is_waited_for_no_longer_than_the_timeout(t
     assert "rank 0 of the ring: expected what each comes with to a forward pass, within 2 s, got " in waiting[1]
     assert 1.5 < waiting[2] < 10
     assert late[2] < 10
+
+
+def _one_never_begins() -> tuple[str, str, float]:
+    if distributed.get_rank() == 1:
+        time.sleep(5)
+        return "none", "", 0.0
+    return _outcome(lambda: Ring(timeout=2))
+
+
+def test_a_ring_that_does_not_come_together_is_none(tmp_path: Path) -> None:
+    kind, words, seconds = spread(_one_never_begins, 2, tmp_path)[0]
+    assert kind == "RingError"
+    assert words.startswith("rank 0 of the ring: expected all to make a group, within 2 s, got ")
+    assert seconds < 10
+
+
+def _not_finite() -> tuple[str, str, float]:
+    ring, net, x = Ring(timeout=3), make(remat="attn"), tokens()
+    x[1, 13] = torch.nan
+    with torch.autograd.set_detect_anomaly(True, check_nan=False):
+        return _outcome(lambda: net(ring.split(x), mask=Causal(), ring=ring))
+
+
+def test_a_token_without_a_number_is_named_by_its_place_in_the_sequence(tmp_path: Path) -> None:
+    other, holder = spread(_not_finite, 2, tmp_path)
+    assert holder[0] == "DataError"
+    assert holder[1].startswith("input: expected finite numbers, got nan at token 13 of sample 1;")
+    assert other[0] == "RingError"
+    assert other[2] < 10
 
 
 MISFITS: dict[str, tuple[type[OffbookError], str]] = {

@@ -118,18 +118,22 @@ class Backbone(nn.Module):
             shared.cos, shared.sin = rope_tables(positions, config.rotated, config.rope_base, config.rope_stretch)
         if seed is not None:
             x = dropped(x, seed, config.dropout, indices)
+        out: Tensor = self.norm(self._run(x, shared, cond))
+        return out
+
+    def _run(self, x: Tensor, shared: Pass, cond: Tensor | None) -> Tensor:
+        """Through all layers, as many at a time as go without keeping what is between them."""
+        step = self.config.segment if shared.remat in ("attn", "layer") else 1
+        layers, indices = list(self.layers), shared.place.indices(range(x.shape[1]), x.device)
         if torch.is_anomaly_enabled():
-            _check_finite(x, "input")
-        step = config.segment if shared.remat in ("attn", "layer") else 1
-        layers = list(self.layers)
+            _check_finite(x, indices, "input")
         for first in range(0, len(layers), step):
             run = layers[first : first + step]
             x = through(run, x, shared, cond) if len(run) > 1 else run[0](x, shared, cond)
             if torch.is_anomaly_enabled():
                 names = f"layer {first}" if len(run) == 1 else f"layers {first} to {first + len(run) - 1}"
-                _check_finite(x, f"output of {names}")
-        out: Tensor = self.norm(x)
-        return out
+                _check_finite(x, indices, f"output of {names}")
+        return x
 
     def new_cache(self, batch: int, max_len: int) -> KVCache:
         """An empty cache for so many samples, and so many tokens of each, in the type and place of the weights."""
@@ -295,10 +299,10 @@ class Backbone(nn.Module):
             raise ConfigError("conditioning", expected=expected, got=f"{tuple(cond.shape)}", fix=fix)
 
 
-def _check_finite(x: Tensor, where: str) -> None:
+def _check_finite(x: Tensor, indices: Tensor, where: str) -> None:
     if x.isfinite().all():
         return
     # The first in time, not the first of the first sample.
     token, sample, number = (~x.isfinite()).transpose(0, 1).nonzero()[0].tolist()
-    got = f"{x[sample, token, number].item()} at token {token} of sample {sample}"
+    got = f"{x[sample, token, number].item()} at token {int(indices[token])} of sample {sample}"
     raise DataError(where, expected="finite numbers", got=got, fix="look at what comes before it")

@@ -107,6 +107,8 @@ class Ring:
     def sum_gradients(self, *modules: nn.Module) -> None:
         """Adds up the gradients of modules' weights over all processes, in place: once for each step."""
         every = dict.fromkeys(weight for module in modules for weight in module.parameters() if weight.requires_grad)
+        if not every:
+            return
         # A process without tokens has none; a weight that no process used shall stay without.
         used = torch.tensor([int(weight.grad is not None) for weight in every])
         for weight, users in zip(every, self.total(used.to(next(iter(every)).device)).tolist(), strict=True):
