@@ -151,12 +151,12 @@ def test_sums_over_many_blocks_of_half_precision_lose_nothing_that_one_block_kee
 def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     x = torch.ones(4, 200, 200)
     for rate in (0.1, 0.5, 0.9):
-        y = dropped(x, seed=7, rate=rate)
+        y = dropped(x, seed=7, rate=rate, indices=torch.arange(x.shape[1]))
         share = float((y == 0).float().mean())
         # Five standard deviations of a share of 160,000 coins.
         assert abs(share - rate) < 5 * math.sqrt(rate * (1 - rate) / x.numel())
         torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - rate)))
-    assert dropped(x, seed=7, rate=0.0) is x
+    assert dropped(x, seed=7, rate=0.0, indices=torch.arange(x.shape[1])) is x
 
 
 def test_dropped_numbers_are_independent_of_neighbours_and_of_other_seeds() -> None:
@@ -173,8 +173,10 @@ def test_dropped_numbers_are_independent_of_neighbours_and_of_other_seeds() -> N
 
 def test_a_stretch_drops_what_the_whole_does() -> None:
     x = torch.randn(2, 100, 8)
-    whole = dropped(x, seed=2**62 + 5, rate=0.3)
-    parts = [dropped(x[:, s : s + 33], seed=2**62 + 5, rate=0.3, first=s) for s in range(0, 100, 33)]
+    indices = torch.arange(100)
+    whole = dropped(x, seed=2**62 + 5, rate=0.3, indices=indices)
+    cuts = [slice(start, start + 33) for start in range(0, 100, 33)]
+    parts = [dropped(x[:, cut], seed=2**62 + 5, rate=0.3, indices=indices[cut]) for cut in cuts]
     assert torch.equal(torch.cat(parts, 1), whole)
 
 

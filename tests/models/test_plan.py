@@ -7,7 +7,7 @@ import torch
 
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal
 from offbook.models.blockwise import backbone as backbone_module
-from offbook.models.blockwise.plan import ContextTooLongError, choose, longest, plan
+from offbook.models.blockwise.plan import ContextTooLongError, available, choose, longest, plan
 from offbook.systems.bpt.measure import Step, measure
 
 SMALL = BackboneConfig(dim=128, layers=3, heads=4, block_q=256, block_k=512, block_ffn=128)
@@ -54,3 +54,23 @@ def test_auto_asks_the_planner_before_the_step(monkeypatch):
         net(torch.zeros(1, 2000, 128), mask=Causal())
     with torch.no_grad():
         assert net(torch.zeros(1, 2000, 128), mask=Causal()).shape == (1, 2000, 128)
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    whole = available(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.2)
+
+
+def test_a_process_of_a_ring_holds_more_for_its_tokens_and_always_computes_again():
+    for remat in ("attn", "layer"):
+        config = replace(SMALL, remat=remat)
+        more = plan(config, 8192, ring=True).total - plan(config, 8192).total
+        # Queries, attention's output, and the gradients of both; and a pair of stretches with its gradients.
+        vector = 8192 * SMALL.dim * 4
+        assert 4 * vector < more < 4.6 * vector
+        assert longest(config, 200 << 20, ring=True) < longest(config, 200 << 20)
+    assert choose(SMALL, 100, budget=1 << 30) == "none"
+    assert choose(SMALL, 100, budget=1 << 30, ring=True) == "attn"
+    with pytest.raises(ContextTooLongError, match="8192 tokens; the longest here is"):
+        choose(SMALL, 8192, budget=plan(replace(SMALL, remat="layer"), 8192).total, ring=True)

@@ -24,6 +24,7 @@ from offbook.models.blockwise.masks import (
     Window,
 )
 from offbook.models.blockwise.plan import ContextTooLongError, MemoryPlan, longest, plan
+from offbook.models.blockwise.ring import Ring, RingError
 
 __all__ = [
     "Backbone",
@@ -39,6 +40,8 @@ __all__ = [
     "Mask",
     "MemoryPlan",
     "Prefix",
+    "Ring",
+    "RingError",
     "Segments",
     "TokenTypes",
     "Where",

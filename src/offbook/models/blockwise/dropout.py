@@ -28,19 +28,21 @@ def kept(seed: int, rate: float, *indices: Int64[Tensor, "*#shape"]) -> Bool[Ten
     return bits >= int(-(2**31) + rate * 2**32)
 
 
-def dropped(x: Float[Tensor, "batch tokens size"], seed: int, rate: float, first: int = 0) -> Tensor:
-    """Drops numbers of a stretch of a sequence, and makes the others larger so that the mean stays.
+def dropped(
+    x: Float[Tensor, "batch tokens size"], seed: int, rate: float, indices: Int64[Tensor, " tokens"]
+) -> Float[Tensor, "batch tokens size"]:
+    """Drops numbers of some tokens of a sequence, and makes the others larger so that the mean stays.
 
     Args:
-        x: the stretch.
+        x: the tokens.
         seed: of this use of dropout.
         rate: share of numbers to drop, in [0, 1); with 0, `x` itself comes back.
-        first: index of the stretch's first token.
+        indices: of the tokens in the whole sequence.
     """
     if not rate:
         return x
-    batch, tokens, size = (torch.arange(n, device=x.device) for n in x.shape)
-    keep = kept(seed, rate, batch[:, None, None], tokens[None, :, None] + first, size)
+    batch, size = (torch.arange(n, device=x.device) for n in (x.shape[0], x.shape[2]))
+    keep = kept(seed, rate, batch[:, None, None], indices[:, None], size)
     return x * keep * (1 / (1 - rate))
 
 

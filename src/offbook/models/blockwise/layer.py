@@ -12,7 +12,7 @@ paper leaves the backward pass to automatic differentiation of rematerialised lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -27,6 +27,7 @@ from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.masks import Kind, Mask, blocks
 from offbook.models.blockwise.positions import rotate
 from offbook.models.blockwise.remat import part, through
+from offbook.models.blockwise.sequence import Place, Whole
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Pass:
         sin: of `rope_tables`.
         seed: of this pass's dropout; None where nothing is dropped.
         offload: see `BackboneConfig`.
+        place: which tokens are at hand.
     """
 
     mask: Mask
@@ -48,6 +50,7 @@ class Pass:
     cos: Tensor | None = None
     sin: Tensor | None = None
     seed: int | None = None
+    place: Place = field(default_factory=Whole)
     _dense: tuple[bool, Tensor | None] | None = None
 
     def dense(self, tokens: int, device: torch.device) -> tuple[bool, Tensor | None]:
@@ -187,7 +190,8 @@ class BlockwiseLayer(nn.Module):
         return rotate(heads, part(shared.cos, tokens), part(shared.sin, tokens), self.config.rope_layout)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:2], -1, self.config.head_size).transpose(1, 2)
+        size = self.config.head_size
+        return x.view(*x.shape[:2], x.shape[2] // size, size).transpose(1, 2)
 
     def _modulations(self, cond: Tensor | None) -> Sequence[Tensor] | None:
         return None if cond is None or self.modulation is None else self.modulation(functional.silu(cond)).chunk(6, -1)
@@ -205,7 +209,8 @@ class BlockwiseLayer(nn.Module):
     def _dropped(self, x: Tensor, shared: Pass, site: int, tokens: range) -> Tensor:
         if shared.seed is None:
             return x
-        return dropped(x, self._seed(shared.seed, site), self.config.dropout, tokens.start)
+        indices = shared.place.indices(tokens, x.device)
+        return dropped(x, self._seed(shared.seed, site), self.config.dropout, indices)
 
     def _seed(self, seed: int, site: int) -> int:
         """Of one use of dropout in this layer."""

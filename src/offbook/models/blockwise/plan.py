@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -53,7 +54,7 @@ class MemoryPlan:
         return max(parts, key=lambda name: parts[name])
 
 
-def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) -> MemoryPlan:
+def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, *, ring: bool = False) -> MemoryPlan:
     """Counts what a training step will hold at its peak.
 
     That is in the backward pass of the last layer, when all layers' inputs are kept, or in that of the first one, when
@@ -64,6 +65,7 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) 
         tokens: of a sequence.
         batch: sequences.
         element: bytes of a number; gradients of weights have 4.
+        ring: whether these are one process's tokens of a sequence that is spread over several.
     """
     d, n = config.dim, batch * tokens * element
     heads, keys = config.heads * config.head_size, config.key_heads * config.head_size
@@ -84,6 +86,10 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4) 
         if config.remat == "attn" and config.segment == 1:
             of_one += heads * n + sums
         layer = (2 * d + 2 * keys) * n + 2 * keys * n // element * 4
+        if ring:
+            # Queries, attention's output, both gradients; and what is on its way.
+            pair = batch * min(tokens, config.block_k)
+            layer += (3 * element + 4) * heads * batch * tokens + sums + 2 * keys * pair * (element + 4)
         attention = rows * (d + 5 * heads) + 2 * keys * looked
         block = max(feedforward + rows * (d + 3 * heads), attention)
     inside = d * n * (config.segment - 1) if config.remat in ("attn", "layer") else 0
@@ -130,19 +136,25 @@ def work(config: BackboneConfig, tokens: int) -> float:
     return (least + again) / least
 
 
-def longest(config: BackboneConfig, budget: int, batch: int = 1, element: int = 4) -> int:
+def longest(config: BackboneConfig, budget: int, batch: int = 1, element: int = 4, *, ring: bool = False) -> int:
     """Tokens of the longest sequence whose step fits a budget of bytes; 0 where none does."""
     low, high = 0, 1
-    while plan(config, high, batch, element).total <= budget:
+
+    def fits(tokens: int) -> bool:
+        return plan(config, tokens, batch, element, ring=ring).total <= budget
+
+    while fits(high):
         low, high = high, high * 2
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if plan(config, middle, batch, element).total <= budget else (low, middle)
+        low, high = (middle, high) if fits(middle) else (low, middle)
     return low
 
 
-def choose(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, *, budget: int) -> Remat:
-    """The policy that computes least again among those that fit a budget of bytes.
+def choose(
+    config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, *, budget: int, ring: bool = False
+) -> Remat:
+    """The policy that computes least again among those that fit a budget of bytes; see `plan` for the arguments.
 
     Raises:
         ContextTooLongError: none does.
@@ -152,17 +164,20 @@ def choose(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4
         >>> [choose(config, tokens, budget=1 << 30) for tokens in (1_000, 20_000, 80_000)]
         ['none', 'ffn', 'layer']
     """
-    for policy in POLICIES:
-        if plan(replace(config, remat=policy), tokens, batch, element).total <= budget:
+    for policy in POLICIES[2:] if ring else POLICIES:
+        if plan(replace(config, remat=policy), tokens, batch, element, ring=ring).total <= budget:
             return policy
     least = replace(config, remat="layer")
-    got = f"{_size(plan(least, tokens, batch, element).total)} for {tokens} tokens"
-    fix = f"the longest here is {longest(least, budget, batch, element)}; or try segment or offload='disk'"
+    got = f"{_size(plan(least, tokens, batch, element, ring=ring).total)} for {tokens} tokens"
+    fix = f"the longest here is {longest(least, budget, batch, element, ring=ring)}; or try segment or offload='disk'"
     raise ContextTooLongError("memory of a training step", expected=f"at most {_size(budget)}", got=got, fix=fix)
 
 
 def available(device: torch.device) -> int:
-    """Bytes that this process may still take: of the device, or of the machine and of the group it is confined to."""
+    """Bytes that this process may still take: of the device, or of the machine and of the group it is confined to.
+
+    Processes that torchrun starts on one machine share its memory alike.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * (1 - _SPARE))
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -170,7 +185,7 @@ def available(device: torch.device) -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
-    return int(free * (1 - _SPARE))
+    return int(free * (1 - _SPARE)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _size(size: int) -> str:

@@ -9,13 +9,12 @@ values that were seen, and through the queries. At the end it pulls those of key
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from offbook.models.blockwise.attention import attend, attend_backward
 from offbook.models.blockwise.masks import blocks
 from offbook.models.blockwise.offload import put_away
 
@@ -110,23 +109,24 @@ def _forward(
     attended: list[tuple[Tensor, Tensor]] | None,
 ) -> Tensor:
     """A layer's output; what its attention gave goes to `attended`, if that is a list."""
-    tokens, rule, config = range(x.shape[1]), layer.rule(shared), layer.config
     y = torch.empty_like(x)
-    if not x.numel():
+    if not len(x):
         return y
-    k, v = _keys_values(layer, x, shared, cond)
-    outs, sums = [], []
-    for rows in blocks(tokens, config.block_q):
-        q = layer.queries(part(x, rows), shared, part(cond, rows), rows)
-        o, lse = attend(q, k, v, rule, rows, tokens)
-        for inner in blocks(rows, config.block_ffn):
+    keys, outs, sums = shared.place.keys(*_keys_values(layer, x, shared, cond), layer.rule(shared)), [], []
+
+    def queries(rows: range) -> Tensor:
+        return layer.queries(part(x, rows), shared, part(cond, rows), rows)
+
+    for rows, o, lse in keys.attend(queries, shared.place.blocks(x.shape[1], layer.config.block_q)):
+        for inner in blocks(rows, layer.config.block_ffn):
             cut = slice(inner.start - rows.start, inner.stop - rows.start)
             y[:, inner.start : inner.stop] = layer.rest(part(x, inner), o[:, :, cut], shared, part(cond, inner), inner)
         if attended is not None:
             outs.append(o)
             sums.append(lse)
     if attended is not None:
-        attended.append((torch.cat(outs, 2), torch.cat(sums, 2)))
+        # Without a token at hand there is nothing to put together.
+        attended.append((torch.cat(outs, 2), torch.cat(sums, 2)) if outs else (x.new_empty(0), x.new_empty(0)))
     return y
 
 
@@ -134,7 +134,7 @@ def _keys_values(layer: BlockwiseLayer, x: Tensor, shared: Pass, cond: Tensor | 
     """Keys and values of all tokens."""
     tokens = range(x.shape[1])
     k = v = x
-    for rows in blocks(tokens, layer.config.block_q):
+    for rows in blocks(tokens, layer.config.block_q) or [tokens]:
         k_rows, v_rows = layer.keys_values(part(x, rows), shared, part(cond, rows), rows)
         if not rows.start:
             k, v = (some.new_empty(*some.shape[:2], len(tokens), some.shape[3]) for some in (k_rows, v_rows))
@@ -152,31 +152,45 @@ def _backward(
     sums: _Sums,
 ) -> Tensor:
     """The gradient of a layer's input; those of weights and conditioning are added to `sums`."""
-    tokens, rule, config = range(x.shape[1]), layer.rule(shared), layer.config
-    dx = torch.empty_like(x)
-    if not x.numel():
+    config, dx = layer.config, torch.empty_like(x)
+    if not len(x):
         return dx
-    k, v = _keys_values(layer, x, shared, cond)
-    dk, dv = (torch.zeros_like(some, dtype=_wide(some)) for some in (k, v))
-    for rows in blocks(tokens, config.block_q):
-        (q,), close = sums.open(layer.queries, x, shared, cond, rows)
-        held = q.detach()
-        if attended is None:
-            o, lse = attend(held, k, v, rule, rows, tokens)
-        else:
-            o, lse = (kept[:, :, rows.start : rows.stop] for kept in attended)
-        do = torch.empty_like(o)
-        for inner in blocks(rows, config.block_ffn):
-            cut = slice(inner.start - rows.start, inner.stop - rows.start)
-            _y, finish = sums.open(layer.rest, x, shared, cond, inner, o[:, :, cut])
-            dx[:, inner.start : inner.stop], do[:, :, cut] = finish(dy[:, inner.start : inner.stop])
-        dq = attend_backward(do, held, k, v, o, lse, rule, rows, tokens, dk, dv)
-        dx[:, rows.start : rows.stop] += close(dq.to(q.dtype))[0]
-    for rows in blocks(tokens, config.block_ffn):
+    keys = shared.place.keys(*_keys_values(layer, x, shared, cond), layer.rule(shared))
+    every = shared.place.blocks(x.shape[1], config.block_q)
+    # The block of queries at hand, which is asked for more than once, with what pulls gradients through it.
+    opened: dict[range, tuple[tuple[Tensor, ...], Callable[..., tuple[Tensor, ...]]]] = {}
+
+    def queries(rows: range) -> Tensor:
+        if rows not in opened:
+            opened.clear()
+            opened[rows] = sums.open(layer.queries, x, shared, cond, rows)
+        return opened[rows][0][0].detach()
+
+    def through_the_rest() -> Iterator[tuple[range, Tensor, Tensor, Tensor]]:
+        for rows, o, lse in keys.attend(queries, every) if attended is None else _cut(attended, every):
+            do = torch.empty_like(o)
+            for inner in blocks(rows, config.block_ffn):
+                cut = slice(inner.start - rows.start, inner.stop - rows.start)
+                _y, finish = sums.open(layer.rest, x, shared, cond, inner, o[:, :, cut])
+                dx[:, inner.start : inner.stop], do[:, :, cut] = finish(dy[:, inner.start : inner.stop])
+            yield rows, o, lse, do
+
+    for rows, dq in keys.attend_backward(queries, through_the_rest()):
+        q = queries(rows)
+        dx[:, rows.start : rows.stop] += opened.pop(rows)[1](dq.to(q.dtype))[0]
+    dk, dv = keys.gradients()
+    for rows in blocks(range(x.shape[1]), config.block_ffn):
         cut = slice(rows.start, rows.stop)
-        _kv, close = sums.open(layer.keys_values, x, shared, cond, rows)
+        (k, v), close = sums.open(layer.keys_values, x, shared, cond, rows)
         dx[:, cut] += close(dk[:, :, cut].to(k.dtype), dv[:, :, cut].to(v.dtype))[0]
     return dx
+
+
+def _cut(attended: tuple[Tensor, Tensor], every: list[range]) -> Iterator[tuple[range, Tensor, Tensor]]:
+    """What attention gave, block by block."""
+    for rows in every:
+        o, lse = (kept[:, :, rows.start : rows.stop] for kept in attended)
+        yield rows, o, lse
 
 
 class _Sums:
