@@ -2,17 +2,15 @@
 
 import gc
 import itertools
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from offbook.models.blockwise import Backbone, BackboneConfig, Causal, Full, KeyPadding, Prefix, Window, attention
-from offbook.models.blockwise.audit import audit, reference
+from offbook.models.blockwise import Backbone, BackboneConfig, Causal, Full, KeyPadding, Window
+from offbook.models.blockwise.audit import reference
 
 POLICIES = [
     {"remat": "none"},
@@ -53,58 +51,6 @@ def assert_alike(one: dict[str, Tensor], other: dict[str, Tensor], share: float 
         assert float((one[name] - want).abs().max()) <= share * max(float(want.abs().max()), 1e-6), name
 
 
-def test_gradients_are_those_of_an_ordinary_transformer_for_random_shapes() -> None:
-    results = list(audit(shapes=25, seed=1))
-    assert len(results) == 50
-    assert [str(result) for result in results if not result.ok] == []
-    for word in ("none", "ffn", "attn", "layer"):
-        assert any(f"remat {word}" in result.case for result in results)
-
-
-@pytest.mark.parametrize("which", ["dq", "dk", "dv"])
-def test_the_audit_notices_a_gradient_that_is_off_by_a_thousandth(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention._backward
-
-    def wrong(*arguments, **more):
-        grads = dict(zip(("dq", "dk", "dv"), right(*arguments, **more), strict=True))
-        grads[which] = grads[which] * 1.001
-        return tuple(grads.values())
-
-    monkeypatch.setattr(attention, "_backward", wrong)
-    every = audit(shapes=9, seed=1)
-    results = [result for result in every if "remat attn" in result.case or "remat layer" in result.case]
-    for dtype in (torch.float32, torch.float64):
-        verdicts = [result.ok for result in results if result.dtype == dtype]
-        # A few shapes have hardly any gradient of queries and keys: those with one token, for instance.
-        assert verdicts.count(False) >= 0.7 * len(verdicts), which
-
-
-def test_no_number_is_a_miss_of_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "merge", lambda *_: (torch.tensor(torch.nan), torch.tensor(torch.nan)))
-    monkeypatch.setattr(
-        Backbone, "forward", lambda self, x, **_: x * torch.nan + sum(w.sum() for w in self.parameters())
-    )
-    assert not any(result.ok for result in audit(shapes=2))
-
-
-def test_the_reference_is_what_torch_calls_a_transformer() -> None:
-    net = make(bias="all", positions="none", ffn="gelu")
-    x = tokens()
-    want = x
-    for layer in net.layers:
-        theirs = nn.TransformerEncoderLayer(16, 2, 64, 0.0, "gelu", batch_first=True, norm_first=True).double()
-        with torch.no_grad():
-            theirs.self_attn.in_proj_weight.copy_(torch.cat([layer.q.weight, layer.kv.weight]))
-            theirs.self_attn.in_proj_bias.copy_(torch.cat([layer.q.bias, layer.kv.bias]))
-            pairs = ((theirs.self_attn.out_proj, layer.out), (theirs.linear1, layer.up), (theirs.linear2, layer.down))
-            for one, other in (*pairs, (theirs.norm1, layer.norm1), (theirs.norm2, layer.norm2)):
-                one.load_state_dict(other.state_dict())
-        want = theirs(want, src_mask=nn.Transformer.generate_square_subsequent_mask(50, dtype=torch.float64))
-    visible = torch.ones(50, 50, dtype=torch.bool).tril()[None]
-    weights = dict(net.named_parameters())
-    torch.testing.assert_close(reference(net.config, weights, x, visible), net.norm(want), atol=1e-12, rtol=1e-12)
-
-
 @pytest.mark.parametrize("number", [0, 1, 2, 23, 24, 25, 49])
 @pytest.mark.parametrize("policy", POLICIES[:5])
 def test_any_number_of_tokens_will_do(number: int, policy: dict) -> None:
@@ -132,8 +78,8 @@ def test_no_sample_is_a_batch_too(policy: dict) -> None:
 
 @pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
 def test_the_loss_with_dropout_depends_on_no_block_size_and_on_nothing_kept(attention_dropout: float) -> None:
-    losses, grads, x = [], [], tokens(number=130, dtype=torch.float32)
-    for policy, size in itertools.product(POLICIES, (64, 512, 130)):
+    losses, grads, x = [], [], tokens(number=520, dtype=torch.float32)
+    for policy, size in itertools.product(POLICIES, (64, 512, 520)):
         blocks = {"block_q": size, "block_k": size, "block_ffn": size}
         net = make(torch.float32, dropout=0.1, attention_dropout=attention_dropout, **policy, **blocks)
         torch.manual_seed(5)
@@ -363,31 +309,3 @@ def test_checkpoints_around_a_backbone_change_nothing() -> None:
         torch.manual_seed(3)
         out = torch.utils.checkpoint.checkpoint(lambda y: net(y, mask=Causal()), x, use_reentrant=again)
         assert_alike(gradients(net, lambda out=out: weighted(out)), want)
-
-
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    net = make(remat="attn")
-    spread = nn.parallel.DistributedDataParallel(net)
-    weighted(spread(tokens()[rank : rank + 1], mask=Causal() | Prefix(5))).backward()
-    if not rank:
-        torch.save({name: weight.grad for name, weight in net.named_parameters()}, f"{folder}/gradients")
-    torch.distributed.barrier()
-    # Taking the group down can wait for good: it holds the interpreter while it joins a thread that wants it too.
-    os._exit(0)
-
-
-def test_two_processes_find_the_gradients_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    context = torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2, join=False)
-    while not context.join(timeout=120):
-        pass
-    net = make(remat="none")
-    halves = [
-        gradients(net, lambda r=r: weighted(net(tokens()[r : r + 1], mask=Causal() | Prefix(5)))) for r in range(2)
-    ]
-    found = torch.load(tmp_path / "gradients", weights_only=True)
-    assert_alike(found, {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]})

@@ -152,9 +152,19 @@ def test_masks_that_give_something_else_are_refused_at_the_call(policy: dict, fu
     ],
 )
 def test_input_that_does_not_fit_is_refused_at_the_call(settings: dict, given: dict, words: str) -> None:
+    net, right = make(**settings), {"x": tokens(), "mask": Causal()}
+    if "cond_dim" in settings:
+        right["cond"] = torch.zeros(2, 1, 3, dtype=torch.float64)
+    if "positions" in settings:
+        right["positions"] = torch.arange(29).repeat(2)[None, :30]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    wrong = {"x": tokens(), "mask": Causal(), **given}
     with pytest.raises(ConfigError, match=words) as caught:
-        make(**settings)(**{"x": tokens(), "mask": Causal(), **given})
+        net(**wrong)
     assert caught.value.exit_code == 2
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert gradients(net) == {}
+    assert net(**right).shape == (2, 30, 16)
 
 
 @pytest.mark.parametrize("policy", AGAIN)
@@ -238,6 +248,22 @@ def test_parts_that_would_compute_something_else_the_second_time_are_refused(pol
     net.eval()(tokens(), mask=Causal()).sum().backward()
 
 
+def test_hooks_that_would_not_be_called_are_refused() -> None:
+    net, called = make(remat="layer", segment=2), []
+    handle = net.layers[1].register_forward_hook(lambda *_: called.append("behind"))
+    with pytest.raises(RuntimeError, match=r"hooks of layers that are computed as one would not .*: set segment=1"):
+        net(tokens(), mask=Causal())
+    handle.remove()
+    net.layers[1].register_forward_pre_hook(lambda *_: called.append("before"))
+    with pytest.raises(RuntimeError, match="set segment=1"):
+        net(tokens(), mask=Causal())
+    assert called == []
+    single = make(remat="layer")
+    single.layers[1].register_forward_hook(lambda *_: called.append("behind"))
+    single(tokens(), mask=Causal()).sum().backward()
+    assert called == ["behind"]
+
+
 class Captured(nn.Module):
     def __init__(self, inner: nn.Linear, scale: Tensor) -> None:
         super().__init__()
@@ -259,6 +285,8 @@ def test_a_tensor_that_would_be_left_without_its_gradient_is_refused(policy: dic
             RuntimeError, match=r"a tensor of shape \(1,\) that wants a gradient, but is none of its par"
         ):
             changed(tokens(), mask=Causal()).square().sum().backward()
+        # Layers above it have theirs by then, as always when a backward pass breaks off; it and those below have none.
+        assert not any(name.startswith(("layers.0", "layers.1")) for name in gradients(changed))
     assert scale.grad is None
     setattr(net.layers[1], where, Captured(getattr(net.layers[1], where), scale.detach()))
     net(tokens(), mask=Causal()).square().sum().backward()

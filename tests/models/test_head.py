@@ -419,8 +419,11 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("change", "message"), MESSAGES)
 def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    hidden = torch.ones(2, 3, 4, requires_grad=True)
     with pytest.raises(ConfigError, match="^" + re.escape(message)):
-        linear_cross_entropy(**(GOOD | change))
+        linear_cross_entropy(**(GOOD | {"hidden": hidden} | change))
+    assert hidden.grad is None
+    assert torch.equal(hidden, torch.ones(2, 3, 4))
 
 
 @pytest.mark.parametrize(

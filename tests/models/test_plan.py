@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from offbook.errors import ResourceError
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal
 from offbook.models.blockwise import backbone as backbone_module
 from offbook.models.blockwise.plan import ContextTooLongError, available, choose, longest, plan
@@ -47,13 +48,28 @@ def test_less_is_kept_the_less_there_is():
         choose(SMALL, 8192, budget=sizes[-1] - 1)
 
 
-def test_auto_asks_the_planner_before_the_step(monkeypatch):
-    net = Backbone(SMALL)
-    monkeypatch.setattr(backbone_module, "available", lambda device: 1 << 20)
-    with pytest.raises(ContextTooLongError, match="expected at most 1 MiB"):
-        net(torch.zeros(1, 2000, 128), mask=Causal())
+def test_a_context_above_the_budget_is_refused_before_the_step(monkeypatch):
+    net, x = Backbone(SMALL), torch.zeros(1, 2000, 128, requires_grad=True)
+    monkeypatch.setattr(backbone_module, "available", lambda device: 8 << 20)
+    need, most = plan(replace(SMALL, remat="layer"), 2000).total, longest(replace(SMALL, remat="layer"), 8 << 20)
+    with pytest.raises(ContextTooLongError) as caught:
+        net(x, mask=Causal())
+    assert str(caught.value) == (
+        f"memory of a training step: expected at most 8 MiB, got {need / 2**20:.0f} MiB for 2000 tokens; "
+        f"the longest here is {most}; or try segment or offload='disk'."
+    )
+    assert isinstance(caught.value, ResourceError)
+    assert caught.value.exit_code == 1
+    assert x.grad is None
+    assert all(weight.grad is None for weight in net.parameters())
+    # What it names fits, one token more does not, and nothing is remembered of what did not.
+    net(x[:, :most], mask=Causal()).sum().backward()
+    with pytest.raises(ContextTooLongError, match=f"{most + 1} tokens"):
+        net(x[:, : most + 1], mask=Causal())
     with torch.no_grad():
-        assert net(torch.zeros(1, 2000, 128), mask=Causal()).shape == (1, 2000, 128)
+        assert net(x, mask=Causal()).shape == x.shape
+    monkeypatch.setattr(backbone_module, "available", lambda device: 1 << 30)
+    assert net(x, mask=Causal()).requires_grad
 
 
 def test_processes_of_one_machine_share_its_memory(monkeypatch):

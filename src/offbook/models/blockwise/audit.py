@@ -3,6 +3,20 @@
 The reference computes all scores at once, in plain tensor operations and automatic differentiation, and shares no code
 with what it judges but the random bits of dropout. It always computes in float64, from the same weights: so the error
 of float32 is that of float32 alone, and it stands beside the error that the reference itself has in float32.
+
+The error of a tensor, of the output or of one gradient, is its largest difference from the reference as a share of the
+reference's largest number there; that of a backbone is the largest of its tensors' errors. Four choices are in it:
+
+- Some gradients are zero by the equations: those of queries and keys where each query sees one key, or that of the
+  keys' bias, which the softmax takes out. What is computed is then the rounding of larger terms, and a share of it
+  would say nothing. So no tensor is judged by less than a thousandth of the largest gradient of all. Between zeros and
+  that thousandth lies no gradient of the shapes drawn here, so this hides nothing.
+- In float64, queries, keys and values are judged each by themselves. In float32, where the rounding of such a zero is
+  beyond its limit even so, they are judged as one tensor: a mistake in them is for float64 to find.
+- Weights are drawn as for training, and then changed by noise of 0.1: a norm's weight of 1, a bias of 0 or a modulation
+  of 0 would hide mistakes.
+- No loss looks at padding. There a norm divides zeros by the root of `norm_eps`, and so makes the rounding of float32
+  300 times as large, in any implementation. That nothing comes back from padding is judged all the same.
 """
 
 from __future__ import annotations
@@ -34,7 +48,7 @@ from offbook.models.blockwise.masks import (
 )
 
 LIMITS = {torch.float32: 2e-6, torch.float64: 1e-11}
-# A gradient below this share of the largest one is judged as if it were as large as that: it may be rounding alone.
+# Of the largest gradient: a tensor's error is never a share of less than that.
 _FLOOR = 1e-3
 
 
@@ -45,7 +59,8 @@ class Result:
     Attributes:
         case: what it was, in words.
         dtype: in which it computed.
-        error: largest of |g - r| / max |r| over the output and all gradients g, with r the reference in float64.
+        error: largest of |g - r| / max |r| over the output and all gradients g, with r the reference in float64; see
+            above for gradients that are zero.
         tensor: where that was.
         plain: the error of the reference in the same kind of number.
         limit: what the error may be.
@@ -263,12 +278,11 @@ def _compared(config: BackboneConfig, visible: Visible, dtype: torch.dtype, devi
         net = Backbone(config).to(device, dtype)
         with torch.no_grad():
             for weight in net.parameters():
-                weight.add_(0.1 * torch.randn_like(weight))  # Norms of 1 and biases of 0 would hide mistakes.
+                weight.add_(0.1 * torch.randn_like(weight))
         x = torch.randn(batch, tokens, config.dim, dtype=dtype).to(device)
         conds = random.Random(seed).choice([1, tokens])
         cond = None if config.cond_dim is None else torch.randn(batch, conds, config.cond_dim, dtype=dtype).to(device)
         positions = torch.randint(config.max_positions, (random.Random(seed).choice([1, batch]), tokens)).to(device)
-        # No loss looks at padding, where norms of zeros would make errors 1 / sqrt(norm_eps) times as large.
         pull = (torch.randn(batch, tokens, config.dim, dtype=dtype) * visible.real[..., None]).to(device)
         state = torch.get_rng_state()
         drop = int(torch.randint(2**63 - 1, ())) if config.dropout or config.attention_dropout else None
@@ -294,31 +308,39 @@ def _compared(config: BackboneConfig, visible: Visible, dtype: torch.dtype, devi
                              real=real, seed=drop)  # fmt: skip
 
         truth = found(torch.float64, plain)
-        error, tensor = _error(found(dtype, ours), truth)
-        beside = _error(found(dtype, plain), truth)[0]
+        error, tensor = _error(found(dtype, ours), truth, dtype)
+        beside = _error(found(dtype, plain), truth, dtype)[0]
     words = f"batch {batch}, tokens {tokens}, {visible.words}, {_words(config)}"
     return Result(words, dtype, error, tensor, beside, LIMITS[dtype])
 
 
-def _error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> tuple[float, str]:
+def _error(found: Mapping[str, Tensor], truth: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[float, str]:
+    """The largest error of all tensors, and where it is."""
+    found, truth = _parted(found), _parted(truth)
     scales: dict[str, float] = {}
     for name, want in truth.items():
-        scales[_whole(name)] = max(float(want.abs().max()), scales.get(_whole(name), 0.0))
+        scales[_whole(name, dtype)] = max(float(want.abs().max()), scales.get(_whole(name, dtype), 0.0))
     floor = max(_FLOOR * max(scale for name, scale in scales.items() if name != "output"), 1e-300)
     errors = []
     for name, want in truth.items():
         off = float((found[name].double() - want).abs().max())
-        errors.append((off / max(scales[_whole(name)], floor), name))
+        errors.append((off / max(scales[_whole(name, dtype)], floor), name))
     # No number is the largest error of all.
     return max(errors, key=lambda pair: (math.isnan(pair[0]), pair[0]))
 
 
-def _whole(name: str) -> str:
-    """The tensor that a gradient is a part of: the projections to queries, keys and values are judged as one.
+def _parted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, with the projection to keys and values as two."""
+    parted = {}
+    for name, tensor in tensors.items():
+        parts = zip(("k", "v"), tensor.chunk(2), strict=True) if ".kv." in name else [("", tensor)]
+        parted.update({name.replace(".kv.", f".{part}."): value for part, value in parts})
+    return parted
 
-    For where a query sees one key, the gradient of its own is nothing but the rounding of the others'.
-    """
-    return re.sub(r"\.(q|kv)\.", ".qkv.", name)
+
+def _whole(name: str, dtype: torch.dtype) -> str:
+    """The tensor by whose largest number another one is judged."""
+    return re.sub(r"\.[qkv]\.", ".qkv.", name) if dtype != torch.float64 else name
 
 
 def _config(rng: random.Random) -> BackboneConfig:

@@ -25,6 +25,7 @@ from offbook.models.blockwise.cache import Extension
 from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.masks import Kind, Mask, blocks
+from offbook.models.blockwise.norm import LayerNorm
 from offbook.models.blockwise.positions import rotate
 from offbook.models.blockwise.remat import part, through
 from offbook.models.blockwise.sequence import Place, Whole
@@ -219,7 +220,7 @@ class BlockwiseLayer(nn.Module):
 
 def make_norm(config: BackboneConfig) -> nn.Module:
     """The kind of norm that a backbone has."""
-    norm = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    norm = LayerNorm if config.norm == "layer" else nn.RMSNorm
     return norm(config.dim, eps=config.norm_eps)
 
 

@@ -30,9 +30,13 @@ def through(layers: Sequence[BlockwiseLayer], x: Tensor, shared: Pass, cond: Ten
     """Runs layers by blocks, keeping the first one's input.
 
     Raises:
-        RuntimeError: a function transform is active, or a part of a layer drops numbers by PyTorch's own generator; or,
-            later, the backward pass would give gradients of something else than was computed.
+        RuntimeError: a function transform is active, or a part of a layer drops numbers by PyTorch's own generator, or
+            a layer of several has a hook; or, later, the backward pass would give gradients of something else than was
+            computed.
     """
+    if len(layers) > 1 and any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
+        # As those with which fully_shard brings a layer's weights together.
+        raise RuntimeError("hooks of layers that are computed as one would not be called: set segment=1")
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_ONCE.format("torch.func"))
     if not torch.is_grad_enabled():
