@@ -87,7 +87,7 @@ def run_case(name: str, ring: Ring | None) -> dict[str, Tensor]:
 
 
 def spread(task: Callable, processes: int, folder: Path, *arguments: object, timeout: float = 120) -> list:
-    """What a function returns in each of several processes, given a ring's timeout; None where one did not end well."""
+    """What a function returns in each of several processes; None where one did not come to its end."""
     # From a process that has imported everything, and does nothing else.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_ring_faults"])
@@ -111,6 +111,7 @@ def spread(task: Callable, processes: int, folder: Path, *arguments: object, tim
 
 def _process(task: Callable, rank: int, processes: int, folder: str, *arguments: object) -> None:
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = distributed.FileStore(f"{folder}/store", processes)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
     torch.save(task(*arguments), f"{folder}/{rank}")
@@ -120,7 +121,6 @@ def _process(task: Callable, rank: int, processes: int, folder: str, *arguments:
 @pytest.fixture(scope="module", autouse=True)
 def environment():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
         # What is freed goes back, so that peaks are those of tensors, as in `offbook.systems.bpt.measure`.
         patch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
@@ -221,11 +221,11 @@ def test_mixed_precision_in_a_ring_is_as_exact_as_in_one_process(number: int, tm
         assert_alike(found, exact, 0.05)
 
 
-def _unused() -> list[bool]:
+def _unused() -> list[float | None]:
     ring, net = Ring(timeout=60), nn.ModuleDict({name: nn.Linear(2, 2, bias=False) for name in "abcd"})
     net["b"].weight.requires_grad_(False)
-    for name in ("a", "b", "c" if ring.rank else "a"):
-        net[name](torch.ones(1, 2)).sum().backward() if name != "b" else None
+    for name in ("a", "c" if ring.rank else "a"):
+        net[name](torch.ones(1, 2)).sum().backward()
     ring.sum_gradients(net, net["a"])
     return [None if layer.weight.grad is None else layer.weight.grad.sum().item() for layer in net.values()]
 
@@ -247,7 +247,9 @@ def test_every_token_has_one_place_and_all_places_are_as_large() -> None:
 
 def _train(ring: bool) -> list[float]:
     torch.manual_seed(0)
-    net, table = make(torch.float32, remat="attn", dropout=0.1, attention_dropout=0.1), nn.Embedding(11, 16)
+    blocks = {"block_q": 40, "block_k": 40, "block_ffn": 40}
+    net = make(torch.float32, remat="attn", dropout=0.1, attention_dropout=0.1, **blocks)
+    table = nn.Embedding(11, 16)
     ids = torch.randint(11, (2, 71), generator=torch.Generator().manual_seed(2))
     optimizer = torch.optim.AdamW([*net.parameters(), *table.parameters()], lr=1e-2)
     around, losses = Ring(timeout=60) if ring else None, []
@@ -278,7 +280,7 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
-def _peak(number: int, settings: dict) -> int:
+def _peak(batch: int, number: int, settings: dict) -> int:
     """Bytes by which a process grows in a step, without the gradients of weights."""
     ring = Ring() if distributed.get_world_size() > 1 else None
     net = make(torch.float32, **settings)
@@ -286,7 +288,7 @@ def _peak(number: int, settings: dict) -> int:
     def step(number: int) -> None:
         # Every process makes its own part only.
         share = len(ring.indices(number)) if ring else number
-        net(torch.randn(1, share, net.config.dim), mask=Causal(), ring=ring).square().mean().backward()
+        net(torch.randn(batch, share, net.config.dim), mask=Causal(), ring=ring).square().mean().backward()
 
     step(256)
     ctypes.CDLL(None).malloc_trim(0)
@@ -296,13 +298,14 @@ def _peak(number: int, settings: dict) -> int:
     return _status("VmHWM") - before
 
 
-def _assert_peak(number: int, settings: dict, folder: Path) -> None:
+def _assert_peak(number: int, settings: dict, folder: Path, batch: int = 1) -> None:
     (folder / "one").mkdir()
     (folder / "two").mkdir()
-    (one,), two = spread(_peak, 1, folder / "one", number, settings), spread(_peak, 2, folder / "two", number, settings)
+    (one,) = spread(_peak, 1, folder / "one", batch, number, settings)
+    two = spread(_peak, 2, folder / "two", batch, number, settings)
     print(f"{number} tokens: {one / 2**20:.1f} MiB in one process, {[f'{size / 2**20:.1f}' for size in two]} in two")
     assert max(two) <= 0.6 * one
-    share = plan(make(torch.float32, **settings).config, number // 2, ring=True)
+    share = plan(make(torch.float32, **settings).config, number // 2, batch, ring=True)
     assert share.total == pytest.approx(max(two), rel=0.1)
 
 
@@ -310,10 +313,11 @@ SMALL = {"dim": 64, "heads": 2, "layers": 8, "block_q": 256, "block_k": 256, "bl
 
 
 def test_a_process_of_two_takes_little_more_than_half_the_memory(tmp_path: Path) -> None:
-    _assert_peak(3072, {**SMALL, "remat": "attn", "layers": 16}, tmp_path)
+    blocks = {"block_q": 128, "block_k": 128, "block_ffn": 64}
+    _assert_peak(1536, {**SMALL, **blocks, "remat": "attn", "layers": 16}, tmp_path, batch=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"remat": "attn"}, {"remat": "layer", "layers": 12}], ids=str)
+@pytest.mark.parametrize("how", [{"remat": "attn", "layers": 12}, {"remat": "layer", "layers": 16}], ids=str)
 def test_a_process_of_two_takes_little_more_than_half_the_memory_of_long_sequences(how: dict, tmp_path: Path) -> None:
-    _assert_peak(16384, {**SMALL, **how}, tmp_path)
+    _assert_peak(8192, {**SMALL, "block_q": 512, "block_k": 512, **how}, tmp_path)

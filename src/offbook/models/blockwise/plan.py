@@ -83,13 +83,15 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
         of_one, runs = (2 * d + 2 * heads + 3 * keys) * n + sums, config.layers
         layer, block = (2 * d + heads) * n, feedforward
     else:
+        attended = heads * n + sums
         if config.remat == "attn" and config.segment == 1:
-            of_one += heads * n + sums
+            of_one += attended
         layer = (2 * d + 2 * keys) * n + 2 * keys * n // element * 4
         if ring:
-            # Queries, attention's output, both gradients; and what is on its way.
+            # Queries, attention's output unless it is kept anyway, both gradients; and what is on its way.
             pair = batch * min(tokens, config.block_k)
-            layer += (3 * element + 4) * heads * batch * tokens + sums + 2 * keys * pair * (element + 4)
+            layer += (2 * element + 4) * heads * batch * tokens + 2 * keys * pair * (element + 4)
+            layer += 0 if config.remat == "attn" and config.segment == 1 else attended
         attention = rows * (d + 5 * heads) + 2 * keys * looked
         block = max(feedforward + rows * (d + 3 * heads), attention)
     inside = d * n * (config.segment - 1) if config.remat in ("attn", "layer") else 0

@@ -180,8 +180,8 @@ def _backward(
             yield rows, o, lse, do
 
     for rows, dq in keys.attend_backward(queries, through_the_rest()):
-        q = queries(rows)
-        dx[:, rows.start : rows.stop] += opened.pop(rows)[1](dq.to(q.dtype))[0]
+        dtype = queries(rows).dtype
+        dx[:, rows.start : rows.stop] += opened.pop(rows)[1](dq.to(dtype))[0]
     dk, dv = keys.gradients()
     for rows in blocks(range(x.shape[1]), config.block_ffn):
         cut = slice(rows.start, rows.stop)
