@@ -1,6 +1,7 @@
 """`offbook context`: tables that people and machines read, exit codes, and wrong flags in one sentence."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -63,4 +64,8 @@ def test_check_tells_what_is_beyond_its_limit(cli, monkeypatch):
     outcome = cli(["context", "check", "--shapes", "1"])
     assert outcome.exit_code == 1
     assert "2 of 2 are beyond their limit" in outcome.stdout
+    assert (
+        len(re.findall(r"^beyond: 1 \(plain operations: [1-9].*e-0\d\) in \w+.* of batch", outcome.stdout, re.M)) == 1
+    )
+    assert len(re.findall(r"^beyond: 1 in \w+.* of batch", outcome.stdout, re.M)) == 1
     assert cli(["context", "check", "--shapes", "0"]).exit_code == 2

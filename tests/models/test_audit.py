@@ -24,6 +24,12 @@ def test_gradients_are_those_of_an_ordinary_transformer_for_random_shapes() -> N
         assert any(f"remat {word}" in result.case for result in results)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_no_shape_of_five_seeds_is_beyond_its_limit(seed: int) -> None:
+    assert [str(result) for result in audit(seed=seed) if not result.ok] == []
+
+
 class Mistake:
     """A mistake in what is audited, and whether it has made a difference since it was last asked."""
 
@@ -59,7 +65,7 @@ def mistake(monkeypatch: pytest.MonkeyPatch) -> Mistake:
 
 
 @pytest.mark.parametrize("which", ["dq", "dk", "dv"])
-@pytest.mark.parametrize(("share", "least"), [(1e-3, (0.7, 0.9)), (1e-4, (0.4, 0.9))])
+@pytest.mark.parametrize(("share", "least"), [(1e-3, (0.7, 1.0)), (1e-4, (0.4, 1.0))])
 def test_a_gradient_that_is_a_little_off_is_noticed(
     mistake: Mistake, which: str, share: float, least: tuple[float, float]
 ) -> None:
@@ -196,7 +202,7 @@ def _another_seed_when_a_segment_is_computed_again(mistake: Mistake) -> None:
 def test_a_mistake_is_noticed(mistake: Mistake, make: Callable[[Mistake], None], suits: Callable[..., bool]) -> None:
     make(mistake)
     for dtype, verdicts in mistake.verdicts(6, suits).items():
-        assert verdicts.count(True) >= 0.8 * len(verdicts), (dtype, verdicts)
+        assert all(verdicts), dtype
 
 
 def test_no_number_is_a_miss_of_the_audit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,20 +248,21 @@ def test_parts_that_would_compute_something_else_the_second_time_are_refused(pol
     net.eval()(tokens(), mask=Causal()).sum().backward()
 
 
-def test_hooks_that_would_not_be_called_are_refused() -> None:
-    net, called = make(remat="layer", segment=2), []
-    handle = net.layers[1].register_forward_hook(lambda *_: called.append("behind"))
-    with pytest.raises(RuntimeError, match=r"hooks of layers that are computed as one would not .*: set segment=1"):
-        net(tokens(), mask=Causal())
-    handle.remove()
-    net.layers[1].register_forward_pre_hook(lambda *_: called.append("before"))
-    with pytest.raises(RuntimeError, match="set segment=1"):
-        net(tokens(), mask=Causal())
-    assert called == []
-    single = make(remat="layer")
-    single.layers[1].register_forward_hook(lambda *_: called.append("behind"))
-    single(tokens(), mask=Causal()).sum().backward()
-    assert called == ["behind"]
+@pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_that_would_not_be_called_are_refused(kind: str) -> None:
+    called: list[str] = []
+    for segment in (2, 1):
+        net = make(remat="layer", segment=segment)
+        handle = getattr(net.layers[1], f"register_{kind}_hook")(lambda *_: called.append(kind))
+        if segment == 1:
+            net(tokens().requires_grad_(), mask=Causal()).sum().backward()
+            assert called == [kind]
+            continue
+        with pytest.raises(RuntimeError, match=r"hooks of layers that are computed as one would not .*: set segment=1"):
+            net(tokens().requires_grad_(), mask=Causal())
+        assert called == []
+        handle.remove()
+        assert net(tokens(), mask=Causal()).requires_grad
 
 
 class Captured(nn.Module):

@@ -26,10 +26,7 @@ PRODUCTS = {"baddbmm", "bmm", "einsum", "matmul", "mm"}
 # Where another one is named nevertheless, and why.
 ALLOWED = {
     ("learning/networks.py", "softmax times values"): "the mean place of a feature in a map: no queries, no keys",
-    (
-        "systems/bpt/measure.py",
-        "torch.nn.attention",
-    ): "picks PyTorch's kernels for the arms that ours is measured against",
+    ("systems/bpt/measure.py", "torch.nn.attention"): "picks PyTorch's kernels for the arms that ours is measured with",
 }
 
 
@@ -46,7 +43,10 @@ def found(source: str) -> Iterator[str]:
             yield from NAMES & {name for name in names if str(module).startswith("torch")}
         elif isinstance(node, ast.Attribute) and (node.attr in NAMES or node.attr.startswith("_scaled_dot_product")):
             yield node.attr
-    for scope in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))):
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inner = (*functions, *(node for node in tree.body if isinstance(node, ast.ClassDef)))
+    outside = ast.Module([node for node in tree.body if node not in inner], type_ignores=[])
+    for scope in (outside, *functions):
         if _weighs(scope):
             yield "softmax times values"
 
@@ -106,7 +106,8 @@ def test_attention_is_found_however_it_is_written(source: str, what: str) -> Non
 
 
 def test_what_is_no_attention_is_left_alone() -> None:
-    assert not list(found("w = maps.softmax(2)\nx = (w * grid).sum(2)\ny = maps @ weight\nclass Transformer: pass"))
+    lines = ["w = maps.softmax(2)", "x = (w * grid).sum(2)", "y = maps @ weight", "def f(w): return w @ y"]
+    assert not list(found("\n".join([*lines, "class Transformer: pass"])))
 
 
 def test_there_is_no_second_attention() -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _ONCE = "blockwise layers have first derivatives only, of plain backward passes: for {}, set remat='none'"
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 
 # A graph break, where torch.compile would look into the backward pass in vain.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -34,8 +36,8 @@ def through(layers: Sequence[BlockwiseLayer], x: Tensor, shared: Pass, cond: Ten
             a layer of several has a hook; or, later, the backward pass would give gradients of something else than was
             computed.
     """
-    if len(layers) > 1 and any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers):
-        # As those with which fully_shard brings a layer's weights together.
+    if len(layers) > 1 and any(getattr(layer, hooks) for layer in layers for hooks in _HOOKS):
+        # Of fully_shard, for instance, which brings a layer's weights together just before it is called.
         raise RuntimeError("hooks of layers that are computed as one would not be called: set segment=1")
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(_ONCE.format("torch.func"))
