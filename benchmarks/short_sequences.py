@@ -2,7 +2,8 @@
 
 The ordinary one is what a good engineer writes in PyTorch: pre-norm layers with one projection to queries, keys and
 values, rotary tables made beforehand, `scaled_dot_product_attention` with `is_causal`, and a feedforward with GELU in
-its tanh form. It has the same weights, and before anything is timed both must give the same outputs and gradients.
+its tanh form. It has the same weights. Before a training step is timed both must give the same output and gradients;
+of decoding, every step that was timed must have given the same.
 
 Both run by turns in a process, with one thread, and its processor time is counted: what else the machine does then
 meets both alike. A training step is the forward and the backward pass to the gradients of all weights and of the
@@ -15,6 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,7 +68,13 @@ class PlainLayer(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        cos: Float[Tensor, "1 1 tokens size"],
+        sin: Float[Tensor, "1 1 tokens size"],
+        past: tuple[Tensor, Tensor, int] | None = None,
+    ) -> Float[Tensor, "batch tokens dim"]:
         """The layer's output; with a past, that of the next token, which joins the keys and values of the past."""
         batch, tokens, dim = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
@@ -97,7 +105,7 @@ class Plain(nn.Module):
             self.register_buffer(name, torch.cat([table, table], -1)[:, None], persistent=False)
         self.load_state_dict(fused(net.state_dict()))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
         """The output for whole sequences."""
         cos, sin = self.cos[:, :, : x.shape[1]], self.sin[:, :, : x.shape[1]]
         for layer in self.layers:
@@ -171,7 +179,7 @@ def processor_times(
     for turn in track(range(-1, rounds), what):
         spent = dict.fromkeys(sides, 0.0)
         for call in range(calls):
-            # Each side comes first as often as the other.
+            # There and back, so that no side always follows the same one.
             for name in sorted(sides, reverse=bool((turn + call) % 2)):
                 start = time.process_time()
                 sides[name]()
