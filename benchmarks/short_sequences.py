@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal
 from offbook.models.blockwise.positions import rope_tables
-from offbook.runs.benchmark import Options, median_metric
+from offbook.runs.benchmark import Options, median_metric, timed
 from offbook.runs.ledger import Claim, Metric
 from offbook.runs.progress import track
 
@@ -171,23 +171,10 @@ def check_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
         torch.testing.assert_close(found[name] / scale, want / scale, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def processor_times(
-    sides: Mapping[str, Callable[[], object]], rounds: int, calls: int, what: str
-) -> dict[str, list[float]]:
-    """Seconds of the processor for each call, in each round; the sides go by turns, call by call."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in track(range(-1, rounds), what):
-        spent = dict.fromkeys(sides, 0.0)
-        for call in range(calls):
-            # There and back, so that no side always follows the same one.
-            for name in sorted(sides, reverse=bool((turn + call) % 2)):
-                start = time.process_time()
-                sides[name]()
-                spent[name] += time.process_time() - start
-        if turn >= 0:
-            for name, of in seconds.items():
-                of.append(spent[name] / calls)
-    return seconds
+def processor_times(sides: Mapping[str, Callable[[], object]], options: Options, calls: int) -> dict[str, list[float]]:
+    """Seconds of the processor for each call, in each round."""
+    seconds = timed(sides, options.repeats, calls=dict.fromkeys(sides, calls), clock=time.process_time)
+    return {name: [spent / calls for spent in of] for name, of in seconds.items()}
 
 
 def train(size: Size, options: Options) -> tuple[list[Metric], Metric]:
@@ -205,7 +192,7 @@ def train(size: Size, options: Options) -> tuple[list[Metric], Metric]:
         check_equal(results(net, forward_of(net), x, grad), results(plain, plain, x, grad))
     sides = {remat: training_step(net, forward_of(net), x, grad) for remat, net in nets.items()}
     sides["plain"] = training_step(plain, plain, x, grad)
-    seconds = processor_times(sides, options.repeats, size.calls, str(size))
+    seconds = processor_times(sides, options, size.calls)
     ratios = [ratio(f"ratio, {size}, {remat}", seconds[remat], seconds["plain"]) for remat in nets]
     return ratios, median_metric(f"plain, {size}", seconds["plain"], unit="s")
 
@@ -225,7 +212,7 @@ def decode(prompt: int, options: Options) -> tuple[Metric, Metric]:
         "plain": lambda: theirs.append(plain.step(x, keys, values, prompt + len(theirs))),
         "ours": lambda: mine.append(net.step(x, cache)),
     }
-    seconds = processor_times(sides, options.repeats, STEPS, f"steps after {prompt} tokens")
+    seconds = processor_times(sides, options, STEPS)
     torch.testing.assert_close(torch.cat(mine), torch.cat(theirs), atol=TOLERANCE, rtol=TOLERANCE)
     return (
         ratio(f"ratio, step after {prompt} tokens", seconds["ours"], seconds["plain"]),
@@ -243,8 +230,8 @@ def run(options: Options) -> list[Claim]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trained, smallest = [train(size, options) for size in SIZES], train(SMALLEST, options)
-        decoded = [decode(prompt, options) for prompt in PROMPTS]
+        *trained, smallest = [train(size, options) for size in track((*SIZES, SMALLEST), "sizes")]
+        decoded = [decode(prompt, options) for prompt in track(PROMPTS, "prompts")]
     finally:
         torch.set_num_threads(threads)
     ratios, steps = [metric for of, _ in trained for metric in of], [metric for metric, _ in decoded]
