@@ -330,5 +330,7 @@ def test_timed_goes_by_turns_and_warms_up() -> None:
     seconds = benchmark.timed({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, warm_up=1)
     assert calls == ["a", "b"] * 3
     assert [len(rounds) for rounds in seconds.values()] == [2, 2]
+    ticks = iter(range(100))
+    assert benchmark.timed({"a": lambda: next(ticks)}, 2, clock=lambda: float(next(ticks))) == {"a": [2.0, 2.0]}
     metric = benchmark.median_metric("a", [1.0, 3.0], unit="s")
     assert (metric.value, metric.interval, metric.n) == (2.0, (1.0, 3.0), 2)

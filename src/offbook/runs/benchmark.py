@@ -29,7 +29,11 @@ class Options:
 
 
 def timed(
-    sides: Mapping[str, Callable[[], object]], repeats: int, warm_up: int = 1, calls: Mapping[str, int] | None = None
+    sides: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warm_up: int = 1,
+    calls: Mapping[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times several functions by turns, so that a busy spell of the machine meets all of them.
 
@@ -38,9 +42,10 @@ def timed(
         repeats: rounds that count.
         warm_up: rounds before them that do not.
         calls: how often a function is called in a round, by turns with the others; once where it is not named.
+        clock: what tells the time in seconds; `time.process_time` leaves out what other processes take.
 
     Returns:
-        Wall seconds of every round by name, of all its calls together.
+        Seconds of every round by name, of all its calls together.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     times = {name: (calls or {}).get(name, 1) for name in sides}
@@ -49,9 +54,9 @@ def timed(
         for call in range(max(times.values())):
             for name, function in sides.items():
                 if call < times[name]:
-                    start = time.perf_counter()
+                    start = clock()
                     function()
-                    spent[name] += time.perf_counter() - start
+                    spent[name] += clock() - start
         if turn >= 0:
             for name, of in seconds.items():
                 of.append(spent[name])

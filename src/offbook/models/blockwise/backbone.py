@@ -19,7 +19,7 @@ from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.layer import BlockwiseLayer, Pass, make_norm
 from offbook.models.blockwise.masks import Mask
 from offbook.models.blockwise.plan import available, choose
-from offbook.models.blockwise.positions import rope_tables
+from offbook.models.blockwise.positions import rope_tables, turns
 from offbook.models.blockwise.remat import part, through
 from offbook.models.blockwise.ring import Arrival, Ring
 from offbook.models.blockwise.sequence import Place, Whole
@@ -115,7 +115,11 @@ class Backbone(nn.Module):
                 cond = cond.masked_fill(~real, 0.0)
         shared = Pass(mask, remat, config.offload, seed=seed, place=place)
         if positions is not None and config.positions == "rope":
-            shared.cos, shared.sin = rope_tables(positions, config.rotated, config.rope_base, config.rope_stretch)
+            tables = rope_tables(positions, config.rotated, config.rope_base, config.rope_stretch)
+            if x.shape[1] <= config.block_q:
+                shared.turns = turns(*tables, config.rope_layout)
+            else:
+                shared.cos, shared.sin = tables
         if seed is not None:
             x = dropped(x, seed, config.dropout, indices)
         out: Tensor = self.norm(self._run(x, shared, cond))
@@ -216,8 +220,8 @@ class Backbone(nn.Module):
             x = x.masked_fill(~real, 0.0)
         shared = Pass(new.mask, "none")
         if config.positions == "rope":
-            tables = new.cache.rotation(config.rotated, config.rope_base, config.rope_stretch)
-            shared.cos, shared.sin = (new.rows(table) for table in tables)
+            own, other = new.cache.turns(config.rotated, config.rope_base, config.rope_stretch, config.rope_layout)
+            shared.turns = new.rows(own)[:, None], new.rows(other)[:, None]
         if new.tokens:
             chunk = new.chunk(chunk)
             for new.layer, layer in enumerate(self.layers):
@@ -293,8 +297,7 @@ class Backbone(nn.Module):
             got = "none" if cond is None else "one"
             expected = "none" if config.cond_dim is None else f"one of size {config.cond_dim}"
             raise ConfigError("conditioning", expected=expected, got=got, fix=fix)
-        shapes = [(batch, number, config.cond_dim) for number in (1, tokens)]
-        if cond is not None and cond.shape not in shapes:
+        if cond is not None and cond.shape not in [(batch, number, config.cond_dim) for number in (1, tokens)]:
             expected = f"({batch}, 1 or {tokens}, {config.cond_dim})"
             raise ConfigError("conditioning", expected=expected, got=f"{tuple(cond.shape)}", fix=fix)
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from offbook.errors import ConfigError, OffbookError
 from offbook.models.blockwise.attention import Rule, attend
 from offbook.models.blockwise.masks import Causal, KeyPadding, Kind, Mask, blocks
-from offbook.models.blockwise.positions import RopeStretch, rope_tables
+from offbook.models.blockwise.positions import RopeLayout, RopeStretch, rope_tables, turns
 
 Lengths = Sequence[int] | Int64[Tensor, " batch"]
 """A whole number for each sample."""
@@ -89,7 +89,7 @@ class KVCache:
                 raise ConfigError(name, expected="1 or more", got=str(size), fix="choose a positive number")
         self.max_len, self._lengths = max_len, [0] * batch
         self.mask: Mask = Causal()
-        self._tables: dict[tuple[int, float, RopeStretch | None], tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple[int, float, RopeStretch | None, RopeLayout], tuple[Tensor, Tensor]] = {}
         shape = (batch, kv_heads, max_len, head_dim)
         # Tensors made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
@@ -193,13 +193,17 @@ class KVCache:
             got = "{}, {}, {} of {} on {}".format(*have, first.device)
             raise ConfigError("cache", expected=expected, got=got, fix="make it with new_cache(batch, max_len)")
 
-    def rotation(self, size: int, base: float, stretch: RopeStretch | None) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for all slots, each of shape (1, max_len, size / 2); made once."""
-        if (size, base, stretch) not in self._tables:
+    def turns(
+        self, size: int, base: float, stretch: RopeStretch | None, layout: RopeLayout
+    ) -> tuple[Float[Tensor, "1 slots size"], Float[Tensor, "1 slots size"]]:
+        """What `rotate` needs for all slots; made once."""
+        key = size, base, stretch, layout
+        if key not in self._tables:
             with torch.inference_mode(False):
                 slots = torch.arange(self.max_len, device=self.keys[0].device)[None]
-                self._tables[size, base, stretch] = rope_tables(slots, size, base, stretch)
-        return self._tables[size, base, stretch]
+                own, other = turns(*rope_tables(slots, size, base, stretch), layout)
+                self._tables[key] = own[:, 0], other[:, 0]
+        return self._tables[key]
 
     def _check_mask(self, mask: Mask) -> None:
         if any(self._lengths):
@@ -268,7 +272,7 @@ class Extension:
         """Takes keys and values of the layer, for a stretch of the new tokens."""
         for kept, new in ((self.cache.keys[self.layer], k), (self.cache.values[self.layer], v)):
             if self._even and self.start is not None:
-                kept[:, :, self.start + rows.start : self.start + rows.stop] = new
+                kept.narrow(2, self.start + rows.start, len(rows)).copy_(new)
             elif self._even and self.tokens == 1:
                 kept[torch.arange(len(new), device=self._device), :, self._starts] = new[:, :, 0].to(kept.dtype)
             else:
@@ -280,7 +284,7 @@ class Extension:
     def attend(self, rows: range, q: Float[Tensor, "B H Q E"]) -> Float[Tensor, "B H Q E"]:
         """What a stretch of the new tokens gets from all tokens that it sees, when all are written."""
         keys, values = self.cache.keys[self.layer], self.cache.values[self.layer]
-        k, v = keys[:, :, : self.stop], values[:, :, : self.stop]
+        k, v = keys.narrow(2, 0, self.stop), values.narrow(2, 0, self.stop)
         given = q.dtype
         if given != k.dtype:
             q = q.to(k.dtype)

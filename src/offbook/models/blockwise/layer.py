@@ -26,7 +26,7 @@ from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.masks import Kind, Mask, blocks
 from offbook.models.blockwise.norm import LayerNorm
-from offbook.models.blockwise.positions import rotate
+from offbook.models.blockwise.positions import RopeLayout, rotate, turns
 from offbook.models.blockwise.remat import part, through
 from offbook.models.blockwise.sequence import Place, Whole
 
@@ -38,8 +38,10 @@ class Pass:
     Attributes:
         mask: who sees whom.
         remat: see `BackboneConfig`.
-        cos: of `rope_tables`, for the tokens at hand; None without rotary positions.
+        cos: of `rope_tables`, for the tokens at hand; None without rotary positions, and beside `turns`.
         sin: of `rope_tables`.
+        turns: of `positions.turns`, for the tokens at hand, where these are few: all layers use it as it is, but it
+            takes twice the memory.
         seed: of this pass's dropout; None where nothing is dropped.
         offload: see `BackboneConfig`.
         place: which tokens are at hand.
@@ -50,6 +52,7 @@ class Pass:
     offload: str = "none"
     cos: Tensor | None = None
     sin: Tensor | None = None
+    turns: tuple[Tensor, Tensor] | None = None
     seed: int | None = None
     place: Place = field(default_factory=Whole)
     _dense: tuple[bool, Tensor | None] | None = None
@@ -62,6 +65,18 @@ class Pass:
             seen = None if kind in (Kind.FULL, Kind.DIAGONAL) else self.mask.visible(whole, whole, device)[:, None]
             self._dense = kind is Kind.DIAGONAL, seen
         return self._dense
+
+    def turned(self, heads: Tensor, tokens: range, layout: RopeLayout) -> Tensor:
+        """Queries or keys of a block of tokens, rotated as their positions ask for."""
+        if self.turns is not None:
+            own, other = self.turns
+            if own.shape[2] != len(tokens):
+                own, other = (table[:, :, tokens.start : tokens.stop] for table in self.turns)
+        elif self.cos is not None and self.sin is not None:
+            own, other = turns(part(self.cos, tokens), part(self.sin, tokens), layout)
+        else:
+            return heads
+        return rotate(heads, own, other, layout)
 
 
 class BlockwiseLayer(nn.Module):
@@ -185,10 +200,7 @@ class BlockwiseLayer(nn.Module):
         return self._turned(k, shared, tokens), self._split(v)
 
     def _turned(self, x: Tensor, shared: Pass, tokens: range) -> Tensor:
-        heads = self._split(x)
-        if shared.cos is None or shared.sin is None:
-            return heads
-        return rotate(heads, part(shared.cos, tokens), part(shared.sin, tokens), self.config.rope_layout)
+        return shared.turned(self._split(x), tokens, self.config.rope_layout)
 
     def _split(self, x: Tensor) -> Tensor:
         size = self.config.head_size

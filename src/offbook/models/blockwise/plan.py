@@ -99,7 +99,7 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
     last = (of_one if away else of_one * runs) + inside, weights * config.segment
     first = of_one + inside, weights * config.layers
     kept, gradients = max(last, first, key=sum)
-    rope = 4 * config.rotated * tokens if config.positions == "rope" else 0
+    rope = (8 if tokens <= config.block_q else 4) * config.rotated * tokens if config.positions == "rope" else 0
     return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=rope + d * n)
 
 

@@ -44,7 +44,7 @@ def rope_tables(
     Source: Su et al., "RoFormer" (2021), section 3.2.2.
     """
     # In float64, because an angle of a far position has few digits left in float32.
-    rates = base ** (-torch.arange(0, size, 2, dtype=torch.float64, device=positions.device) / size)
+    rates = torch.logspace(0, 2 / size - 1, size // 2, base, dtype=torch.float64, device=positions.device)
     if stretch is not None:
         kept = (stretch.tokens * rates / (2 * math.pi) - stretch.low) / (stretch.high - stretch.low)
         kept = kept.clamp(0, 1)
@@ -53,25 +53,46 @@ def rope_tables(
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(
-    x: Float[Tensor, "batch heads tokens size"],
+def turns(
     cos: Float[Tensor, "#batch tokens pairs"],
     sin: Float[Tensor, "#batch tokens pairs"],
-    layout: RopeLayout = "half",
-) -> Float[Tensor, "batch heads tokens size"]:
-    """Rotates the first 2 * pairs numbers of each head; the others stay.
+    layout: RopeLayout,
+) -> tuple[Float[Tensor, "#batch 1 tokens rotated"], Float[Tensor, "#batch 1 tokens rotated"]]:
+    """What `rotate` multiplies each number of a head by, and what its partner.
 
     Args:
-        x: queries or keys.
         cos: of `rope_tables`.
         sin: of `rope_tables`.
         layout: which two numbers make a pair: `"half"`, number i and number i + pairs, as in GPT-NeoX and Llama;
             `"pairs"`, numbers 2i and 2i + 1, as in GPT-J.
     """
-    pairs = cos.shape[-1]
-    if x.shape[-1] > 2 * pairs:
-        return torch.cat([rotate(x[..., : 2 * pairs], cos, sin, layout), x[..., 2 * pairs :]], -1)
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    a, b = x.chunk(2, -1) if layout == "half" else (x[..., 0::2], x[..., 1::2])
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)
-    return torch.cat(turned, -1) if layout == "half" else torch.stack(turned, -1).flatten(-2)
+    cos, sin = cos[:, None], sin[:, None]
+    if layout == "half":
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+    return torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)
+
+
+def rotate(
+    x: Float[Tensor, "batch heads tokens size"],
+    own: Float[Tensor, "#batch 1 tokens rotated"],
+    other: Float[Tensor, "#batch 1 tokens rotated"],
+    layout: RopeLayout,
+) -> Float[Tensor, "batch heads tokens size"]:
+    """Rotates the first numbers of each head; the others stay.
+
+    Args:
+        x: queries or keys.
+        own: of `turns`.
+        other: of `turns`.
+        layout: as given to `turns`.
+    """
+    rotated = own.shape[-1]
+    if x.shape[-1] > rotated:
+        return torch.cat([rotate(x[..., :rotated], own, other, layout), x[..., rotated:]], -1)
+    own, other = own.to(x.dtype), other.to(x.dtype)
+    # Whole heads at once: halves by themselves would take twice as many operations, and more than that backwards.
+    if layout == "half":
+        partners = x.roll(rotated // 2, -1)
+    else:
+        partners = x.view(*x.shape[:-1], rotated // 2, 2).flip(-1).flatten(-2)
+    return torch.addcmul(x * own, partners, other)
