@@ -318,7 +318,7 @@ def test_a_process_of_two_takes_little_more_than_half_the_memory(tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "remat", "layers"), [(8192, "attn", 12), (4096, "layer", 24)])
+@pytest.mark.parametrize(("number", "remat", "layers"), [(8192, "attn", 12), (3072, "layer", 32)])
 def test_a_process_of_two_takes_little_more_than_half_the_memory_of_long_sequences(
     number: int, remat: str, layers: int, tmp_path: Path
 ) -> None:
