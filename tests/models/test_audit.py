@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from offbook.models.blockwise import Backbone, BackboneConfig, attention, backbone, layer, remat
+from offbook.models.blockwise import Backbone, BackboneConfig, attention, backbone, layer, remat, sequence
 from offbook.models.blockwise import audit as audit_module
 from offbook.models.blockwise.audit import Result, audit, reference
 from offbook.models.blockwise.layer import BlockwiseLayer
@@ -115,7 +115,7 @@ def _a_piece_of_keys_missed_in_the_backward_pass(mistake: Mistake) -> None:
         mistake.made = mistake.made or inner.made
         return dq
 
-    mistake.replace(remat, "attend_backward", wrong)
+    mistake.replace(sequence, "attend_backward", wrong)
 
 
 def _what_dropout_leaves_not_made_larger(mistake: Mistake) -> None:
@@ -156,10 +156,10 @@ def _keys_for_values(mistake: Mistake) -> None:
 
 def _no_rotation_in_the_backward_pass(mistake: Mistake) -> None:
     def wrong(right: Callable[..., Any], own: BlockwiseLayer, x: Tensor, shared: Any, *rest: Any) -> Any:
-        if torch.is_grad_enabled() and shared.cos is not None:
+        if torch.is_grad_enabled() and shared.turns is not None:
             # Positions that are all 0 are rotated by nothing.
-            mistake.made = mistake.made or float(shared.sin.abs().max()) > 0
-            shared = dataclasses.replace(shared, cos=None, sin=None)
+            mistake.made = mistake.made or float(shared.turns[1].abs().max()) > 0
+            shared = dataclasses.replace(shared, turns=None)
         return right(own, x, shared, *rest)
 
     mistake.replace(BlockwiseLayer, "queries", wrong)
