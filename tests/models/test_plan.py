@@ -90,3 +90,15 @@ def test_a_process_of_a_ring_holds_more_for_its_tokens_and_always_computes_again
     assert choose(SMALL, 100, budget=1 << 30, ring=True) == "attn"
     with pytest.raises(ContextTooLongError, match="8192 tokens; the longest here is"):
         choose(SMALL, 8192, budget=plan(replace(SMALL, remat="layer"), 8192).total, ring=True)
+
+
+def test_what_is_in_the_memory_already_saves_none_of_it(monkeypatch):
+    config = replace(SMALL, remat="auto")
+    x = torch.zeros(1, 2000, 128)
+    budget = plan(replace(config, remat="layer", offload="disk"), 2000).total
+    monkeypatch.setattr(backbone_module, "available", lambda device: budget)
+    assert Backbone(replace(config, offload="disk"))(x, mask=Causal()).requires_grad
+    with pytest.raises(ContextTooLongError):
+        Backbone(replace(config, offload="cpu"))(x, mask=Causal())
+    sizes = [plan(replace(config, remat="layer", offload=place), 8192) for place in ("none", "cpu", "disk")]
+    assert sizes[0].kept - sizes[1].kept == sizes[1].kept - sizes[2].kept == 8192 * 128 * 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,8 +263,10 @@ class Backbone(nn.Module):
             return "none" if tokens <= self.config.block_q and not ring else "layer"
         # What is left of the memory is asked once for each size of input, since asking takes longer than a small step.
         if (batch, tokens, ring) not in self._chosen:
-            size, budget = x.element_size(), available(x.device)
-            self._chosen[batch, tokens, ring] = choose(self.config, tokens, batch, size, budget=budget, ring=ring)
+            size, budget, config = x.element_size(), available(x.device), self.config
+            if config.offload == x.device.type == "cpu":  # what is there already goes nowhere
+                config = replace(config, offload="none")
+            self._chosen[batch, tokens, ring] = choose(config, tokens, batch, size, budget=budget, ring=ring)
         return self._chosen[batch, tokens, ring]
 
     def _check_whole(self, batch: int, tokens: int, mask: Mask, positions: Tensor | None) -> None:

@@ -26,6 +26,7 @@ from offbook.models.blockwise.config import BackboneConfig
 from offbook.models.blockwise.dropout import dropped
 from offbook.models.blockwise.masks import Kind, Mask, blocks
 from offbook.models.blockwise.norm import LayerNorm
+from offbook.models.blockwise.offload import Away
 from offbook.models.blockwise.positions import RopeLayout, rotate, turns
 from offbook.models.blockwise.remat import part, through
 from offbook.models.blockwise.sequence import Place, Whole
@@ -45,6 +46,7 @@ class Pass:
         seed: of this pass's dropout; None where nothing is dropped.
         offload: see `BackboneConfig`.
         place: which tokens are at hand.
+        away: what the layer before has put away.
     """
 
     mask: Mask
@@ -55,6 +57,7 @@ class Pass:
     turns: tuple[Tensor, Tensor] | None = None
     seed: int | None = None
     place: Place = field(default_factory=Whole)
+    away: Sequence[Away] = ()
     _dense: tuple[bool, Tensor | None] | None = None
 
     def dense(self, tokens: int, device: torch.device) -> tuple[bool, Tensor | None]:

@@ -96,7 +96,9 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
         block = max(feedforward + rows * (d + 3 * heads), attention)
     inside = d * n * (config.segment - 1) if config.remat in ("attn", "layer") else 0
     away = config.offload != "none" and config.remat in ("attn", "layer")
-    last = (of_one if away else of_one * runs) + inside, weights * config.segment
+    # From the processor's memory the next run's input is on its way while this one's is at hand.
+    at_hand = min(runs, 2 if config.offload == "cpu" else 1) if away else runs
+    last = of_one * at_hand + inside, weights * config.segment
     first = of_one + inside, weights * config.layers
     kept, gradients = max(last, first, key=sum)
     rope = (8 if tokens <= config.block_q else 4) * config.rotated * tokens if config.positions == "rope" else 0

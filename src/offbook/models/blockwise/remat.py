@@ -61,7 +61,8 @@ class _Through(torch.autograd.Function):
         attended: list[tuple[Tensor, Tensor]] | None = [] if single else None
         with ctx.context():
             y = _run(layers, x, shared, cond, attended)
-        here, ctx.away = put_away([x, *(attended[0] if attended else ())], shared.offload)
+        here, ctx.away = put_away([x, *(attended[0] if attended else ())], shared.offload, shared.away)
+        shared.away = ctx.away
         # Weights, frozen ones too, for the check that nobody changes them before the backward pass.
         ctx.save_for_backward(cond, *weights, *here)
         return y if y is not x else x.clone()
