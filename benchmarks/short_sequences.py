@@ -49,10 +49,10 @@ class Size:
 SIZES = (
     Size(dim=256, layers=4, batch=16, tokens=12, calls=4),
     Size(dim=256, layers=4, batch=16, tokens=64, calls=1),
-    Size(dim=256, layers=4, batch=16, tokens=256, calls=1),
-    Size(dim=128, layers=2, batch=64, tokens=12, calls=6),
+    Size(dim=256, layers=4, batch=4, tokens=256, calls=1),
+    Size(dim=128, layers=2, batch=64, tokens=12, calls=4),
     Size(dim=128, layers=2, batch=64, tokens=64, calls=1),
-    Size(dim=128, layers=2, batch=64, tokens=256, calls=1),
+    Size(dim=128, layers=2, batch=16, tokens=256, calls=1),
 )
 # Nothing but the cost of calls; no limit is set here.
 SMALLEST = Size(dim=128, layers=2, batch=1, tokens=12, calls=32)
