@@ -25,9 +25,10 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Float[Tensor, "*batch size"]) -> Float[Tensor, "*batch size"]:
         """The normalised vectors, times a weight and plus a bias."""
+        if not torch.is_grad_enabled() or input.numel() <= _ROWS * input.shape[-1]:
+            return super().forward(input)
         transformed = torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-        float32 = input.dtype == self.weight.dtype == torch.float32 and input.device.type == "cpu"
-        if transformed or not float32 or not torch.is_grad_enabled() or input.numel() <= _ROWS * input.shape[-1]:
+        if transformed or input.device.type != "cpu" or not input.dtype == self.weight.dtype == torch.float32:
             return super().forward(input)
         out: Tensor = _LayerNorm.apply(input, self.weight, self.bias, self.eps)  # type: ignore[no-untyped-call]
         return out
