@@ -44,7 +44,7 @@ class BptConfig:
     grid: tuple[tuple[int, int], ...] = ((2_048, 2), (2_048, 12), (6_144, 6), (16_384, 2), (16_384, 12))
     shapes: int = 200
     fit: FitConfig = field(default_factory=lambda: FitConfig(steps=20, warmup=5, log_every=1, device="cpu", threads=1))
-    fit_tokens: int = 2_048
+    fit_tokens: int = 1_280
     seeds: tuple[int, ...] = (0, 1, 2)
     jobs: int = 2
     tries: int = 8
