@@ -24,9 +24,9 @@ from torch import Tensor
 from offbook.errors import ConfigError, OffbookError
 
 # A product of few rows reads the whole weight for little work, while beyond some hundred rows only memory grows. A
-# smaller vocabulary has more rows in the same room; GPUs want more to be busy.
-_ROWS = 64
-_CPU_BYTES, _GPU_BYTES = 16 << 20, 128 << 20
+# smaller vocabulary has more rows in the same room, up to where their inputs would take more of it; GPUs want more.
+_ROWS = {"cpu": (64, 1024), "cuda": (64, 16_384)}
+_BYTES = {"cpu": 16 << 20, "cuda": 128 << 20}
 
 
 class _Settings(NamedTuple):
@@ -77,7 +77,7 @@ def linear_cross_entropy(
         label_smoothing: ε, in [0, 1): share of the target spread evenly over the vocabulary.
         z_loss: z, at least 0; keeps lse near 0.
         softcap: bound on the absolute logits, above 0.
-        chunk: rows at a time. None: as many as make 16 MiB of logits (128 MiB on a GPU), but at least 64.
+        chunk: rows at a time. None: as many as make 16 MiB of logits (128 MiB on a GPU), but 64 to 1024 (16,384).
 
     Returns:
         A scalar, or [...] for "none"; float32, or float64 where an input is float64. With no target that counts,
@@ -452,8 +452,9 @@ def _settings(
     if device == "cuda" and not wide:
         given = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         operand = torch.bfloat16 if given == torch.bfloat16 else compute
-    room = _CPU_BYTES if device == "cpu" else _GPU_BYTES
-    return _Settings(chunk or max(_ROWS, room // (len(weight) * compute.itemsize)), compute, operand, softcap)
+    kind = device if device == "cpu" else "cuda"
+    (least, most), rows = _ROWS[kind], _BYTES[kind] // (len(weight) * compute.itemsize)
+    return _Settings(chunk or min(max(least, rows), most), compute, operand, softcap)
 
 
 def _check_targets(targets: Tensor, hidden: Tensor, weight: Tensor, ignore_index: int | None) -> Tensor:
