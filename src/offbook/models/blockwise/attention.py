@@ -131,6 +131,7 @@ def attend_backward(
         dq += dq_part
         dk[:, :, cut] += dk_part
         dv[:, :, cut] += dv_part
+        del dq_part, dk_part, dv_part  # before the next piece's are made
     return dq
 
 

@@ -18,6 +18,8 @@ Remat = Literal["none", "ffn", "attn", "layer"]
 POLICIES: tuple[Remat, ...] = get_args(Remat)
 # Of a budget, for what is not counted: other tensors of the user's, and what allocators lose between tensors.
 _SPARE = 0.1
+# Bytes that allocators lose where attention is computed again, whatever its size; measured.
+_AGAIN = 2 << 20
 
 
 class ContextTooLongError(ResourceError):
@@ -81,7 +83,8 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
         layer, block = hidden * n, 0
     elif config.remat == "ffn":
         of_one, runs = (2 * d + 2 * heads + 3 * keys) * n + sums, config.layers
-        layer, block = (2 * d + heads) * n, feedforward
+        # The gradients of queries, keys and values come after those of the last block.
+        layer, block = (2 * d + heads) * n, max(feedforward, (heads + 2 * keys) * n)
     else:
         attended = heads * n + sums
         if config.remat == "attn" and config.segment == 1:
@@ -92,8 +95,9 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
             pair = batch * min(tokens, config.block_k)
             layer += (2 * element + 4) * heads * batch * tokens + 2 * keys * pair * (element + 4)
             layer += 0 if config.remat == "attn" and config.segment == 1 else attended
-        attention = rows * (d + 5 * heads) + 2 * keys * looked
-        block = max(feedforward + rows * (d + 3 * heads), attention)
+        attention = rows * (d + 6 * heads) + 2 * keys * looked
+        again = config.remat != "attn" or config.segment > 1
+        block = max(feedforward + rows * (d + (3 if again else 2) * heads), attention) + (_AGAIN if again else 0)
     inside = d * n * (config.segment - 1) if config.remat in ("attn", "layer") else 0
     away = config.offload != "none" and config.remat in ("attn", "layer")
     # From the processor's memory the next run's input is on its way while this one's is at hand.
@@ -102,7 +106,9 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
     first = of_one + inside, weights * config.layers
     kept, gradients = max(last, first, key=sum)
     rope = (8 if tokens <= config.block_q else 4) * config.rotated * tokens if config.positions == "rope" else 0
-    return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=rope + d * n)
+    # Automatic differentiation lets go of the last output late; layers that compute again have none of their own then.
+    ends = rope + (d * n if config.remat in ("none", "ffn") else 0)
+    return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=ends)
 
 
 def ways(config: BackboneConfig) -> dict[str, BackboneConfig]:
