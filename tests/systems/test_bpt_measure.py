@@ -8,7 +8,7 @@ import pytest
 from offbook.errors import ConfigError, OffbookError
 from offbook.models.blockwise import BackboneConfig
 from offbook.systems.bpt import measure as module
-from offbook.systems.bpt.measure import Measured, Measurements, Step, longest, measure
+from offbook.systems.bpt.measure import Arm, Measured, Measurements, Step, longest, measure
 
 SMALL = BackboneConfig(dim=128, layers=3, heads=4, block_q=256, block_k=512, block_ffn=128, remat="layer")
 
@@ -20,9 +20,19 @@ def test_all_arms_and_heads_compute_the_same_step() -> None:
     assert losses == pytest.approx([losses[0]] * len(ways), rel=1e-5)
 
 
-@pytest.mark.parametrize("arm", ["sdpa", "blockwise"])
-def test_attention_that_is_only_allocated_takes_the_memory_of_attention(arm: str) -> None:
-    step = Step(backbone=SMALL, arm=arm, tokens=6144, vocabulary=64)
+@pytest.mark.parametrize(
+    ("arm", "backbone", "tokens"),
+    [
+        ("sdpa", SMALL, 6_144),
+        ("blockwise", SMALL, 6_144),
+        # So long that the pieces far back are left out as well.
+        ("blockwise", replace(SMALL, dim=64, layers=1, heads=2), 16_384),
+    ],
+)
+def test_attention_that_is_only_allocated_takes_the_memory_of_attention(
+    arm: Arm, backbone: BackboneConfig, tokens: int
+) -> None:
+    step = Step(backbone=backbone, arm=arm, tokens=tokens, vocabulary=64)
     real, less = measure(step), measure(replace(step, attention="allocated"))
     assert less.bytes == pytest.approx(real.bytes, rel=0.03)
     assert less.seconds < real.seconds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from offbook.errors import ConfigError, OffbookError
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal, LanguageModel, linear_cross_entropy
 from offbook.models.blockwise.layer import Pass
+from offbook.models.blockwise.masks import Kind, Mask
 from offbook.models.blockwise.positions import rope_tables
 from offbook.runs.config import from_json, to_json
 
@@ -286,6 +288,7 @@ def _leave_attention_out() -> None:
         sizes = [(x.shape[0], x.shape[2], x.shape[1], x.shape[3]) for x in (q, k, v)]
         return tuple(q.new_empty(size).fill_(0).transpose(1, 2) for size in sizes)
 
+    _ARMS["blockwise"] = functools.partial(_blockwise, mask=_Near())
     for name, kernel in ((_FLASH, forward), (f"{_FLASH}_backward", backward)):
         _ATEN.impl(name, kernel, "CPU", allow_override=True)  # type: ignore[no-untyped-call]
 
@@ -318,9 +321,17 @@ def _compiled(backbone: Backbone, x: Tensor) -> Tensor:
     return out
 
 
-def _blockwise(backbone: Backbone, x: Tensor) -> Tensor:
-    out: Tensor = backbone(x, mask=Causal())
+def _blockwise(backbone: Backbone, x: Tensor, mask: Mask | None = None) -> Tensor:
+    out: Tensor = backbone(x, mask=mask or Causal())
     return out
+
+
+class _Near(Causal):
+    """For attention that is only allocated: one piece far back is like another, and all of them take long to fill."""
+
+    def _kind(self, queries: range, keys: range) -> Kind:
+        far = keys.stop <= queries.start - 8_192
+        return Kind.EMPTY if far else super()._kind(queries, keys)
 
 
 _ARMS: dict[Arm, Callable[[Backbone, Tensor], Tensor]] = {
