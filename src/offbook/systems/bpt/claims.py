@@ -171,6 +171,7 @@ def draw_contexts(path: Path, found: Mapping[str, Longest], budget: int) -> None
     """
     with needs_extra("models"):
         from matplotlib.figure import Figure
+        from matplotlib.ticker import StrMethodFormatter
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(budget / 2**20, color="#888888", linewidth=1, linestyle="--")
@@ -179,9 +180,13 @@ def draw_contexts(path: Path, found: Mapping[str, Longest], budget: int) -> None
         colour, mark = _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)]
         label = f"{name}: {one.tokens:,}"
         axes.plot(tokens, [size / 2**20 for size in sizes], color=colour, marker=mark, markersize=5, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="memory of a training step, MiB")
+    axes.set(xlabel="tokens", ylabel="memory of a training step, MiB")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
-    axes.legend(title=f"longest context in {budget / 2**30:.3g} GiB", frameon=False, fontsize=9)
+    axes.legend(title=f"longest context in {budget / 2**20:,.0f} MiB", frameon=False, fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
