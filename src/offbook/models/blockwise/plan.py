@@ -6,7 +6,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -174,12 +174,14 @@ def choose(
         >>> [choose(config, tokens, budget=1 << 30) for tokens in (1_000, 20_000, 80_000)]
         ['none', 'ffn', 'layer']
     """
-    for policy in POLICIES[2:] if ring else POLICIES:
-        if plan(replace(config, remat=policy), tokens, batch, element, ring=ring).total <= budget:
-            return policy
-    least = replace(config, remat="layer")
-    got = f"{_size(plan(least, tokens, batch, element, ring=ring).total)} for {tokens} tokens"
-    fix = f"the longest here is {longest(least, budget, batch, element, ring=ring)}; or try segment or offload='disk'"
+    known = [replace(config, remat=policy) for policy in (POLICIES[2:] if ring else POLICIES)]
+    for one in known:
+        if plan(one, tokens, batch, element, ring=ring).total <= budget:
+            return cast(Remat, one.remat)
+    need = min(plan(one, tokens, batch, element, ring=ring).total for one in known)
+    most = max(longest(one, budget, batch, element, ring=ring) for one in known)
+    got = f"{_size(need)} for {tokens} tokens"
+    fix = f"the longest here is {most}; or try segment or offload='disk'"
     raise ContextTooLongError("memory of a training step", expected=f"at most {_size(budget)}", got=got, fix=fix)
 
 

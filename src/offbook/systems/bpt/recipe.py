@@ -48,7 +48,8 @@ def run(config: BptConfig, out: RunDirectory) -> list[Claim]:
               for name, arm in ways_to_train.items()}  # fmt: skip
 
     # Test: which context fits a memory, whether the planner knew, how long a step takes, and whether all is exact.
-    measured = Measurements(out.path / "measurements.jsonl")
+    # Absolute, for processes that were started in another folder.
+    measured = Measurements(out.path.resolve() / "measurements.jsonl")
     seconds, audited = _seconds(config, measured), _audited(config)
     found, planned = _longest_contexts(config, measured), _planned(config, measured)
 
