@@ -75,7 +75,7 @@ def time(config: BptConfig, seconds: Mapping[tuple[str, int], Sequence[float]]) 
             figures.append(_Figure(metric, limits.get((name, tokens))))
     baseline = [median_metric(f"SDPA, {tokens} tokens, {layers} layers", seconds["SDPA", tokens], unit="s")
                 for tokens, layers in config.timed]  # fmt: skip
-    text = "a step takes at most 0.9 (attn) and 1.1 (layer) of SDPA's time at 8192 tokens, 0.82 (attn, 1 layer) at 32768"
+    text = "a step takes at most 0.9 (attn), 1.1 (layer) of SDPA's time at 8192 tokens, 0.82 (attn, 1 layer) at 32768"
     return _claim(config, text, figures, baseline)
 
 
