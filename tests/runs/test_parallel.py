@@ -1,5 +1,6 @@
 import os
 import signal
+import time
 from importlib.util import find_spec
 
 import pytest
@@ -10,6 +11,9 @@ from offbook.runs.progress import track
 from offbook.runs.seeding import generator
 
 
+_held: list[bytes] = []
+
+
 def square(number: int) -> tuple[int, int]:
     return number**2, os.getpid()
 
@@ -17,6 +21,12 @@ def square(number: int) -> tuple[int, int]:
 def fail_on_two(number: int) -> int:
     if number == 2:
         raise DataError("item 2", expected="another", got="two", fix="leave it out")
+    return number
+
+
+def grow(number: int) -> int:
+    _held.append(b"x" * (350 << 20) if number else b"")
+    time.sleep(1.2)  # a worker's memory is looked at once a second
     return number
 
 
@@ -41,6 +51,10 @@ def test_error_of_a_worker_keeps_its_kind_and_words() -> None:
     with pytest.raises(DataError, match="item 2: expected another, got two; leave it out") as caught:
         list(run_parallel(fail_on_two, range(4), jobs=2))
     assert caught.value.fix == "leave it out"
+
+
+def test_worker_that_grew_is_replaced_and_its_work_goes_on() -> None:
+    assert list(run_parallel(grow, range(6), jobs=2)) == list(range(6))
 
 
 @pytest.mark.faults

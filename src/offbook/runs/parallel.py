@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, TypeVar
@@ -63,6 +64,9 @@ def _results(
 
     try:
         if backend == "local":
+            # A worker that grew is replaced and its items go on. The thread that says so is the one that hands out
+            # work: where warnings are errors it would end there, and this call would wait for ever.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor", UserWarning)
             # Threads of several processes on few cores wait for one another.
             with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
                 parallel = joblib.Parallel(n_jobs=jobs, return_as="generator")
