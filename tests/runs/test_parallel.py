@@ -10,7 +10,6 @@ from offbook.runs.parallel import _ray, run_parallel
 from offbook.runs.progress import track
 from offbook.runs.seeding import generator
 
-
 _held: list[bytes] = []
 
 

@@ -66,7 +66,7 @@ def _results(
         if backend == "local":
             # A worker that grew is replaced and its items go on. The thread that says so is the one that hands out
             # work: where warnings are errors it would end there, and this call would wait for ever.
-            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor", UserWarning)
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs were given", UserWarning)
             # Threads of several processes on few cores wait for one another.
             with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
                 parallel = joblib.Parallel(n_jobs=jobs, return_as="generator")
