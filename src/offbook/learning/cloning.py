@@ -15,12 +15,12 @@ from torch.nn import functional
 
 from offbook.client.protocol import Observation, ObservationSpec, PolicyMeta
 from offbook.data.normalise import Normalizer
-from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
 from offbook.data.windows import Windows, WindowSampler
-from offbook.errors import ConfigError, DataError, nearest
+from offbook.errors import ConfigError, DataError
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.networks import HEADS, Body, CloningNetwork, shift_images
+from offbook.learning.recordings import choose_episodes, choose_observation
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.runs.directory import RunDirectory
 from offbook.runs.progress import note
@@ -158,9 +158,16 @@ def check_cloning(store: EpisodeStore, config: CloningConfig) -> ObservationSpec
         ConfigError: the recordings have no such part or camera, or nothing to look at is left.
         DataError: no episode can be used.
     """
-    chosen = _chosen(store, config)
+    chosen = choose_observation(store, config.parts, config.cameras)
     _episodes(store, config, (*(name for name, _ in chosen.state), *chosen.cameras, *store.schema.actions))
     return chosen
+
+
+def _episodes(
+    store: EpisodeStore, config: CloningConfig, fields: Sequence[str]
+) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
+    only, share = config.success_only, config.held_out
+    return choose_episodes(store, fields, success_only=only, held_out=share, seed=config.fit.seed)
 
 
 def train_cloning(
@@ -259,7 +266,7 @@ class _Recordings:
 
     def __init__(self, store: EpisodeStore, config: CloningConfig) -> None:
         self.store, self.config = store, config
-        self.observation = chosen = _chosen(store, config)
+        self.observation = chosen = choose_observation(store, config.parts, config.cameras)
         self.parts, self.cameras = tuple(name for name, _ in chosen.state), tuple(chosen.cameras)
         self.action = store.schema.action_spec()
         if len(store.schema.actions) != 1:
@@ -323,49 +330,3 @@ class _Recordings:
             images = {name: batch[f"camera {name}"] for name in self.cameras}
             losses.append(float(_error(network, network(batch["state"], images), batch)) * len(part))
         return {"held_out_loss": sum(losses) / len(numbers)}
-
-
-def _chosen(store: EpisodeStore, config: CloningConfig) -> ObservationSpec:
-    offered = store.schema.observation_spec()
-    sizes = dict(offered.state)
-    parts = tuple(sizes) if config.parts is None else config.parts
-    for kind, names, known in (("part", parts, sizes), ("camera", config.cameras, offered.cameras)):
-        for name in names:
-            if name not in known:
-                fix = nearest(name, known) if known else f"leave --{kind}s out"
-                expected = f"a {kind} of the recordings in {store.path}"
-                got = f"none of {', '.join(known) or 'none at all'}"
-                raise ConfigError(f"--{kind}s {name}", expected=expected, got=got, fix=fix)
-    if not parts and not config.cameras:
-        raise ConfigError("--parts, --cameras", expected="something to look at", got="nothing", fix="name a part")
-    return ObservationSpec(
-        state=tuple((name, sizes[name]) for name in parts),
-        cameras={name: offered.cameras[name] for name in config.cameras},
-    )
-
-
-def _episodes(
-    store: EpisodeStore, config: CloningConfig, fields: Sequence[str]
-) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
-    """Numbers of the episodes to train on, and of those held out: as the store says, else drawn."""
-    use = np.logical_and.reduce([store.present(name) for name in fields])
-    success = store.episodes["success"]
-    if config.success_only and not np.isnan(success).all():
-        use &= success == 1.0
-    kept = np.flatnonzero(use).astype(np.int64)
-    if not len(kept):
-        fix = "record more, choose other parts, or add --no-success-only"
-        expected = "a successful episode with " + ", ".join(fields)
-        raise DataError(str(store.path), expected=expected, got=f"none among {len(store)}", fix=fix)
-    splits = read_splits(store)
-    chosen = [splits[name] for name in HELD_OUT if name in splits]
-    if chosen or "train" in splits:
-        held = np.intersect1d(kept, np.concatenate([*chosen, np.zeros(0, np.int64)]))
-        train = np.setdiff1d(np.intersect1d(kept, splits.get("train", kept)), held)
-        if not len(train):
-            got, fix = "none in its groups of episodes", "split anew: offbook data split"
-            raise DataError(str(store.path), expected="an episode to train on", got=got, fix=fix)
-        return train, held
-    order = kept[generator(config.fit.seed, "held out").permutation(len(kept))]
-    held_out = min(round(config.held_out * len(kept)), len(kept) - 1)
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
