@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data split": ("offbook.cli.datasets:split", "hold episodes out, and keep that with the store"),
     "data export": ("offbook.cli.data:export", "write a store in a format that others read"),
     "train bc": ("offbook.cli.train:bc", "learn a policy from recordings by behaviour cloning"),
+    "train mtm": ("offbook.cli.mtm:train", "learn one model of masked trajectories for every role"),
     "reproduce": ("offbook.cli.reproduce:reproduce", "a system's claim beside its baselines, with a verdict"),
     "evaluate": ("offbook.cli.evaluate:evaluate", "test a policy in a simulator, with intervals and videos"),
     "arena init": ("offbook.cli.arena:init", "set up an arena in a folder"),

@@ -12,7 +12,10 @@ from offbook.client.protocol import Policy
 from offbook.errors import CheckpointError, ConfigError, nearest
 from offbook.runs.checkpoint import Header, load_checkpoint, read_header
 
-KINDS: dict[str, str] = {"bc": "offbook.learning.cloning:ClonedPolicy"}
+KINDS: dict[str, str] = {
+    "bc": "offbook.learning.cloning:ClonedPolicy",
+    "mtm": "offbook.systems.mtm.roles:RolePolicy",
+}
 """Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights."""
 
 MAX_BYTES = 2 * 2**30

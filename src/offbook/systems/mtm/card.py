@@ -1,0 +1,236 @@
+"""The role card: how far off a model is in each role, on episodes held out, beside simple rules and specialists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from offbook.errors import DataError, needs_extra
+from offbook.evaluate.stats import Interval, bootstrap_mean
+from offbook.learning.specialists import Specialist
+from offbook.learning.trajectories import ACTION, RETURN, STATE, Trajectories
+from offbook.runs.directory import atomic_path
+from offbook.systems.mtm.model import MaskedTrajectoryModel
+from offbook.systems.mtm.patterns import Shape, Visible, at_step
+
+# Windows that are looked at, at most, and how many go through the model at a time.
+_WINDOWS, _AT_ONCE = 4096, 512
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito's
+MODEL = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One role.
+
+    Attributes:
+        role: what is told.
+        tells: the same in words.
+        unit: of the errors.
+        errors: mean error by who tells it: `MODEL`, specialists, simple rules; with an interval over episodes.
+    """
+
+    role: str
+    tells: str
+    unit: str
+    errors: Mapping[str, Interval]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        errors = {name: interval.to_json() for name, interval in self.errors.items()}
+        return {"role": self.role, "tells": self.tells, "unit": self.unit, "errors": errors}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question:
+    """What is asked in a role: what is visible, and which step of which modality is to be told."""
+
+    tells: str
+    seen: Visible
+    modality: str
+    step: int
+    rules: Mapping[str, Tensor]
+
+
+def role_card(
+    model: MaskedTrajectoryModel, data: Trajectories, specialists: Mapping[str, Specialist] | None = None
+) -> list[Row]:
+    """Errors of a model in each role that the recordings allow, on windows spread evenly over the held-out steps.
+
+    Errors of continuous values are squared, in standard deviations of the training data, averaged over entries; of
+    discrete ones, the share that is wrong. Intervals are over episodes, which windows of one episode are not.
+
+    Args:
+        model: in evaluation mode.
+        data: what it was trained on; the held-out episodes are used.
+        specialists: others that tell the same, by name, each in the row of its own role.
+
+    Raises:
+        DataError: no held-out episode is as long as a window.
+    """
+    windows, episodes = _held_out(model, data)
+    rows = []
+    for role, question in _questions(model, windows).items():
+        kept = windows[f"{question.modality} present"][:, question.step]
+        for name in {STATE, ACTION, RETURN} & model.modalities.keys():
+            if bool(question.seen[name].any()):
+                kept = kept & windows[f"{name} present"].all(1)
+        if not bool(kept.any()):
+            continue
+        chosen = {name: values[kept] for name, values in windows.items()}
+        wanted = chosen[question.modality][:, question.step]
+        told = {MODEL: _told(model, chosen, question)}
+        for name, specialist in (specialists or {}).items():
+            if specialist.config.role == role:
+                offset = specialist.config.tells[1]
+                told[name] = _said(specialist, specialist(chosen, question.step - offset))
+        told |= {name: rule[kept] for name, rule in question.rules.items()}
+        index = model.modalities[question.modality].kind == "index"
+        std = torch.ones(1) if index else model.get_buffer(f"{question.modality}_std")
+        errors = {name: _errors(values, wanted, std, index) for name, values in told.items()}
+        numbers = episodes[kept.numpy()]
+        rows.append(
+            Row(
+                role=role,
+                tells=question.tells,
+                unit="share wrong" if index else "mean squared error in standard deviations",
+                errors={name: _over_episodes(values, numbers) for name, values in errors.items()},
+            )
+        )
+    return rows
+
+
+def _held_out(model: MaskedTrajectoryModel, data: Trajectories) -> tuple[dict[str, Tensor], np.ndarray]:
+    lengths, length = data.store.episodes["length"][data.held_out], model.sizes.length
+    if not len(lengths) or int(lengths.max()) < length:
+        got = f"{len(lengths)}, the longest of {max(lengths, default=0)} steps"
+        fix = "hold more episodes out: offbook data split"
+        where, expected = f"{data.store.path}, role card", f"a held-out episode of {length} steps or more"
+        raise DataError(where, expected=expected, got=got, fix=fix)
+    sampler = data.sampler(length, data.held_out)
+    windows = sampler.at(np.unique(np.linspace(0, len(sampler) - 1, _WINDOWS).astype(np.int64)))
+    return data.tensors(windows), windows.episode
+
+
+def _questions(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor]) -> dict[str, _Question]:
+    """The roles, with their simple rules; every one is asked at the end of the window, where there is most to see."""
+    batch, length = windows[f"{STATE} present"].shape
+    last = length - 1
+    shape = Shape(tokens=model.tokens, length=length, batch=1)
+    step, before = torch.tensor([[last]]), torch.tensor([[last - 1]])
+    every = torch.ones(1, length, dtype=torch.bool)
+    state = windows[STATE]
+    found = {}
+    if ACTION in model.modalities:
+        action = windows[ACTION].float()
+        rules = {"last action": action[:, last - 1]}
+        if model.modalities[ACTION].kind != "index":
+            rules["mean action"] = model.get_buffer(f"{ACTION}_mean").expand(batch, -1)
+        found["bc"] = _Question(
+            tells="the action, from what was before", seen=at_step("bc", shape, step), modality=ACTION, step=last,
+            rules=rules,
+        )  # fmt: skip
+        if RETURN in model.modalities:
+            found["rcbc"] = _Question(
+                tells="the action, from what was before and the returns", seen=at_step("rcbc", shape, step),
+                modality=ACTION, step=last, rules=rules,
+            )  # fmt: skip
+        earlier = {**rules, "last action": action[:, max(0, last - 2)]} if last > 1 else {**rules}
+        found["id"] = _Question(
+            tells="the action between two states", seen=shape.where(state=every), modality=ACTION, step=last - 1,
+            rules=earlier,
+        )  # fmt: skip
+        found["fd"] = _Question(
+            tells="the state after an action", seen=at_step("fd", shape, before), modality=STATE, step=last,
+            rules={"state stays": state[:, last - 1]},
+        )  # fmt: skip
+    if RETURN in model.modalities:
+        name = "plan" if ACTION in model.modalities else "bc"
+        found["return"] = _Question(
+            tells="the return, from what was before and the action", seen=at_step(name, shape, step), modality=RETURN,
+            step=last, rules={"mean return": model.get_buffer(f"{RETURN}_mean").expand(batch, -1)},
+        )  # fmt: skip
+    if length > 2:
+        middle = length // 2
+        ends = (torch.arange(length) == 0) | (torch.arange(length) == last)
+        line = state[:, 0] + (state[:, last] - state[:, 0]) * (middle / last)
+        found["waypoint"] = _Question(
+            tells="the state in the middle, from the first and the last", seen=shape.where(state=ends[None]),
+            modality=STATE, step=middle, rules={"straight line": line, "state stays": state[:, 0]},
+        )  # fmt: skip
+    return found
+
+
+@torch.no_grad()
+def _told(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor], question: _Question) -> Tensor:
+    parts = []
+    for rows in torch.split(torch.arange(len(windows[STATE])), _AT_ONCE):
+        part = {name: windows[name][rows] for name in model.modalities}
+        visible = {name: seen.expand(len(rows), -1, -1) for name, seen in question.seen.items()}
+        told = model(part, visible)[question.modality]
+        parts.append(model.values(question.modality, told)[:, question.step])
+    return torch.cat(parts)
+
+
+def _said(specialist: Specialist, told: Tensor) -> Tensor:
+    """What a specialist tells, in the recordings' units."""
+    name, _ = specialist.config.tells
+    if name == ACTION and specialist.choices:
+        return told.argmax(1, keepdim=True).float()
+    return told.detach() * specialist.get_buffer(f"{name}_std") + specialist.get_buffer(f"{name}_mean")
+
+
+def _errors(told: Tensor, wanted: Tensor, std: Tensor, index: bool) -> Float64[np.ndarray, " windows"]:
+    if index:
+        return np.asarray((told != wanted).any(1).double().numpy())
+    standard = (told - wanted).double() / torch.where(std > 0, std, torch.inf).double()
+    return np.asarray(standard.square().mean(1).numpy())
+
+
+def _over_episodes(errors: Float64[np.ndarray, " windows"], episodes: np.ndarray) -> Interval:
+    """The mean over windows, with an interval that resamples whole episodes."""
+    _, of = np.unique(episodes, return_inverse=True)
+    sums, counts = np.bincount(of, errors), np.bincount(of)
+    # Long episodes count for more, so that the mean is that over windows.
+    return bootstrap_mean(sums / counts.mean())
+
+
+def draw_card(path: Path, rows: Sequence[Row], title: str) -> None:
+    """Draws the errors of each role side by side, on a logarithmic scale.
+
+    Args:
+        path: a PNG file, replaced atomically.
+        rows: of `role_card`.
+        title: above the picture.
+    """
+    with needs_extra("models"):
+        from matplotlib.figure import Figure
+    names = list(dict.fromkeys(name for row in rows for name in row.errors))
+    figure = Figure(figsize=(2.2 + 1.5 * len(rows), 4.2), layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        width = 0.8 / len(row.errors)
+        for number, (name, interval) in enumerate(row.errors.items()):
+            x, which = place - 0.4 + (number + 0.5) * width, names.index(name)
+            colour = _COLOURS[which % len(_COLOURS)]
+            axes.bar(x, interval.value, width * 0.9, color=colour, label=name)
+            ends = np.clip([interval.low, interval.high], interval.value * 1e-3, None)
+            axes.plot([x, x], ends, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_xticks(range(len(rows)), [row.role for row in rows])
+    axes.set_ylabel("error on episodes held out")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=2)
+    figure.suptitle(title, fontsize=10)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

@@ -1,0 +1,344 @@
+"""The masked trajectory model: fills in what is hidden of a window of states, returns and actions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offbook.errors import ConfigError
+from offbook.models.blockwise import Backbone, BackboneConfig, Full, KeyPadding
+from offbook.systems.mtm.patterns import Visible
+
+Residual = Literal["forward_fill", "none"]
+
+# An input this many deviations from its mean tells no more than that.
+_INPUT_LIMIT = 10.0
+# The bins of a token reach so many deviations to both sides of the mean.
+_BINS_REACH = 4.0
+# Groups of samples with about as many visible tokens, which go through the encoder without those that are hidden.
+_GROUPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modality:
+    """What a kind of value is to the model.
+
+    Attributes:
+        name: of the modality.
+        size: numbers in a step's value; 1 for an index.
+        kind: `"continuous"`, one token of a step's numbers; `"bins"`, a token for each number, which falls into one of
+            `classes` bins of equal width; or `"index"`, one token for a number from 0 to `classes` - 1.
+        classes: how many; 0 for continuous values.
+        residual: whether the model tells the change from the last visible value instead of the value; continuous only.
+    """
+
+    name: str
+    size: int
+    kind: Literal["continuous", "bins", "index"] = "continuous"
+    classes: int = 0
+    residual: bool = False
+
+    def __post_init__(self) -> None:
+        right = {
+            "size": 1 <= self.size <= 65_536 and (self.kind != "index" or self.size == 1),
+            "classes": self.classes == 0 if self.kind == "continuous" else 2 <= self.classes <= 65_536,
+            "residual": not self.residual or self.kind == "continuous",
+        }
+        for name, sound in right.items():
+            if not sound:
+                got = f"{getattr(self, name)} for kind {self.kind!r}"
+                where, fix = f"modality {self.name!r}, {name}", "change one of the two"
+                raise ConfigError(where, expected="what its kind allows", got=got, fix=fix)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.size if self.kind == "bins" else 1
+
+    @property
+    def features(self) -> int:
+        """Numbers that tell a token."""
+        return self.size if self.kind == "continuous" else self.classes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The size of a model.
+
+    Attributes:
+        length: steps T of a window.
+        dim: size of a token, a multiple of `heads`.
+        heads: of attention.
+        encoder: layers over the visible tokens.
+        decoder: layers over all tokens.
+        dropout: share of the numbers dropped while training.
+    """
+
+    length: int = 4
+    dim: int = 128
+    heads: int = 4
+    encoder: int = 2
+    decoder: int = 1
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        checks = {
+            "length": (2 <= self.length <= 4_096, "2 to 4096 steps"),
+            "heads": (1 <= self.heads <= 64, "1 to 64"),
+            "dim": (
+                2 <= self.dim <= 16_384 and self.dim % (2 * max(1, self.heads)) == 0,
+                "up to 16384, a multiple of twice the heads",
+            ),
+            "encoder": (1 <= self.encoder <= 64, "1 to 64 layers"),
+            "decoder": (1 <= self.decoder <= 64, "1 to 64 layers"),
+            "dropout": (0 <= self.dropout < 1, "a share in [0, 1)"),
+        }
+        for name, (right, expected) in checks.items():
+            if not right:
+                fix = f"change --model.{name}"
+                raise ConfigError(f"--model.{name}", expected=expected, got=str(getattr(self, name)), fix=fix)
+
+
+class MaskedTrajectoryModel(nn.Module):
+    """An encoder over the visible tokens of a window and a decoder over all of them, both without a causal mask.
+
+    Values go in as recorded; those of each continuous or binned modality are standardised inside, by statistics that
+    are part of the module.
+
+    Args:
+        modalities: the kinds of value.
+        sizes: of the network.
+
+    Example:
+        >>> state, action = Modality(name="state", size=3), Modality(name="action", size=2)
+        >>> model = MaskedTrajectoryModel([state, action], Sizes(length=2, dim=16, heads=2))
+        >>> data = {"state": torch.zeros(5, 2, 3), "action": torch.zeros(5, 2, 2)}
+        >>> visible = {"state": torch.ones(5, 2, 1).bool(), "action": torch.zeros(5, 2, 1).bool()}
+        >>> model(data, visible)["action"].shape
+        torch.Size([5, 2, 1, 2])
+
+    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), section 3, and the
+    authors' code. Visible tokens are chosen for each sample; states and returns are told as changes from the last
+    visible value, unless their `residual` is off.
+    """
+
+    positions: Tensor
+
+    def __init__(self, modalities: Sequence[Modality], sizes: Sizes) -> None:
+        super().__init__()
+        self.modalities, self.sizes = {modality.name: modality for modality in modalities}, sizes
+        dim = sizes.dim
+        self.embed = nn.ModuleDict({m.name: nn.Linear(m.features, dim) for m in modalities})
+        self.encoder_mark = nn.ParameterDict({m.name: _small(m.tokens, dim) for m in modalities})
+        self.decoder_mark = nn.ParameterDict({m.name: _small(m.tokens, dim) for m in modalities})
+        self.hidden = nn.ParameterDict({m.name: _small(dim) for m in modalities})
+        self.heads = nn.ModuleDict({
+            m.name: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, m.features))
+            for m in modalities
+        })  # fmt: skip
+        self.encoder, self.decoder = (Backbone(_backbone(sizes, layers)) for layers in (sizes.encoder, sizes.decoder))
+        self.register_buffer("positions", _table(sizes.length, dim), persistent=False)
+        for modality in modalities:
+            for name, value in (("mean", 0.0), ("std", 1.0)):
+                self.register_buffer(f"{modality.name}_{name}", torch.full((modality.size,), value))
+
+    def record(self) -> dict[str, Any]:
+        """What `from_record` builds the like from, as JSON types."""
+        return {"modalities": [asdict(m) for m in self.modalities.values()], "sizes": asdict(self.sizes)}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> MaskedTrajectoryModel:
+        """A model of the recorded sizes, whose weights mean nothing yet.
+
+        Raises:
+            ConfigError: sizes are out of range.
+            TypeError: a key is missing or unknown.
+        """
+        return cls([Modality(**modality) for modality in record["modalities"]], Sizes(**record["sizes"]))
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of a step, by modality."""
+        return {name: modality.tokens for name, modality in self.modalities.items()}
+
+    def standardise(self, name: str, mean: Tensor, std: Tensor) -> None:
+        """Takes over the statistics of a modality; a deviation of 0 marks a constant, which is read as 0."""
+        self.get_buffer(f"{name}_mean").copy_(mean)
+        self.get_buffer(f"{name}_std").copy_(std)
+
+    def forward(self, data: Mapping[str, Tensor], visible: Visible) -> dict[str, Float[Tensor, "batch time tokens f"]]:
+        """What the model tells of every token, visible or hidden.
+
+        Args:
+            data: values by modality, shape (batch, time, size); those of hidden tokens have no influence.
+            visible: by modality, shape (batch, time, tokens).
+
+        Returns:
+            Standardised values of continuous modalities, logits of the others, by modality.
+
+        Raises:
+            ConfigError: windows are longer than the model's.
+        """
+        targets = self.targets(data)
+        told = self._decode(self._encode(targets, visible), visible)
+        return {
+            name: out + last_visible(targets[name], visible[name]) if self.modalities[name].residual else out
+            for name, out in told.items()
+        }
+
+    def targets(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What `forward` is to tell: standardised values, or classes of shape (batch, time, tokens)."""
+        found = {}
+        for name, modality in self.modalities.items():
+            if modality.kind == "index":
+                found[name] = data[name].long()
+                continue
+            mean, std = self._statistics(name)
+            # Dividing by infinity feeds zero for a constant.
+            standard = ((data[name] - mean) / torch.where(std > 0, std, torch.inf)).float()
+            found[name] = standard[:, :, None] if modality.kind == "continuous" else _bin(standard, modality.classes)
+        return found
+
+    def values(self, name: str, told: Float[Tensor, "batch time tokens f"]) -> Float[Tensor, "batch time size"]:
+        """What `forward` tells of a modality, in the recordings' units: likeliest index, or middle of its bin."""
+        modality = self.modalities[name]
+        if modality.kind == "index":
+            return told.argmax(3).float()
+        mean, std = self._statistics(name)
+        standard = told[:, :, 0] if modality.kind == "continuous" else _unbin(told.argmax(3), modality.classes)
+        return standard * std + mean
+
+    def encode(self, data: Mapping[str, Tensor], visible: Visible) -> dict[str, Float[Tensor, "batch time tokens dim"]]:
+        """The encoder's output for visible tokens, zero for hidden ones."""
+        found = self._apart(self._encode(self.targets(data), visible))
+        return {name: of.masked_fill(~visible[name][..., None], 0.0) for name, of in found.items()}
+
+    def _statistics(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_std")
+
+    def _encode(self, targets: Mapping[str, Tensor], visible: Visible) -> Float[Tensor, "batch n dim"]:
+        length = next(iter(visible.values())).shape[1]
+        if length > self.sizes.length:
+            fix = "cut the windows, or train a model of longer ones"
+            raise ConfigError("windows", expected=f"at most {self.sizes.length} steps", got=str(length), fix=fix)
+        parts = []
+        for name, modality in self.modalities.items():
+            x = targets[name]
+            if modality.kind == "continuous":
+                embedded = self.embed[name](x.clamp(-_INPUT_LIMIT, _INPUT_LIMIT))
+            else:  # the same as a linear map of a one-hot vector
+                weight, bias = (self.get_parameter(f"embed.{name}.{of}") for of in ("weight", "bias"))
+                embedded = functional.embedding(x, weight.T) + bias
+            parts.append((embedded + self.encoder_mark[name] + self.positions[:length, None]).flatten(1, 2))
+        return self._encode_seen(torch.cat(parts, 1), self._joined(visible))
+
+    def _encode_seen(self, x: Float[Tensor, "batch n dim"], seen: Bool[Tensor, "batch n"]) -> Tensor:
+        """Sends samples with about as many visible tokens through the encoder together, without hidden ones."""
+        counts = seen.sum(1)
+        groups = counts.argsort(stable=True).tensor_split(min(_GROUPS, len(x)))
+        out = torch.zeros_like(x)
+        for rows in groups:
+            longest = int(counts[rows[-1]])
+            if not longest:
+                continue  # nothing is visible, and the decoder has its tokens for that
+            # Visible ones first; what is behind them in shorter samples is padding.
+            order = (~seen[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+            mask = Full() if int(counts[rows[0]]) == longest else KeyPadding(counts[rows])
+            found = self.encoder(x[rows[:, None], order], mask=mask)
+            out = out.index_put((rows[:, None], order), found.to(out.dtype))
+        return out  # at hidden tokens it means nothing
+
+    def _decode(self, encoded: Float[Tensor, "batch n dim"], visible: Visible) -> dict[str, Tensor]:
+        length = next(iter(visible.values())).shape[1]
+        parts = [
+            (
+                torch.where(visible[name][..., None], of, self.hidden[name])
+                + self.decoder_mark[name]
+                + self.positions[:length, None]
+            ).flatten(1, 2)
+            for name, of in self._apart(encoded).items()
+        ]
+        decoded = self.decoder(torch.cat(parts, 1), mask=Full())
+        return {name: self.heads[name](of) for name, of in self._apart(decoded).items()}
+
+    def _joined(self, visible: Visible) -> Bool[Tensor, "batch n"]:
+        return torch.cat([visible[name].flatten(1) for name in self.modalities], 1)
+
+    def _apart(self, x: Float[Tensor, "batch n dim"]) -> dict[str, Float[Tensor, "batch time tokens dim"]]:
+        tokens = [modality.tokens for modality in self.modalities.values()]
+        length = x.shape[1] // sum(tokens)
+        pieces = torch.split(x, [length * of for of in tokens], 1)
+        return {
+            name: piece.reshape(len(x), length, of, -1)
+            for name, piece, of in zip(self.modalities, pieces, tokens, strict=True)
+        }
+
+
+def masked_loss(
+    model: MaskedTrajectoryModel,
+    told: Mapping[str, Float[Tensor, "batch time tokens f"]],
+    targets: Mapping[str, Tensor],
+    counted: Mapping[str, Bool[Tensor, "batch time tokens"]],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum over modalities of the mean squared error, or cross-entropy, of the counted tokens; and its parts."""
+    parts = {}
+    for name, modality in model.modalities.items():
+        if modality.kind == "continuous":
+            each = (told[name] - targets[name]).square().mean(3)
+        else:
+            flat = functional.cross_entropy(told[name].flatten(0, 2), targets[name].flatten(), reduction="none")
+            each = flat.reshape(targets[name].shape)
+        weight = counted[name].float()
+        parts[name] = torch.sum(each * weight) / weight.sum().clamp(min=1.0)
+    return torch.stack([*parts.values()]).sum(), parts
+
+
+def last_visible(
+    values: Float[Tensor, "batch time tokens f"], visible: Bool[Tensor, "batch time tokens"]
+) -> Float[Tensor, "batch time tokens f"]:
+    """At each step the last value that was visible until then; zero, the mean, before there was one.
+
+    Example:
+        >>> values, visible = torch.tensor([5.0, 6.0, 7.0]), torch.tensor([False, True, False])
+        >>> last_visible(values[None, :, None, None], visible[None, :, None]).flatten()
+        tensor([0., 6., 6.])
+    """
+    steps = torch.arange(values.shape[1], device=values.device)[:, None]
+    last = torch.where(visible, steps, -1).cummax(1).values
+    found = values.gather(1, last.clamp(min=0)[..., None].expand_as(values))
+    return found.masked_fill((last < 0)[..., None], 0.0)
+
+
+def _bin(standard: Float[Tensor, "batch time size"], classes: int) -> Int64[Tensor, "batch time size"]:
+    return ((standard / _BINS_REACH + 1) / 2 * classes).long().clamp(0, classes - 1)
+
+
+def _unbin(found: Int64[Tensor, "batch time size"], classes: int) -> Float[Tensor, "batch time size"]:
+    return ((found + 0.5) / classes * 2 - 1) * _BINS_REACH
+
+
+def _small(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(*shape) * 0.02)
+
+
+def _backbone(sizes: Sizes, layers: int) -> BackboneConfig:
+    return BackboneConfig(
+        dim=sizes.dim, layers=layers, heads=sizes.heads, dropout=sizes.dropout, ffn="gelu", bias="all", positions="none"
+    )
+
+
+def _table(length: int, dim: int) -> Float[Tensor, "length dim"]:
+    """Sines and cosines of falling frequencies, halved, as in the authors' code.
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5.
+    """
+    rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
+    angles = torch.arange(length)[:, None] * rates
+    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1) / 2
