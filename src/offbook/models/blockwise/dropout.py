@@ -43,15 +43,17 @@ def dropped(
         return x
     batch, size = (torch.arange(n, device=x.device) for n in (x.shape[0], x.shape[2]))
     keep = kept(seed, rate, batch[:, None, None], indices[:, None], size)
-    return x * keep * (1 / (1 - rate))
+    scale = 1 / (1 - rate)
+    # One product forwards and one backwards; in half precision the scale by itself would be rounded.
+    return x * keep.to(x.dtype).mul_(scale) if x.dtype.itemsize > 2 else x * keep * scale
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """An integer hash: each bit of the input flips each bit of the result about half of the time."""
+    """An integer hash in place: each bit of the input flips each bit of the result about half of the time."""
     # Shifts of negative integers would bring in ones; the masks take them out.
-    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
-    x = (x ^ (x >> 15 & 0x1FFFF)) * _signed(0x846CA68B)
-    return x ^ (x >> 16 & 0xFFFF)
+    x = x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(0x7FEB352D)
+    x = x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(_signed(0x846CA68B))
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def _signed(x: int) -> int:

@@ -10,9 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 # Rows whose gradients are added up one after another, at least; with fewer there is nothing to mend.
-_ROWS = 64
-# Rows that are added up by plain operations instead: fewer calls, and memory for three tensors of them.
-_FEW = 1024
+_ROWS = 256
 
 
 class LayerNorm(nn.LayerNorm):
@@ -52,12 +50,6 @@ class _LayerNorm(torch.autograd.Function):
         if not any(wants):
             return dx, None, None, None
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (dy, x, mean, rstd)]
-        if len(flat[0]) <= _FEW and not torch.is_grad_enabled():
-            # Sums of whole columns go by stretches of their own; few operations are what counts here. For a second
-            # derivative mean and deviation would have to depend on the input, as the kernel knows.
-            dy_rows, x_rows, mean_rows, rstd_rows = flat
-            dw = (dy_rows * ((x_rows - mean_rows) * rstd_rows)).sum(0) if wants[0] else None
-            return dx, dw, dy_rows.sum(0) if wants[1] else None, None
         rows = max(_ROWS, math.isqrt(len(flat[0])))
         parts = [
             kernel(dy_rows, x_rows, size, mean_rows, rstd_rows, weight, bias, [False, *wants])[1:]

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from offbook.errors import ConfigError
-from offbook.models.blockwise import Backbone, BackboneConfig, Full, KeyPadding
+from offbook.models.blockwise import Backbone, BackboneConfig, Full, Segments
 from offbook.systems.mtm.patterns import Visible
 
 Residual = Literal["forward_fill", "none"]
@@ -22,8 +23,6 @@ Residual = Literal["forward_fill", "none"]
 _INPUT_LIMIT = 10.0
 # The bins of a token reach so many deviations to both sides of the mean.
 _BINS_REACH = 4.0
-# Groups of samples with about as many visible tokens, which go through the encoder without those that are hidden.
-_GROUPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +186,7 @@ class MaskedTrajectoryModel(nn.Module):
             ConfigError: windows are longer than the model's.
         """
         targets = self.targets(data)
-        told = self._decode(self._encode(targets, visible), visible)
+        told = self._decode(*self._encode(targets, visible), visible)
         return {
             name: out + last_visible(targets[name], visible[name]) if self.modalities[name].residual else out
             for name, out in told.items()
@@ -217,13 +216,16 @@ class MaskedTrajectoryModel(nn.Module):
 
     def encode(self, data: Mapping[str, Tensor], visible: Visible) -> dict[str, Float[Tensor, "batch time tokens dim"]]:
         """The encoder's output for visible tokens, zero for hidden ones."""
-        found = self._apart(self._encode(self.targets(data), visible))
-        return {name: of.masked_fill(~visible[name][..., None], 0.0) for name, of in found.items()}
+        tokens, found = self._encode(self.targets(data), visible)
+        batch, length = next(iter(visible.values())).shape[:2]
+        nothing = found.new_zeros(batch * length * sum(self.tokens.values()), self.sizes.dim)
+        return self._apart(nothing.index_copy(0, tokens, found).reshape(batch, -1, self.sizes.dim))
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_std")
 
-    def _encode(self, targets: Mapping[str, Tensor], visible: Visible) -> Float[Tensor, "batch n dim"]:
+    def _encode(self, targets: Mapping[str, Tensor], visible: Visible) -> tuple[Tensor, Tensor]:
+        """Where visible tokens are among all, shape (seen,), and what the encoder makes of them, shape (seen, dim)."""
         length = next(iter(visible.values())).shape[1]
         if length > self.sizes.length:
             fix = "cut the windows, or train a model of longer ones"
@@ -236,48 +238,34 @@ class MaskedTrajectoryModel(nn.Module):
             else:  # the same as a linear map of a one-hot vector
                 weight, bias = (self.get_parameter(f"embed.{name}.{of}") for of in ("weight", "bias"))
                 embedded = functional.embedding(x, weight.T) + bias
-            parts.append((embedded + self.encoder_mark[name] + self.positions[:length, None]).flatten(1, 2))
-        return self._encode_seen(torch.cat(parts, 1), self._joined(visible))
+            parts.append(embedded.flatten(1, 2))
+        seen = torch.cat([visible[name].flatten(1) for name in self.modalities], 1)
+        tokens, marks = seen.flatten().nonzero()[:, 0], self._marks(self.encoder_mark, length)
+        x = torch.cat(parts, 1).flatten(0, 1)[tokens] + marks[tokens % len(marks)]
+        if not len(tokens):
+            return tokens, x  # the decoder has its own tokens for what is hidden
+        # Visible tokens alone go through the encoder, those of several samples in each row.
+        place, ids = (of.to(x.device) for of in packed(seen.sum(1).cpu()))
+        rows = x.new_zeros(ids.numel(), x.shape[1]).index_copy(0, place, x)
+        return tokens, self.encoder(rows.reshape(*ids.shape, -1), mask=Segments(ids)).flatten(0, 1)[place]
 
-    def _encode_seen(self, x: Float[Tensor, "batch n dim"], seen: Bool[Tensor, "batch n"]) -> Tensor:
-        """Sends samples with about as many visible tokens through the encoder together, without hidden ones."""
-        counts = seen.sum(1)
-        groups = counts.argsort(stable=True).tensor_split(min(_GROUPS, len(x)))
-        out = torch.zeros_like(x)
-        for rows in groups:
-            longest = int(counts[rows[-1]])
-            if not longest:
-                continue  # nothing is visible, and the decoder has its tokens for that
-            # Visible ones first; what is behind them in shorter samples is padding.
-            order = (~seen[rows]).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
-            mask = Full() if int(counts[rows[0]]) == longest else KeyPadding(counts[rows])
-            found = self.encoder(x[rows[:, None], order], mask=mask)
-            out = out.index_put((rows[:, None], order), found.to(out.dtype))
-        return out  # at hidden tokens it means nothing
+    def _decode(self, tokens: Tensor, found: Tensor, visible: Visible) -> dict[str, Tensor]:
+        batch, length = next(iter(visible.values())).shape[:2]
+        hidden = torch.cat([self.hidden[name].expand(length * n, -1) for name, n in self.tokens.items()])
+        x = hidden.expand(batch, -1, -1).flatten(0, 1).index_copy(0, tokens, found.to(hidden.dtype))
+        x = x.reshape(batch, *hidden.shape) + self._marks(self.decoder_mark, length)
+        return {name: self.heads[name](of) for name, of in self._apart(self.decoder(x, mask=Full())).items()}
 
-    def _decode(self, encoded: Float[Tensor, "batch n dim"], visible: Visible) -> dict[str, Tensor]:
-        length = next(iter(visible.values())).shape[1]
-        parts = [
-            (
-                torch.where(visible[name][..., None], of, self.hidden[name])
-                + self.decoder_mark[name]
-                + self.positions[:length, None]
-            ).flatten(1, 2)
-            for name, of in self._apart(encoded).items()
-        ]
-        decoded = self.decoder(torch.cat(parts, 1), mask=Full())
-        return {name: self.heads[name](of) for name, of in self._apart(decoded).items()}
-
-    def _joined(self, visible: Visible) -> Bool[Tensor, "batch n"]:
-        return torch.cat([visible[name].flatten(1) for name in self.modalities], 1)
+    def _marks(self, mark: nn.ParameterDict, length: int) -> Float[Tensor, "n dim"]:
+        """What is added to a token for its modality and its step."""
+        return torch.cat([(mark[name] + self.positions[:length, None]).flatten(0, 1) for name in self.modalities])
 
     def _apart(self, x: Float[Tensor, "batch n dim"]) -> dict[str, Float[Tensor, "batch time tokens dim"]]:
-        tokens = [modality.tokens for modality in self.modalities.values()]
-        length = x.shape[1] // sum(tokens)
-        pieces = torch.split(x, [length * of for of in tokens], 1)
+        length = x.shape[1] // sum(self.tokens.values())
+        pieces = torch.split(x, [length * n for n in self.tokens.values()], 1)
         return {
-            name: piece.reshape(len(x), length, of, -1)
-            for name, piece, of in zip(self.modalities, pieces, tokens, strict=True)
+            name: piece.reshape(len(x), length, n, -1)
+            for piece, (name, n) in zip(pieces, self.tokens.items(), strict=True)
         }
 
 
@@ -298,6 +286,40 @@ def masked_loss(
         weight = counted[name].float()
         parts[name] = torch.sum(each * weight) / weight.sum().clamp(min=1.0)
     return torch.stack([*parts.values()]).sum(), parts
+
+
+def packed(counts: Int64[Tensor, " batch"]) -> tuple[Int64[Tensor, " tokens"], Int64[Tensor, "rows width"]]:
+    """Fills rows with whole samples, the largest first, so that little room is left.
+
+    Args:
+        counts: tokens of each sample; the largest of them is the width.
+
+    Returns:
+        For each token, in the order of the samples, its place among all places; and of each place its sample, or -1.
+
+    Example:
+        >>> place, ids = packed(torch.tensor([1, 3, 2]))
+        >>> place.tolist(), ids.tolist()
+        ([5, 0, 1, 2, 3, 4], [[1, 1, 1], [2, 2, 0]])
+    """
+    sizes = counts.numpy()
+    width = int(sizes.max())
+    waiting: list[list[int]] = [[] for _ in range(width + 1)]
+    for sample in range(len(sizes) - 1, -1, -1):
+        waiting[sizes[sample]].append(sample)
+    start, rows, left = np.zeros(len(sizes), np.int64), 0, int((sizes > 0).sum())
+    while left:
+        room = width
+        for size in range(width, 0, -1):
+            while size <= room and waiting[size]:
+                start[waiting[size].pop()] = rows * width + width - room
+                room, left = room - size, left - 1
+        rows += 1
+    samples = np.repeat(np.arange(len(sizes)), sizes)
+    place = np.arange(len(samples)) + np.repeat(start - (np.cumsum(sizes) - sizes), sizes)
+    ids = np.full(rows * width, -1)
+    ids[place] = samples
+    return torch.from_numpy(place), torch.from_numpy(ids.reshape(rows, width))
 
 
 def last_visible(
