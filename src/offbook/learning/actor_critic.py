@@ -212,10 +212,10 @@ def iql_loss(
     model: ActorCritic, batch: Batch, generator: torch.Generator, *, gamma: float, expectile: float, beta: float,
     max_weight: float,
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
-    r"""Implicit Q-learning: no action is valued but recorded ones.
+    """Implicit Q-learning: no action is valued but recorded ones.
 
-    With Q the lower target critic, u = Q(s, a) - V(s), and sums over both critics Q_i:
-    E[|tau - 1(u < 0)| u^2] + sum_i E[(r + gamma V(s') - Q_i(s, a))^2] - E[min(exp(beta u), w) log pi(a | s)].
+    With Q the lower target critic, u = Q(s, a) - V(s), and a sum over both critics Q_i it is
+    `E[abs(tau - 1(u < 0)) u^2] + sum_i E[(r + gamma V(s') - Q_i(s, a))^2] - E[min(exp(beta u), w) log pi(a | s)]`.
 
     Args:
         model: with a network `value`.
@@ -247,12 +247,12 @@ def td3bc_loss(
     model: ActorCritic, batch: Batch, generator: torch.Generator, *, gamma: float, alpha: float, policy_delay: int,
     policy_noise: float, noise_clip: float,
 ) -> tuple[Tensor, Metrics]:  # fmt: skip
-    r"""TD3 with behaviour cloning.
+    """TD3 with behaviour cloning.
 
     With a' = clip(pi'(s') + clip(noise)) and Q' the lower target critic the critics' loss is
-    sum_i E[(r + gamma Q'(s', a') - Q_i(s, a))^2]; every `policy_delay`-th step adds the actor's,
-    -lambda E[Q_1(s, pi(s))] + E[(pi(s) - a)^2] with lambda = alpha / E|Q_1(s, pi(s))|. In the other steps the actor has
-    no gradient at all, so that no momentum moves it.
+    `sum_i E[(r + gamma Q'(s', a') - Q_i(s, a))^2]`; every `policy_delay`-th step adds the actor's,
+    `E[(pi(s) - a)^2] - alpha E[Q_1(s, pi(s))] / E[abs(Q_1(s, pi(s)))]`, where no gradient goes through the divisor. In
+    the other steps the actor has no gradient at all, so that no momentum moves it.
 
     Args:
         model: with a copy `target_actor`.
@@ -286,12 +286,13 @@ def td3bc_loss(
 def cql_loss(
     model: ActorCritic, batch: Batch, generator: torch.Generator, *, gamma: float, alpha: float, samples: int
 ) -> tuple[Tensor, Metrics]:
-    r"""Conservative Q-learning, CQL(H), on soft actor-critic.
+    """Conservative Q-learning, CQL(H), on soft actor-critic.
 
-    The critics' loss is sum_i E[(r + gamma Q'(s', a') - Q_i(s, a))^2] + alpha E[log sum_a exp Q_i(s, a) - Q_i(s, a)]
-    with a' from the policy and Q' the lower target critic, without the entropy of a'. The sum over all actions is
-    estimated from 3 N of them, N drawn evenly, N from pi(. | s) and N from pi(. | s'), each divided by its density. The
-    actor's loss is E[temperature log pi(b | s) - min_i Q_i(s, b)]; the temperature holds the entropy at -A.
+    The critics' loss is
+    `sum_i E[(r + gamma Q'(s', a') - Q_i(s, a))^2] + alpha E[log(integral of exp Q_i(s, .)) - Q_i(s, a)]` with a' from
+    the policy and Q' the lower target critic, without the entropy of a'. The integral over all actions is estimated
+    from 3 N of them, N drawn evenly, N from pi in s and N from pi in s', each divided by its density. The actor's loss
+    is `E[temperature log pi(b | s) - min_i Q_i(s, b)]`; the temperature holds the entropy at -A.
 
     Args:
         model: with a parameter `log_temperature`.
