@@ -2,7 +2,8 @@
 
 A batch holds `state` and `next_state` (B, S), `action` (B, A) with entries in [-1, 1], `reward` and `terminated` (B,).
 Each network takes its gradient from its own term of the summed loss alone. As Adam treats every weight by itself, one
-optimiser on the sum makes the very steps that one optimiser for each network would make with the same learning rate.
+optimiser on the sum makes the very steps that one optimiser for each network would make with the same learning rate;
+so leave the norm of the whole gradient unclipped.
 
 Where the authors' programs step the networks one after the other, here all gradients are taken at the same weights.
 """
