@@ -5,22 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 
 from offbook.cli.report import Report
+from offbook.client.protocol import ObservationSpec
 from offbook.data.splits import left_out
 from offbook.data.store import EpisodeStore
-from offbook.errors import needs_extra
+from offbook.errors import ConfigError, needs_extra
 from offbook.runs.config import with_presets
 from offbook.runs.directory import RunDirectory
 from offbook.runs.progress import note
 
 with needs_extra("models"):
-    from offbook.learning.cloning import CloningConfig, check_cloning, train_cloning
+    from offbook.learning.actor_critic import Algorithm
+    from offbook.learning.cloning import ClonedPolicy, CloningConfig, check_cloning, train_cloning
     from offbook.learning.fit import FitConfig, main_process_first
+    from offbook.learning.offline import OfflineConfig, OfflinePolicy, check_offline, train_offline
+
+C = TypeVar("C", CloningConfig, OfflineConfig)
 
 
 def smoke() -> CloningConfig:
@@ -35,6 +41,23 @@ def tiny() -> CloningConfig:
 
 
 PRESETS: dict[str, Callable[[], CloningConfig]] = {"smoke": smoke, "tiny": tiny}
+
+
+def offline_smoke(algorithm: Algorithm) -> OfflineConfig:
+    """Seconds: shows that everything is wired, learns little."""
+    config = OfflineConfig(algorithm=algorithm)
+    fit = replace(config.fit, steps=60, batch_size=64, log_every=10, checkpoint_every=30, threads=1)
+    return replace(config, hidden=64, save_every=30, fit=fit)
+
+
+def offline_tiny(algorithm: Algorithm) -> OfflineConfig:
+    """Minutes on two cores, for CQL up to an hour: the papers' settings for a fiftieth of their steps."""
+    return OfflineConfig(algorithm=algorithm)
+
+
+def offline_presets(algorithm: Algorithm) -> dict[str, Callable[[], OfflineConfig]]:
+    """The presets of one algorithm."""
+    return {"smoke": partial(offline_smoke, algorithm), "tiny": partial(offline_tiny, algorithm)}
 
 
 @with_presets(PRESETS)
@@ -60,9 +83,102 @@ def bc(
         offbook train bc --data recordings/pour --out runs/quick --preset smoke --fit.steps 100
         offbook train bc --data recordings/pour --out runs/bc --resume
     """
+    return _train(data, out, resume, config, check_cloning, train_cloning)
+
+
+@with_presets(offline_presets("iql"))
+def iql(
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = offline_tiny("iql"),  # noqa: B008 (frozen)
+) -> Report:
+    """Learns from recorded rewards by implicit Q-learning: recorded actions, weighted by how much they gain.
+
+    Args:
+        data: the recordings with rewards, a store that `offbook data` made.
+        out: a new folder for the run.
+        resume: continue the run in that folder after an interruption.
+        config: the networks and their training.
+
+    Examples:
+        offbook train iql --data recordings/hopper --out runs/iql
+        offbook train iql --data recordings/maze --out runs/iql-maze --expectile 0.9 --beta 10 --reward-shift -1
+        offbook train iql --data recordings/hopper --out runs/quick --preset smoke --fit.steps 100
+        offbook train iql --data recordings/hopper --out runs/iql --resume
+    """
+    return _offline("iql", data, out, resume, config)
+
+
+@with_presets(offline_presets("td3bc"))
+def td3bc(
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = offline_tiny("td3bc"),  # noqa: B008 (frozen)
+) -> Report:
+    """Learns from recorded rewards by TD3 with behaviour cloning: the best valued action near a recorded one.
+
+    Args:
+        data: the recordings with rewards, a store that `offbook data` made.
+        out: a new folder for the run.
+        resume: continue the run in that folder after an interruption.
+        config: the networks and their training.
+
+    Examples:
+        offbook train td3bc --data recordings/hopper --out runs/td3bc
+        offbook train td3bc --data recordings/hopper --out runs/bolder --alpha 5
+        offbook train td3bc --data recordings/hopper --out runs/quick --preset smoke --fit.steps 100
+        offbook train td3bc --data recordings/hopper --out runs/td3bc --resume
+    """
+    return _offline("td3bc", data, out, resume, config)
+
+
+@with_presets(offline_presets("cql"))
+def cql(
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = offline_tiny("cql"),  # noqa: B008 (frozen)
+) -> Report:
+    """Learns from recorded rewards by conservative Q-learning: values that are low where nothing was recorded.
+
+    Args:
+        data: the recordings with rewards, a store that `offbook data` made.
+        out: a new folder for the run.
+        resume: continue the run in that folder after an interruption.
+        config: the networks and their training.
+
+    Examples:
+        offbook train cql --data recordings/hopper --out runs/cql
+        offbook train cql --data recordings/hopper --out runs/bolder --cql-alpha 1
+        offbook train cql --data recordings/hopper --out runs/quick --preset smoke --fit.steps 100
+        offbook train cql --data recordings/hopper --out runs/cql --resume
+    """
+    return _offline("cql", data, out, resume, config)
+
+
+def _offline(algorithm: Algorithm, data: Path, out: Path, resume: bool, config: OfflineConfig) -> Report:
+    if config.algorithm != algorithm:
+        fix = f"run: offbook train {config.algorithm}"
+        raise ConfigError("--algorithm", expected=algorithm, got=config.algorithm, fix=fix)
+    return _train(data, out, resume, config, check_offline, train_offline)
+
+
+def _train(
+    data: Path,
+    out: Path,
+    resume: bool,
+    config: C,
+    check: Callable[[EpisodeStore, C], ObservationSpec],
+    train: Callable[..., ClonedPolicy | OfflinePolicy],
+) -> Report:
     store = EpisodeStore.open(data)
     # Resolved and written down, so that the run's folder says what the policy looks at.
-    parts = tuple(name for name, _ in check_cloning(store, config).state)
+    parts = tuple(name for name, _ in check(store, config).state)
     config = replace(config, parts=parts)
     with main_process_first(config.fit.device) as first:
         run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
@@ -70,14 +186,13 @@ def bc(
         said = f"{count} of {len(store)} episodes are in no group and not learnt from"
         note(f"{said}: run offbook data split {data}")
     began = time.monotonic()
-    policy = train_cloning(store, config, run, resume=resume)
+    policy = train(store, config, run, resume=resume)
     seconds = time.monotonic() - began
     last = run.metrics()[-1]
     held_out = last.get("held_out_loss")
-    eyes = ", ".join(
-        [*(name for name, _ in policy.meta.observation.state), *(f"camera {name}" for name in config.cameras)]
-    )
+    seen: ObservationSpec = policy.meta.observation
     task = store.schema.environment
+    eyes = ", ".join([*(name for name, _ in seen.state), *(f"camera {name}" for name in seen.cameras)])
     lines = [
         f"learnt from {eyes}: {policy.provenance['recordings']['episodes']} episodes, {last['step']:.0f} steps "
         f"in {seconds:.0f} s",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64, Num
@@ -147,7 +147,9 @@ def _chunks(
         finite = np.isfinite(part.reshape(len(part), -1)).all(1)
         if not finite.all():
             if not skip_nan:
-                _refuse(store, name, first + int(np.flatnonzero(~finite)[0]))
+                row, starts = first + int(np.flatnonzero(~finite)[0]), store.episodes["start"]
+                episode = int(np.searchsorted(starts, row, "right")) - 1
+                refuse_number(store, name, episode, row - int(starts[episode]))
             part = part[finite]
         if len(part):
             yield part
@@ -166,9 +168,12 @@ def stretches(store: EpisodeStore, episodes: Int64[np.ndarray, " chosen"], most:
             yield row, min(row + most, end)
 
 
-def _refuse(store: EpisodeStore, name: str, row: int) -> None:
-    starts = store.episodes["start"]
-    episode = int(np.searchsorted(starts, row, "right")) - 1
+def refuse_number(store: EpisodeStore, name: str, episode: int, step: int) -> NoReturn:
+    """Refuses a value that is not finite.
+
+    Raises:
+        DataError: always; it names the field, the episode and the step.
+    """
     fix = "leave such steps out (train bc: --on-nan drop), or record the episode again"
-    where = f"{store.path}, field {name!r}, episode {episode}, step {row - int(starts[episode])}"
+    where = f"{store.path}, field {name!r}, episode {episode}, step {step}"
     raise DataError(where, expected="finite numbers", got="NaN or infinity", fix=fix)

@@ -20,6 +20,7 @@ from offbook.data.windows import Windows, WindowSampler
 from offbook.errors import ConfigError, DataError
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.networks import HEADS, Body, CloningNetwork, shift_images
+from offbook.learning.policies import check_meta
 from offbook.learning.recordings import choose_episodes, choose_observation
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.runs.directory import RunDirectory
@@ -133,21 +134,11 @@ class ClonedPolicy:
         meta = PolicyMeta.from_json(record["meta"])
         network = {name: record["network"][name] for name in ("chunk", "hidden", "depth")}
         body = record["network"].get("body", "mlp")  # which policies saved earlier do not name
-        action, sizes = meta.action, [size for _, size in meta.observation.state]
-        sound = (
-            all(type(value) is int for value in network.values())
-            and body in get_args(Body)
-            and len(action.low) == len(action.high) == action.size
-            and all(low <= high for low, high in zip(action.low, action.high, strict=True))
-            and (action.choices is None or (action.size == 1 and action.choices >= 1))
-            and all(size >= 0 for size in sizes)
-            and len(meta.observation.cameras) <= 16
-            and all(16 <= side <= 4096 for camera in meta.observation.cameras.values() for side in camera)
-        )
-        if not sound:
-            raise ConfigError("policy record", expected="sizes that agree", got="others", fix="save the policy again")
+        check_meta(meta)
+        if not (all(type(value) is int for value in network.values()) and body in get_args(Body)):
+            raise ConfigError("policy record", expected="sizes of a network", got="others", fix="save the policy again")
         CloningConfig(execute=meta.chunk, body=body, **network)
-        module = CloningNetwork(meta.observation, action, dropout=0.0, body=body, **network)
+        module = CloningNetwork(meta.observation, meta.action, dropout=0.0, body=body, **network)
         return cls(module, meta, {k: v for k, v in record.items() if k not in ("meta", "network")})
 
 

@@ -19,7 +19,7 @@ Body = Literal["mlp", "transformer"]
 HEADS = 4  # of the transformer
 _KEYPOINTS = 32
 # An input this many deviations from its mean tells no more than that.
-_INPUT_LIMIT = 10.0
+INPUT_LIMIT = 10.0
 
 
 class CloningNetwork(nn.Module):
@@ -60,7 +60,7 @@ class CloningNetwork(nn.Module):
         self.outputs = action.choices or action.size
         module: nn.Module
         if body == "mlp":
-            module = _mlp(sum(widths), hidden, depth, dropout, chunk * self.outputs)
+            module = mlp(sum(widths), hidden, depth, dropout, chunk * self.outputs)
         else:
             module = _ActionQueries(widths, chunk, hidden, depth, dropout, self.outputs)
         # Files say by the names of weights which body it is.
@@ -91,7 +91,7 @@ class CloningNetwork(nn.Module):
             state: as recorded, in its own units.
             images: frames by camera.
         """
-        seen = [_standard(state, self.state_mean, self.state_std).clamp(-_INPUT_LIMIT, _INPUT_LIMIT)]
+        seen = [standard(state, self.state_mean, self.state_std).clamp(-INPUT_LIMIT, INPUT_LIMIT)]
         for encoder, camera in zip(self.encoders, self.observation.cameras, strict=True):
             # A permuted NHWC tensor is what PyTorch calls channels_last: no copy, and convolutions like it.
             seen.append(_keypoints(encoder(images[camera].permute(0, 3, 1, 2).float() / 127.5 - 1)))
@@ -109,7 +109,7 @@ class CloningNetwork(nn.Module):
 
     def targets(self, action: Float[Tensor, "batch time action"]) -> Float[Tensor, "batch time action"]:
         """Continuous actions in the units of the network's output."""
-        return _standard(action, self.action_mean, self.action_std)
+        return standard(action, self.action_mean, self.action_std)
 
 
 class _ActionQueries(nn.Module):
@@ -150,7 +150,8 @@ class _ActionQueries(nn.Module):
         return out.flatten(1)
 
 
-def _mlp(width: int, hidden: int, depth: int, dropout: float, outputs: int) -> nn.Module:
+def mlp(width: int, hidden: int, depth: int, dropout: float, outputs: int) -> nn.Module:
+    """Fully connected layers with ReLU between them, none after the last."""
     layers: list[nn.Module] = []
     for _ in range(depth):
         layers += [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout)]
@@ -158,7 +159,7 @@ def _mlp(width: int, hidden: int, depth: int, dropout: float, outputs: int) -> n
     return nn.Sequential(*layers, nn.Linear(width, outputs))
 
 
-def _standard(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def standard(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Standardised values; zero where the deviation is 0, which is how `Normalizer` marks a constant."""
     return (values - mean) / torch.where(std > 0, std, torch.inf)
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from offbook.client.protocol import Policy
+from offbook.client.protocol import Policy, PolicyMeta
 from offbook.errors import CheckpointError, ConfigError, nearest
 from offbook.runs.checkpoint import Header, load_checkpoint, read_header
 
 KINDS: dict[str, str] = {
     "bc": "offbook.learning.cloning:ClonedPolicy",
     "mtm": "offbook.systems.mtm.roles:RolePolicy",
+    "offline": "offbook.learning.offline:OfflinePolicy",
 }
 """Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights."""
 
@@ -73,6 +74,25 @@ def load_policy(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Policy:
     policy.module.load_state_dict(dict(values), assign=True)
     loaded: Policy = type(policy)(policy.module, policy.meta, policy.provenance)
     return loaded
+
+
+def check_meta(meta: PolicyMeta) -> None:
+    """Refuses what a stranger's record says of a policy where its sizes or bounds disagree.
+
+    Raises:
+        ConfigError: they do.
+    """
+    action, cameras = meta.action, meta.observation.cameras
+    sound = (
+        len(action.low) == len(action.high) == action.size
+        and all(low <= high for low, high in zip(action.low, action.high, strict=True))
+        and (action.choices is None or (action.size == 1 and action.choices >= 1))
+        and all(size >= 0 for _, size in meta.observation.state)
+        and len(cameras) <= 16
+        and all(16 <= side <= 4096 for camera in cameras.values() for side in camera)
+    )
+    if not sound:
+        raise ConfigError("policy record", expected="sizes that agree", got="others", fix="save the policy again")
 
 
 def _skeleton(file: Path, header: Header) -> Any:
