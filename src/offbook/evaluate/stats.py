@@ -275,6 +275,31 @@ def bounded_mean(
     return Interval(value=value, low=min(first, value), high=max(last, value), n=n, method=f"bounded mean {level:g}")
 
 
+def student_mean(values: ArrayLike, *, level: float = 0.95) -> Interval:
+    """The mean with Student's interval: for a few independent runs, such as seeds, whose means are nearly normal.
+
+    Args:
+        values: one finite number for each run, shape (n,); with a single one the interval is without end.
+        level: confidence level in (0, 1).
+
+    Raises:
+        ConfigError: no values, or not finite.
+
+    Source: Student, "The probable error of a mean" (1908).
+
+    Example:
+        >>> print(student_mean([1.0, 2.0, 3.0]))
+        2 [-0.484, 4.48] (n=3)
+    """
+    from scipy.special import stdtrit
+
+    _check_level(level)
+    array = _matrix(values, "student_mean").reshape(-1)
+    n, value = len(array), float(array.mean())
+    half = math.inf if n == 1 else float(stdtrit(n - 1, (1 + level) / 2) * array.std(ddof=1) / math.sqrt(n))
+    return Interval(value=value, low=value - half, high=value + half, n=n, method=f"Student {level:g}")
+
+
 def paired_bootstrap(
     first: Sequence[float] | NDArray[Any],
     second: Sequence[float] | NDArray[Any],

@@ -51,6 +51,9 @@ SYSTEMS: dict[str, System] = {
         authors="Wu, Majumdar, Stone, Lin, Mordatch, Abbeel, Rajeswaran",
         venue="ICML 2023",
         arxiv="2305.02968",
+        status="in progress: model, roles, specialists, role card, reproduction",
+        recipe="offbook.systems.mtm.recipe:run",
+        commands=("offbook train mtm", "offbook evaluate", "offbook reproduce mtm"),
     ),
     "agentic_transformer": System(
         title="Agentic Transformer",

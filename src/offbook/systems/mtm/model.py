@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offbook.errors import ConfigError
+from offbook.learning.trajectories import STATE
 from offbook.models.blockwise import Backbone, BackboneConfig, Full, Segments
 from offbook.systems.mtm.patterns import Visible
 
@@ -220,6 +221,15 @@ class MaskedTrajectoryModel(nn.Module):
         batch, length = next(iter(visible.values())).shape[:2]
         nothing = found.new_zeros(batch * length * sum(self.tokens.values()), self.sizes.dim)
         return self._apart(nothing.index_copy(0, tokens, found).reshape(batch, -1, self.sizes.dim))
+
+    def encode_state(self, state: Float[Tensor, "batch size"]) -> Float[Tensor, "batch features"]:
+        """The encoder's output for the tokens of one state of which nothing else is known."""
+        data = {n: state.new_zeros(len(state), 1, m.size) for n, m in self.modalities.items()} | {STATE: state[:, None]}
+        visible = {
+            n: torch.full((len(state), 1, m.tokens), n == STATE, device=state.device)
+            for n, m in self.modalities.items()
+        }
+        return self._encode(self.targets(data), visible)[1].reshape(len(state), -1)
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_std")

@@ -1,8 +1,9 @@
-"""How masked trajectory models are fitted, from seconds to a GPU."""
+"""How masked trajectory models are fitted, and what the reproduction does, from seconds to a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from offbook.data.returns import ReturnSpec
 from offbook.learning.fit import FitConfig
@@ -46,3 +47,79 @@ TRAINING: dict[str, Callable[[], MtmConfig]] = {
     "official": official_model,
 }
 """Presets of `offbook train mtm`."""
+
+
+def _study_model() -> MtmConfig:
+    fit = FitConfig(
+        steps=1_500,
+        batch_size=128,
+        learning_rate=1e-3,
+        weight_decay=5e-3,
+        warmup=100,
+        ema=0.99,
+        device="cpu",
+        threads=1,
+    )
+    return MtmConfig(fit=fit, validate_every=1_500)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtmStudy:
+    """What the reproduction does.
+
+    Attributes:
+        model: every masked trajectory model; specialists are fitted for as many steps on as many windows.
+        maze: episodes of `pointmaze-mixed`.
+        hopper: steps of `hopper-replay`.
+        with_actions: share of the episodes that keep their actions where the others lose them.
+        patterns: what the ablation of masks compares.
+        targets: shares of the range of returns that the best score may choose from; 1 is the fixed one.
+        episodes: that each policy plays.
+        offline_steps: of the offline reinforcement learners.
+        cartpole: episodes of slow random actions that the encoder for an agent learns from.
+        agent_steps: of each agent that learns with it.
+        encoder: its model.
+        seeds: of everything that is trained.
+        jobs: trainings at a time.
+        judged: whether the limits, which are meant for the preset `tiny`, decide the verdicts.
+    """
+
+    model: MtmConfig = field(default_factory=_study_model)
+    maze: int = 667
+    hopper: int = 150_000
+    with_actions: float = 0.02
+    patterns: tuple[str, ...] = ("auto", "random", "rcbc")
+    targets: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+    episodes: int = 20
+    offline_steps: int = 20_000
+    cartpole: int = 60
+    agent_steps: int = 8_000
+    encoder: Sizes = field(default_factory=lambda: Sizes(dim=64, encoder=1))
+    seeds: tuple[int, ...] = (0, 1, 2)
+    jobs: int = 2
+    judged: bool = True
+
+
+def smoke() -> MtmStudy:
+    """About a minute on two cores: everything once, at sizes where the limits mean nothing."""
+    fit = FitConfig(steps=20, batch_size=32, warmup=5, ema=0.9, log_every=10, device="cpu", threads=1)
+    model = MtmConfig(model=Sizes(dim=32, heads=2, encoder=1), fit=fit, validate_every=20)
+    return MtmStudy(
+        model=model, maze=20, hopper=1_200, with_actions=0.2, patterns=("auto", "rcbc"), targets=(0.9, 1.0), episodes=2,
+        offline_steps=50, cartpole=2, agent_steps=300, encoder=Sizes(dim=16, heads=2, encoder=1), seeds=(0,),
+        judged=False,
+    )  # fmt: skip
+
+
+def tiny() -> MtmStudy:
+    """About an hour on two cores: the table that is claimed."""
+    return MtmStudy()
+
+
+def paper() -> MtmStudy:
+    """On a GPU: the same questions with the authors' network and schedule."""
+    return MtmStudy(model=paper_model(), offline_steps=1_000_000, agent_steps=100_000, encoder=Sizes(dim=512), jobs=1)
+
+
+PRESETS: dict[str, Callable[[], MtmStudy]] = {"smoke": smoke, "tiny": tiny, "paper": paper}
+"""Presets of `offbook reproduce mtm`."""

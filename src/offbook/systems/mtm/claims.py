@@ -1,0 +1,233 @@
+"""What was measured, as claims beside their limits, and as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from offbook.errors import needs_extra
+from offbook.evaluate.stats import bootstrap_mean, student_mean
+from offbook.runs.config import to_json
+from offbook.runs.directory import atomic_path
+from offbook.runs.ledger import Claim, Dataset, Metric, Paper, Verdict
+from offbook.systems.mtm.agents import KINDS, Curve
+from offbook.systems.mtm.card import MODEL
+from offbook.systems.mtm.experiments import Play
+from offbook.systems.mtm.presets import MtmStudy
+
+Card = Mapping[str, Mapping[str, float]]
+Returns = Mapping[Play, Sequence[float]]
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito's
+_SPECIALISTS = {"bc": "MLP bc", "rcbc": "MLP rcbc", "id": "MLP id", "fd": "MLP fd"}
+_ONE_MODEL = Paper(value="one model matches or beats specialised networks in each role", table="section 4.3")
+_FEW = Paper(value="Hopper 73.7 with 1 % of the actions, 87.7 with states of 95 % beside them", table="section 4.4")
+_OFFLINE = Paper(value="78.8 on average over nine D4RL sets, 71.7 for conditioned MLPs (RvS)", table="section 4.2")
+_MASKS = Paper(value="random autoregressive masks are the best choice for control", table="section 4.3")
+_FEATURES = Paper(value="TD3 learns faster on the model's features than on raw states", table="section 4.5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plays:
+    """Who plays what.
+
+    Attributes:
+        few: by which store, and seed: models that saw all episodes without most actions, or only few episodes.
+        hopper: by name and seed.
+        targets: the model's, by target and seed.
+    """
+
+    few: Mapping[tuple[str, int], Play]
+    hopper: Mapping[tuple[str, int], Play]
+    targets: Mapping[tuple[float, int], Play]
+
+    @property
+    def every(self) -> list[Play]:
+        """All of them, each once."""
+        return list(dict.fromkeys([*self.few.values(), *self.hopper.values(), *self.targets.values()]))
+
+
+def over_seeds(name: str, values: Sequence[float], higher: bool = False, unit: str = "") -> Metric:
+    """The mean over seeds with Student's interval, which with three of them is wide."""
+    found = student_mean(values)
+    several = len(values) > 1
+    return Metric(
+        name=name, value=found.value, n=found.n, interval=(found.low, found.high) if several else None,
+        method=found.method if several else "", unit=unit, higher_is_better=higher,
+    )  # fmt: skip
+
+
+def roles(study: MtmStudy, name: str, cards: Mapping[int, Card], data: Dataset) -> Claim:
+    """The model's error in each role as a share of its specialist's, and of the simple rules'."""
+    shares = {
+        role: over_seeds(
+            f"{role}, model to {other}", [card[role][MODEL] / card[role][other] for card in cards.values()]
+        )
+        for role, other in _SPECIALISTS.items()
+    }
+    stays = over_seeds(
+        "fd, model to state stays", [card["fd"][MODEL] / card["fd"]["state stays"] for card in cards.values()]
+    )
+    close = [metric.value <= 1.15 for metric in shares.values()]
+    better = [metric.value < 1 for metric in shares.values()]
+    others = [
+        over_seeds(f"{role}, {who}", [card[role][who] for card in cards.values()])
+        for role in next(iter(cards.values())) for who in next(iter(cards.values()))[role]
+    ]  # fmt: skip
+    held = sum(close) >= 3 and any(better) and stays.value <= 1.1
+    return _claim(
+        study, f"on {name} one model is within 1.15 times its specialist's error in 3 of 4 roles, better in one, and "
+        "its forward dynamics within 1.1 times of the rule that the state stays",
+        [*shares.values(), stays], others, held, data, _ONE_MODEL,
+    )  # fmt: skip
+
+
+def _shares(cards: Mapping[Any, Card], role: str, other: str) -> list[float]:
+    return [card[role][MODEL] / card[role][other] for card in cards.values()]
+
+
+def few_actions(
+    study: MtmStudy, cards: Mapping[tuple[str, int], Card], plays: Mapping[tuple[str, int], Play], returns: Returns,
+    data: Dataset,
+) -> Claim:  # fmt: skip
+    """States without actions beside few episodes with them, against those few alone."""
+    error = {which: [cards[which, seed]["bc"][MODEL] for seed in study.seeds] for which in ("all", "few")}
+    score = {which: [float(np.mean(returns[plays[which, seed]])) for seed in study.seeds] for which in ("all", "few")}
+    ratios = [a / b for a, b in zip(error["all"], error["few"], strict=True)]
+    ratio = float(np.mean(score["all"]) / max(1e-9, float(np.mean(score["few"]))))
+    metrics = [
+        over_seeds("action error, with states to without", ratios),
+        Metric(name="return, with states to without", value=ratio, higher_is_better=True),
+        over_seeds("action error, with states", error["all"]),
+        over_seeds("return, with states", score["all"], higher=True),
+    ]
+    baseline = [
+        over_seeds("action error, without", error["few"]),
+        over_seeds("return, without", score["few"], higher=True),
+    ]
+    held = all(one < 1 for one in ratios) and ratio >= 1.2
+    return _claim(
+        study, f"with actions in {study.with_actions:.0%} of the episodes, the states of the others lower the action's "
+        "error for every seed and raise the return 1.2 times", metrics, baseline, held, data, _FEW,
+    )  # fmt: skip
+
+
+def offline(study: MtmStudy, plays: Plays, returns: Returns, data: Dataset) -> Claim:
+    """Return-conditioned policies on the hopper, at the fixed target and at the best of several."""
+    names = list(dict.fromkeys(name for name, _ in plays.hopper))
+    means = {name: [float(np.mean(returns[plays.hopper[name, seed]])) for seed in study.seeds] for name in names}
+    best = [
+        max(float(np.mean(returns[plays.targets[target, seed]])) for target in study.targets) for seed in study.seeds
+    ]
+    ratio = float(np.mean(means["MTM"]) / max(1e-9, float(np.mean(means["MLP rcbc"]))))
+    metrics = [
+        Metric(name="MTM to MLP rcbc", value=ratio, higher_is_better=True),
+        _pooled("MTM, final, target 1", [x for seed in study.seeds for x in returns[plays.hopper["MTM", seed]]]),
+        over_seeds("MTM, final, target 1, over seeds", means["MTM"], higher=True),
+        over_seeds(f"MTM, best of {len(study.targets)} targets", best, higher=True),
+    ]
+    baseline = [over_seeds(name, means[name], higher=True) for name in names if name != "MTM"]
+    return _claim(
+        study, "on hopper-replay the return-conditioned model, at its last step and a target fixed beforehand, gets "
+        "0.95 times the return of the return-conditioned MLP", metrics, baseline, ratio >= 0.95, data, _OFFLINE,
+    )  # fmt: skip
+
+
+def masks(study: MtmStudy, cards: Mapping[tuple[str, int], Card], data: Dataset) -> Claim:
+    """Errors of cloning after training under different masks."""
+    found = {
+        (pattern, role): over_seeds(f"{role}, {pattern}", [cards[pattern, seed][role][MODEL] for seed in study.seeds])
+        for pattern in study.patterns for role in ("bc", "rcbc", "id", "fd")
+    }  # fmt: skip
+    held = all(
+        found["auto", role].value <= 1.05 * min(found[pattern, role].value for pattern in study.patterns)
+        for role in ("bc", "rcbc")
+    )
+    mine = [metric for (pattern, _), metric in found.items() if pattern == "auto"]
+    return _claim(
+        study, "with random autoregressive masks the errors of both kinds of cloning are within 5 % of the least",
+        mine, [metric for metric in found.values() if metric not in mine], held, data, _MASKS,
+    )  # fmt: skip
+
+
+def features(study: MtmStudy, curves: Sequence[Curve]) -> Claim:
+    """The mean return over an agent's life, with features and without."""
+    area = {kind: [float(np.mean(c.returns)) for c in curves if c.kind == kind] for kind in KINDS}
+    raw = area["raw state"]
+    gains = {kind: [a - b for a, b in zip(of, raw, strict=True)] for kind, of in area.items() if kind != "raw state"}
+    metrics = [over_seeds(f"{kind} less raw state", of, higher=True) for kind, of in gains.items()]
+    found = next(metric for metric in metrics if metric.name.startswith("frozen"))
+    low, high = found.interval or (found.value, found.value)
+    verdict: Verdict = "reproduced" if low > 0 else "contradicted" if high < 0 else "not separated"
+    areas = [over_seeds(f"mean return, {kind}", of, higher=True) for kind, of in area.items()]
+    return Claim(
+        system="mtm", claim="TD3 on cartpole-swingup gets more return over its life on a model's frozen features",
+        metrics=(*metrics, *areas[1:]), baseline_metrics=(areas[0],), seeds=study.seeds,
+        verdict=verdict if study.judged else "recorded", config=to_json(study), paper=_FEATURES,
+        note="Features stand beside the standardised state. Judged by the interval over seeds.",
+    )  # fmt: skip
+
+
+def _pooled(name: str, values: Sequence[float]) -> Metric:
+    found = bootstrap_mean(values)
+    return Metric(
+        name=name, value=found.value, n=found.n, interval=(found.low, found.high), method=found.method,
+        higher_is_better=True,
+    )  # fmt: skip
+
+
+def _claim(
+    study: MtmStudy, text: str, metrics: Sequence[Metric], baseline: Sequence[Metric], held: bool, data: Dataset,
+    paper: Paper,
+) -> Claim:  # fmt: skip
+    verdict: Verdict = ("reproduced" if held else "contradicted") if study.judged else "recorded"
+    return Claim(
+        system="mtm", claim=text, metrics=tuple(metrics), baseline_metrics=tuple(baseline), seeds=study.seeds,
+        verdict=verdict, config=to_json(study), paper=paper, data=(data,),
+    )  # fmt: skip
+
+
+def draw(
+    study: MtmStudy, out: Path, cards: Mapping[tuple[str, int], Card], returns: Returns, plays: Plays,
+    curves: Sequence[Curve],
+) -> None:  # fmt: skip
+    """Draws errors by role, returns of the hopper's policies, and learning curves: `mtm.png`."""
+    with needs_extra("models"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.3, 1, 1])
+    names = list(dict.fromkeys(name for name, _ in cards))
+    for number, name in enumerate(names):
+        for place, (role, other) in enumerate(_SPECIALISTS.items()):
+            shares = [cards[name, seed][role][MODEL] / cards[name, seed][role][other] for seed in study.seeds]
+            x = place + 0.25 * (number - (len(names) - 1) / 2)
+            left.plot([x] * len(shares), shares, "o", color=_COLOURS[number], label=name if place == 0 else None)
+    left.axhline(1, color="#888888", linewidth=1, linestyle="--")
+    left.set(yscale="log", ylabel="model's error to its specialist's", title="one model in each role")
+    left.set_xticks(range(len(_SPECIALISTS)), list(_SPECIALISTS))
+    left.legend(frameon=False)
+    players = list(dict.fromkeys(name for name, _ in plays.hopper))
+    for row, name in enumerate(players):
+        means = [float(np.mean(returns[plays.hopper[name, seed]])) for seed in study.seeds]
+        middle.plot(means, [row] * len(means), "o", color=_COLOURS[0 if name == "MTM" else 6])
+        middle.plot([float(np.mean(means))], [row], "|", color="black", markersize=14)
+    middle.set_yticks(range(len(players)), players)
+    middle.invert_yaxis()
+    middle.set(xlabel="return", title=f"hopper-replay, {study.episodes} episodes for each seed")
+    for number, kind in enumerate(KINDS):
+        mine = [curve for curve in curves if curve.kind == kind]
+        for curve in mine:
+            right.plot(curve.steps, curve.returns, color=_COLOURS[number], alpha=0.3, linewidth=1)
+        right.plot(mine[0].steps, np.mean([c.returns for c in mine], 0), color=_COLOURS[number], label=kind)
+    right.set(xlabel="steps", ylabel="return", title="TD3 on cartpole-swingup")
+    right.legend(frameon=False)
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+    with atomic_path(out / "mtm.png") as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

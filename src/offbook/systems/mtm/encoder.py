@@ -1,0 +1,66 @@
+"""A trained model as the eyes of an agent of Stable-Baselines3: states in, features out."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from offbook.errors import ConfigError, needs_extra
+from offbook.learning.trajectories import STATE
+from offbook.systems.mtm.model import MaskedTrajectoryModel
+
+with needs_extra("rl"):
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+
+class StateFeatures(BaseFeaturesExtractor):
+    """What the encoder makes of the present state alone; beside it the state itself, standardised.
+
+    Args:
+        observation_space: of the task: one vector, as the model's recordings have it.
+        model: a trained one; each extractor works on a copy.
+        freeze: keep the encoder as it is; else the agent's losses train it further.
+
+    Raises:
+        ConfigError: the observation is not what the model knows as a state.
+
+    Example:
+        >>> from stable_baselines3 import TD3
+        >>> from offbook.systems.mtm.model import Modality, Sizes
+        >>> model = MaskedTrajectoryModel([Modality(name="state", size=3)], Sizes(length=2, dim=16, heads=2))
+        >>> policy = {"features_extractor_class": StateFeatures, "features_extractor_kwargs": {"model": model}}
+        >>> TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=policy).actor.features_dim
+        19
+
+    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), section 4.5, where
+        the agent gets the encoder's output alone.
+    """
+
+    def __init__(self, observation_space: gym.Space[Any], model: MaskedTrajectoryModel, freeze: bool = True) -> None:
+        size, shape = model.modalities[STATE].size, observation_space.shape
+        if shape != (size,):
+            fix = "use a model of this task's recordings"
+            raise ConfigError("StateFeatures", expected=f"an observation of shape ({size},)", got=f"{shape}", fix=fix)
+        super().__init__(observation_space, model.tokens[STATE] * model.sizes.dim + size)
+        self.model = copy.deepcopy(model).eval()
+        if freeze:
+            self.model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> StateFeatures:
+        """Never drops anything: an agent's critic and its target must see the same."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def forward(self, observations: Float[Tensor, "batch size"]) -> Float[Tensor, "batch features"]:
+        """The features."""
+        state, mean, std = (observations, *(self.model.get_buffer(f"{STATE}_{of}") for of in ("mean", "std")))
+        standard = ((state - mean) / torch.where(std > 0, std, torch.inf)).clamp(-10.0, 10.0)
+        return torch.cat([self.model.encode_state(state), standard], 1)

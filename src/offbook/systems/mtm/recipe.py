@@ -1,0 +1,130 @@
+"""Does one masked model do as well as a specialist in each role, with less supervision, and what of it matters?
+
+Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from offbook.data.store import EpisodeStore
+from offbook.learning.datasets import generate
+from offbook.learning.offline import OfflineConfig
+from offbook.learning.specialists import SpecialistConfig
+from offbook.runs.directory import RunDirectory
+from offbook.runs.ledger import Claim, Dataset
+from offbook.systems.mtm import claims
+from offbook.systems.mtm.agents import learning_curves
+from offbook.systems.mtm.experiments import Arm, Play, errors, fit_all, play_all, split, without_actions
+from offbook.systems.mtm.presets import MtmStudy
+from offbook.systems.mtm.train import MtmConfig
+
+MAZE, HOPPER = "pointmaze-mixed", "hopper-replay"
+
+
+def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
+    """Trains, plays and judges all of it; interrupted, it goes on from what the folder holds."""
+    # Data: recordings that the project makes itself, and copies of one in which few episodes have actions.
+    stores = {MAZE: generate(MAZE, size=study.maze, jobs=study.jobs), HOPPER: generate(HOPPER, size=study.hopper)}
+    for store in stores.values():
+        split(store)
+    data = {name: Dataset(name=name, sha256=store.digest, episodes=len(store)) for name, store in stores.items()}
+    partial = {
+        seed: dict(zip(("all", "few"), without_actions(stores[MAZE], study.with_actions, seed, out.path), strict=True))
+        for seed in study.seeds
+    }
+
+    # Model and learning: one model for all roles, specialists, masks of other kinds, offline reinforcement learners.
+    models = {
+        (name, seed): _arm(study, store, seed, out.path, "mtm")
+        for name, store in stores.items()
+        for seed in study.seeds
+    }
+    experts = {key: _specialists(study, stores[key[0]], key[1], out.path) for key in models}
+    masks = {
+        (pattern, seed): models[MAZE, seed] if study.model.patterns == (pattern,) else
+        _arm(study, stores[MAZE], seed, out.path, f"mask-{pattern}", patterns=(pattern,))
+        for pattern in study.patterns for seed in study.seeds
+    }  # fmt: skip
+    few = {
+        (which, seed): _arm(study, EpisodeStore.open(path), seed, out.path, f"actions-{which}", role="bc")
+        for seed, paths in partial.items() for which, path in paths.items()
+    }  # fmt: skip
+    learners = {
+        (algorithm, seed): _learner(study, stores[HOPPER], seed, out.path, algorithm)
+        for algorithm in ("iql", "td3bc") for seed in study.seeds
+    }  # fmt: skip
+    every = [*models.values(), *(arm for of in experts.values() for arm in of.values()), *masks.values(), *few.values()]
+    fit_all(list(dict.fromkeys([*every, *learners.values()])), study.jobs)
+
+    # Test: errors on episodes held out, and episodes in the simulators; agents that learn on a model's features.
+    cards = {key: errors(arm, experts[key]) for key, arm in models.items()}
+    mask_cards = {key: errors(arm, experts[MAZE, key[1]]) for key, arm in masks.items()}
+    few_cards = {key: errors(arm, {}) for key, arm in few.items()}
+    plays = claims.Plays(
+        few={key: _play(study, arm, stores[MAZE], "bc") for key, arm in few.items()},
+        hopper={
+            (name, seed): _play(study, arm, stores[HOPPER], "rcbc")
+            for seed in study.seeds
+            for name, arm in _contenders(models[HOPPER, seed], experts[HOPPER, seed], learners, seed).items()
+        },
+        targets={
+            (target, seed): _play(study, models[HOPPER, seed], stores[HOPPER], "rcbc", target)
+            for target in study.targets for seed in study.seeds
+        },
+    )  # fmt: skip
+    returns = play_all(plays.every, study.jobs)
+    curves = learning_curves(study, out.path / "agents")
+
+    # Record: each claim beside its limits, and pictures.
+    claims.draw(study, out.path, cards, returns, plays, curves)
+    return [
+        *(claims.roles(study, name, {seed: cards[name, seed] for seed in study.seeds}, data[name]) for name in stores),
+        claims.few_actions(study, few_cards, plays.few, returns, data[MAZE]),
+        claims.offline(study, plays, returns, data[HOPPER]),
+        claims.masks(study, mask_cards, data[MAZE]),
+        claims.features(study, curves),
+    ]
+
+
+def _arm(study: MtmStudy, store: EpisodeStore, seed: int, out: Path, name: str, **changes: object) -> Arm:
+    config: MtmConfig = replace(study.model, fit=replace(study.model.fit, seed=seed), **changes)  # type: ignore[arg-type]
+    return Arm(store=store.path, model=config, config=config, folder=out / store.path.name / f"{name}-{seed}")
+
+
+def _specialists(study: MtmStudy, store: EpisodeStore, seed: int, out: Path) -> dict[str, Arm]:
+    """An MLP for each role, for as many steps; with a model's history too, and for the best tenth of the episodes."""
+    length, fit = study.model.model.length, replace(study.model.fit, seed=seed)
+    kinds = {
+        "MLP bc": SpecialistConfig(role="bc", fit=fit),
+        f"MLP bc, {length} states": SpecialistConfig(role="bc", history=length, fit=fit),
+        "MLP rcbc": SpecialistConfig(role="rcbc", fit=fit),
+        f"MLP rcbc, {length} states": SpecialistConfig(role="rcbc", history=length, fit=fit),
+        "MLP id": SpecialistConfig(role="id", fit=fit),
+        "MLP fd": SpecialistConfig(role="fd", fit=fit),
+        "10 % bc": SpecialistConfig(role="bc", top=0.1, fit=fit),
+    }
+    model = replace(study.model, fit=fit)
+    folder = out / store.path.name
+    return {
+        name: Arm(store=store.path, model=model, config=kind, folder=folder / f"{name.replace(' ', '-')}-{seed}")
+        for name, kind in kinds.items()
+    }
+
+
+def _learner(study: MtmStudy, store: EpisodeStore, seed: int, out: Path, algorithm: str) -> Arm:
+    config = OfflineConfig(algorithm=algorithm)  # type: ignore[arg-type]
+    fit = replace(config.fit, steps=study.offline_steps, seed=seed, device="cpu", threads=1)
+    folder = out / store.path.name / f"{algorithm}-{seed}"
+    return Arm(store=store.path, model=study.model, config=replace(config, fit=fit), folder=folder)
+
+
+def _contenders(model: Arm, experts: dict[str, Arm], learners: dict[tuple[str, int], Arm], seed: int) -> dict[str, Arm]:
+    players = {name: arm for name, arm in experts.items() if "id" not in name and "fd" not in name}
+    names = {"iql": "IQL", "td3bc": "TD3+BC"}
+    return {"MTM": model, **players, **{name: learners[key, seed] for key, name in names.items()}}
+
+
+def _play(study: MtmStudy, arm: Arm, store: EpisodeStore, role: str, target: float = 1.0) -> Play:
+    return Play(arm=arm, task=store.schema.environment, episodes=study.episodes, role=role, target=target)
