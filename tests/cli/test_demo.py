@@ -48,9 +48,9 @@ def test_a_trial_that_waits_for_a_person_ends_the_demo_in_time(tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.service
-def test_the_demo_ends_on_a_leaderboard_of_four(cli, tmp_path):
+def test_the_demo_ends_on_a_leaderboard_of_five(cli, tmp_path):
     code, stdout, stderr = cli(["demo", "--out", str(tmp_path / "demo"), "--episodes", "12", "--trials", "2", "--json"])
     assert code == 0, stderr
     board = json.loads(stdout)
-    assert {row["name"] for row in board["rows"]} == {"expert", "random", "BC on state", "BC on images"}
+    assert {row["name"] for row in board["rows"]} == {"expert", "random", "BC on state", "BC on images", "MTM as BC"}
     assert all(row["n"] == 2 and row["score"]["low"] <= row["score"]["value"] for row in board["rows"])

@@ -8,7 +8,11 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What each is given, so that it takes seconds, and a word that it prints at its end.
-RUNS = {"record_and_read.py": (["store"], "held out"), "blockwise_in_torch.py": (["3"], "goes on with")}
+RUNS = {
+    "record_and_read.py": (["store"], "held out"),
+    "blockwise_in_torch.py": (["3"], "goes on with"),
+    "masked_roles.py": ([], "an agent sees"),
+}
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import secrets
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import tyro
 
 from offbook.cli.access import TOKEN, URL, read_token
+from offbook.cli.policy import find_policy, run_and_role
 from offbook.cli.report import Report, interval_text, table
 from offbook.client.submit import ArenaClient
 from offbook.errors import ConfigError, needs_extra
@@ -222,8 +225,9 @@ def submit(
     """Submits a policy for trials. The token (scope submit) comes from OFFBOOK_TOKEN.
 
     Args:
-        policy: a run folder or checkpoint file, which is uploaded and checked; remote for a policy that dials in from
-            your machine; expert or random for the benchmark's anchors (scope admin).
+        policy: a run folder or checkpoint file, which is uploaded and checked, with :ROLE or :ROLE:TARGET behind it for
+            a model of many roles; remote for a policy that dials in from your machine; expert or random for the
+            benchmark's anchors (scope admin).
         benchmark: on which.
         split: on which scenes; the benchmark's first by default.
         name: label on the leaderboard; the name of the run folder by default.
@@ -237,20 +241,20 @@ def submit(
 
     Examples:
         offbook arena submit runs/bc --benchmark pour --split position --wait
+        offbook arena submit runs/mtm:rcbc:0.9 --name "MTM, return-conditioned"
         offbook arena submit remote --name my-policy --benchmark pour
     """
     token = read_token(token_file)
-    given, file = policy in ("remote", *_ANCHORS), Path(policy)
     if policy == "remote" and name is None:
         raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
-    if not given:
-        file = RunDirectory.open(file).checkpoint() if file.is_dir() else file
-        read_header(file)  # what the arena would refuse is said before it is sent
-    with ArenaClient(url, token) as arena:
+    with ExitStack() as stack:
+        given = policy in ("remote", *_ANCHORS)
+        file = None if given else stack.enter_context(_upload(policy))
+        arena = stack.enter_context(ArenaClient(url, token))
         entry = arena.submit(
             benchmark,
-            name or (policy if given else Path(policy).resolve().stem),
-            checkpoint=None if given else file,
+            name or (policy if given else Path(run_and_role(policy)[0]).resolve().stem),
+            checkpoint=file,
             anchor=policy if policy in _ANCHORS else None,
             split=split,
             trials=trials,
@@ -262,6 +266,22 @@ def submit(
             entry = arena.wait(entry["id"], timeout_s=timeout, progress=_show_progress)
             print(file=sys.stderr)
     return Report(text=_entry_text(entry, url), data=entry)
+
+
+@contextmanager
+def _upload(policy: str) -> Iterator[Path]:
+    """The file to send: a run's checkpoint, or a copy of it in the role that is asked for."""
+    path, role, _ = run_and_role(policy)
+    file = RunDirectory.open(path).checkpoint() if Path(path).is_dir() else Path(path)
+    read_header(file)  # what the arena would refuse is said before it is sent
+    if not role:
+        yield file
+        return
+    chosen: Any = find_policy(policy, None)
+    with TemporaryDirectory() as folder:
+        copy = Path(folder) / file.name
+        chosen.save(copy)
+        yield copy
 
 
 def status(

@@ -48,10 +48,12 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
     _say("Record a scripted expert in the pouring world")
     _do(f"data record offbook:pour --episodes {episodes} --jobs 2 --out {home}/recordings")
 
-    _say("Learn from the recordings: once from the state, once from pictures")
+    _say("Learn from the recordings: by cloning, from the state and from pictures, and by masks, for many roles")
     _do(f"train bc --data {home}/recordings --resume --out {home}/bc-state")
     images = "--parts joints --cameras front --fit.steps 600"
     _do(f"train bc --data {home}/recordings {images} --resume --out {home}/bc-images")
+    masks = "--success-only --model.dim 64 --fit.steps 1200 --fit.batch-size 64"
+    _do(f"train mtm --data {home}/recordings {masks} --resume --out {home}/mtm")
 
     _say("Open an arena, and lend it two simulated robots")
     token = _do(f"arena init {home}/arena --benchmarks pour --trials {trials} --seed 0")["token"]
@@ -67,14 +69,16 @@ def demo(*, out: Path = Path("demo"), episodes: int = 40, trials: int = 10, stay
         for name in ("left", "right"):
             children.start(name, f"arena worker --robot pour --url {url} --name {name}")
 
-        _say("Submit: the two anchors, a checkpoint, and a policy that dials in")
+        _say("Submit: the two anchors, a checkpoint, a role of another, and a policy that dials in")
         entries = [_do(f"arena submit {name} --url {url}") for name in ("expert", "random")]
         entries.append(_do(f"arena submit {home}/bc-state --name 'BC on state' --imitates expert --url {url}"))
+        entries.append(_do(f"arena submit {home}/mtm:bc --name 'MTM as BC' --imitates expert --url {url}"))
         entries.append(_do(f"arena submit remote --name 'BC on images' --imitates expert --url {url}"))
         children.start("policy", f"policy serve {home}/bc-images --url {url} --submission {entries[-1]['id']}")
 
         _say(f"Blind trials, {trials} for each, all on the same scenes")
-        for _ in track(_ended_trials(arena, [entry["id"] for entry in entries], children), "trials", 4 * trials):
+        ended = _ended_trials(arena, [entry["id"] for entry in entries], children)
+        for _ in track(ended, "trials", trials * len(entries)):
             pass
         board = call("arena status", ["--benchmark", "pour", "--url", url])
         minutes = (time.monotonic() - began) / 60

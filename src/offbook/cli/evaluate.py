@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from offbook.cli.policy import find_policy, recorded_in, scripted
+from offbook.cli.policy import find_policy, recorded_in, run_and_role, scripted
 from offbook.cli.report import Report, as_json, interval_text, table
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.directory import write_atomic
@@ -39,7 +39,8 @@ def evaluate(
     and are compared pair by pair.
 
     Args:
-        runs: run folders, checkpoint files, expert or expert:GRADE with a grade from 0 to 1, random, or MODULE:NAME.
+        runs: run folders or checkpoint files, with :ROLE or :ROLE:TARGET behind a model of many roles; expert or
+            expert:GRADE with a grade from 0 to 1, random, or MODULE:NAME.
         task: the environment, such as offbook:pour or gym:Hopper-v5; by default where the policy's recordings are from.
         episodes: how many for each policy.
         seed: from which the episodes' seeds follow.
@@ -54,6 +55,7 @@ def evaluate(
         offbook evaluate runs/bc
         offbook evaluate runs/bc --task offbook:pour --split position --episodes 100
         offbook evaluate runs/bc expert expert:0.5 random --task offbook:pour --out comparison
+        offbook evaluate runs/mtm:bc runs/mtm:rcbc:0.9 runs/mtm:plan
     """
     if not runs or len(set(runs)) < len(runs):
         got = " ".join(runs) or "none"
@@ -63,7 +65,8 @@ def evaluate(
         got = "none, and no checkpoint that names one"
         raise ConfigError("--task", expected="the name of an environment", got=got, fix="give --task")
     if out is None:
-        out = next((Path(run) / "evaluation" for run in runs if not scripted(run) and Path(run).is_dir()), None)
+        folders = (Path(run_and_role(run)[0]) for run in runs if not scripted(run))
+        out = next((folder / "evaluation" for folder in folders if folder.is_dir()), None)
     with needs_extra("sim"):
         from offbook.evaluate.trials import compare_all
     limits = {"episodes": episodes, "max_steps": max_steps, "parallel": parallel, "jobs": jobs}

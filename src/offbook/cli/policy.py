@@ -17,7 +17,7 @@ from offbook.client.protocol import Policy
 from offbook.errors import ConfigError, OffbookError, needs_extra
 from offbook.runs.checkpoint import read_header
 
-_POLICIES = "a run folder or checkpoint, expert, expert:GRADE, random, or MODULE:NAME"
+_POLICIES = "a run folder or checkpoint, perhaps with :ROLE, expert, expert:GRADE, random, or MODULE:NAME"
 
 
 def serve(
@@ -37,8 +37,9 @@ def serve(
     then count as left by the policy. The token (scope submit) comes from OFFBOOK_TOKEN.
 
     Args:
-        target: run folder or checkpoint, expert or expert:GRADE, random, or MODULE:NAME, a policy of your own: an
-            object with meta, reset and infer, or a function without arguments that makes one.
+        target: run folder or checkpoint, with :ROLE or :ROLE:TARGET behind it for a model of many roles; expert or
+            expert:GRADE, random, or MODULE:NAME, a policy of your own: an object with meta, reset and infer, or a
+            function without arguments that makes one.
         url: address of the arena.
         submission: id that the arena gave to the submission.
         token_file: file that holds the token, instead of OFFBOOK_TOKEN.
@@ -134,8 +135,9 @@ def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
     """The policy that a word on the command line means.
 
     Args:
-        target: run folder or checkpoint, `expert`, `expert:GRADE`, `random`, or `MODULE:NAME` (also of a module in the
-            current folder): a policy, or a function without arguments that makes one.
+        target: run folder or checkpoint, perhaps with `:ROLE` or `:ROLE:TARGET`; `expert`, `expert:GRADE`, `random`; or
+            `MODULE:NAME` (also of a module in the current folder): a policy, or a function without arguments that makes
+            one.
         task: environment or robot, for expert and random.
         seed: for expert and random.
 
@@ -149,7 +151,37 @@ def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
         return _of_user(*target.split(":"))
     with needs_extra("models"):
         from offbook.learning.policies import load_policy
-    return load_policy(target)
+    path, role, aim = run_and_role(target)
+    policy = load_policy(path)
+    if not role:
+        return policy
+    if not hasattr(policy, "in_role"):
+        fix = f"leave :{role} out"
+        raise ConfigError(target, expected="a policy with roles", got=f"{policy.meta.name}, without", fix=fix)
+    found: Policy = policy.in_role(role, aim)
+    return found
+
+
+def run_and_role(target: str) -> tuple[str, str, float | None]:
+    """What stands before and behind the colons of `RUN:ROLE:TARGET`: the path, the role, the return to aim at.
+
+    Raises:
+        ConfigError: the return is no number.
+    """
+    path, colon, rest = target.partition(":")
+    if not colon or Path(target).exists() or not _is_run(path):
+        return target, "", None
+    role, colon, aim = rest.partition(":")
+    try:
+        return path, role, float(aim) if colon else None
+    except ValueError:
+        got, fix = repr(aim), f"write {path}:{role}:0.9"
+        raise ConfigError(target, expected="a number behind the role", got=got, fix=fix) from None
+
+
+def _is_run(path: str) -> bool:
+    """Whether it is a run folder or a checkpoint, and not a package with a policy in it."""
+    return Path(path).is_file() or (Path(path) / "config.json").is_file()
 
 
 def recorded_in(target: str) -> str | None:
@@ -162,12 +194,14 @@ def recorded_in(target: str) -> str | None:
         return None
     with needs_extra("models"):
         from offbook.learning.policies import policy_file
-    environment = read_header(policy_file(target)).record.get("environment")
+    environment = read_header(policy_file(run_and_role(target)[0])).record.get("environment")
     return environment if isinstance(environment, str) and environment else None
 
 
 def _of_module(target: str) -> bool:
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target) is not None and not Path(target).exists()
+    if Path(target).exists() or _is_run(target.partition(":")[0]):
+        return False
+    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", target) is not None
 
 
 def _scripted(target: str, task: str | None, seed: int) -> Policy:
