@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -16,6 +17,7 @@ from offbook.errors import ConfigError
 from offbook.models.blockwise import Backbone, BackboneConfig, Full, KeyPadding
 from offbook.systems.mtm.patterns import Visible
 
+Kind = Literal["continuous", "bins", "index"]
 Residual = Literal["forward_fill", "none"]
 
 # An input this many deviations from its mean tells no more than that.
@@ -41,12 +43,13 @@ class Modality:
 
     name: str
     size: int
-    kind: Literal["continuous", "bins", "index"] = "continuous"
+    kind: Kind = "continuous"
     classes: int = 0
     residual: bool = False
 
     def __post_init__(self) -> None:
         right = {
+            "kind": self.kind in get_args(Kind),
             "size": 1 <= self.size <= 65_536 and (self.kind != "index" or self.size == 1),
             "classes": self.classes == 0 if self.kind == "continuous" else 2 <= self.classes <= 65_536,
             "residual": not self.residual or self.kind == "continuous",
@@ -129,8 +132,6 @@ class MaskedTrajectoryModel(nn.Module):
     visible value, unless their `residual` is off.
     """
 
-    positions: Tensor
-
     def __init__(self, modalities: Sequence[Modality], sizes: Sizes) -> None:
         super().__init__()
         self.modalities, self.sizes = {modality.name: modality for modality in modalities}, sizes
@@ -144,7 +145,6 @@ class MaskedTrajectoryModel(nn.Module):
             for m in modalities
         })  # fmt: skip
         self.encoder, self.decoder = (Backbone(_backbone(sizes, layers)) for layers in (sizes.encoder, sizes.decoder))
-        self.register_buffer("positions", _table(sizes.length, dim), persistent=False)
         for modality in modalities:
             for name, value in (("mean", 0.0), ("std", 1.0)):
                 self.register_buffer(f"{modality.name}_{name}", torch.full((modality.size,), value))
@@ -236,7 +236,7 @@ class MaskedTrajectoryModel(nn.Module):
             else:  # the same as a linear map of a one-hot vector
                 weight, bias = (self.get_parameter(f"embed.{name}.{of}") for of in ("weight", "bias"))
                 embedded = functional.embedding(x, weight.T) + bias
-            parts.append((embedded + self.encoder_mark[name] + self.positions[:length, None]).flatten(1, 2))
+            parts.append((embedded + self.encoder_mark[name] + self._positions(embedded)).flatten(1, 2))
         return self._encode_seen(torch.cat(parts, 1), self._joined(visible))
 
     def _encode_seen(self, x: Float[Tensor, "batch n dim"], seen: Bool[Tensor, "batch n"]) -> Tensor:
@@ -256,17 +256,19 @@ class MaskedTrajectoryModel(nn.Module):
         return out  # at hidden tokens it means nothing
 
     def _decode(self, encoded: Float[Tensor, "batch n dim"], visible: Visible) -> dict[str, Tensor]:
-        length = next(iter(visible.values())).shape[1]
         parts = [
             (
                 torch.where(visible[name][..., None], of, self.hidden[name])
                 + self.decoder_mark[name]
-                + self.positions[:length, None]
+                + self._positions(of)
             ).flatten(1, 2)
             for name, of in self._apart(encoded).items()
         ]
         decoded = self.decoder(torch.cat(parts, 1), mask=Full())
         return {name: self.heads[name](of) for name, of in self._apart(decoded).items()}
+
+    def _positions(self, tokens: Float[Tensor, "batch time tokens dim"]) -> Float[Tensor, "time 1 dim"]:
+        return _table(tokens.shape[1], self.sizes.dim, tokens.device)[:, None]
 
     def _joined(self, visible: Visible) -> Bool[Tensor, "batch n"]:
         return torch.cat([visible[name].flatten(1) for name in self.modalities], 1)
@@ -334,11 +336,15 @@ def _backbone(sizes: Sizes, layers: int) -> BackboneConfig:
     )
 
 
-def _table(length: int, dim: int) -> Float[Tensor, "length dim"]:
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _table(length: int, dim: int, device: torch.device) -> Float[Tensor, "length dim"]:
     """Sines and cosines of falling frequencies, halved, as in the authors' code.
+
+    Kept outside the model, for one that is built without numbers, to be read from a file, has none of its own.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5.
     """
-    rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
-    angles = torch.arange(length)[:, None] * rates
+    rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10_000.0) / dim))
+    angles = torch.arange(length, device=device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1) / 2
