@@ -93,7 +93,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         checks = {
-            "length": (2 <= self.length <= 4_096, "2 to 4096 steps"),
+            "length": (type(self.length) is int and 2 <= self.length <= 4_096, "2 to 4096 steps"),
             "heads": (1 <= self.heads <= 64, "1 to 64"),
             "dim": (
                 2 <= self.dim <= 16_384 and self.dim % (2 * max(1, self.heads)) == 0,
