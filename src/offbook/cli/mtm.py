@@ -14,7 +14,7 @@ import tyro
 from offbook.cli.report import Report, interval_text, table
 from offbook.data.splits import left_out
 from offbook.data.store import EpisodeStore
-from offbook.errors import needs_extra
+from offbook.errors import DataError, needs_extra
 from offbook.runs.config import with_presets
 from offbook.runs.directory import RunDirectory, write_atomic
 from offbook.runs.progress import note
@@ -60,6 +60,7 @@ def train(
     """
     store = EpisodeStore.open(data)
     found = trajectories(store, config)
+    found.sampler(config.model.length)  # refused, if at all, before a folder is made
     config = replace(config, parts=found.parts)
     with main_process_first(config.fit.device) as first:
         run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
@@ -69,7 +70,9 @@ def train(
     policy = train_mtm(store, config, run, resume=resume)
     seconds = time.monotonic() - began
     card: list[Row] = []
-    if len(found.held_out):
+    if found.held_out_sampler(config.model.length) is None:
+        note(f"no role card: no episode is held out that has a window of {config.model.length} steps")
+    else:
         others = _specialists(found, config, run) if specialists else {}
         card = role_card(policy.module, found, others)
         write_atomic(out / "card.json", json.dumps([row.to_json() for row in card], indent=1) + "\n")
@@ -113,7 +116,10 @@ def _specialists(data: Trajectories, config: MtmConfig, run: RunDirectory) -> Ma
             note(f"training the specialist {name}")
             chosen = replace(specialist, fit=config.fit)
             folder = RunDirectory.create(run.path / "specialists" / name.replace(" ", "-"), chosen, resume=True)
-            found[name] = train_specialist(data, chosen, folder, resume=True)
+            try:
+                found[name] = train_specialist(data, chosen, folder, resume=True)
+            except DataError as error:  # all that it needs is there, but in no episode together
+                note(f"{name} is left out: {error}")
     return found
 
 

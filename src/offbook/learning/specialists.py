@@ -211,6 +211,10 @@ def _episodes(data: Trajectories, config: SpecialistConfig) -> np.ndarray:
         raise DataError(str(store.path), expected=expected, got="none", fix=fix)
     if config.top == 1:
         return kept
+    kept = kept[np.isfinite(store.episodes["return"][kept])]
+    if not len(kept):
+        fix, expected = "learn from all of them", "a training episode with a return, to choose the best of"
+        raise DataError(str(store.path), expected=expected, got="none", fix=fix)
     count = max(1, round(config.top * len(kept)))
     return np.sort(kept[np.argsort(-store.episodes["return"][kept], kind="stable")[:count]])
 

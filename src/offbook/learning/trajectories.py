@@ -121,11 +121,13 @@ class Trajectories:
         starts, lengths = store.episodes["start"][episodes], store.episodes["length"][episodes]
         values = returns_to_go(np.asarray(store.field(reward)), starts, lengths, self.returns or ReturnSpec())
         chosen = np.concatenate([values[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
-        finite = np.isfinite(chosen)
+        finite, where = np.isfinite(chosen), f"{store.path}, field {reward!r}"
         if not finite.all() and self._on_nan == "refuse":
             fix = "leave such steps out: --on-nan drop"
-            where = f"{store.path}, field {reward!r}"
             raise DataError(where, expected="finite rewards", got=f"{int((~finite).sum())} steps without", fix=fix)
+        if not finite.any():
+            fix = "learn without returns: add returns:none"
+            raise DataError(where, expected="a finite return to go", got="none", fix=fix)
         return np.asarray(chosen[finite])
 
     def sampler(
@@ -149,6 +151,18 @@ class Trajectories:
             on_nan="drop" if self._on_nan == "drop" else "keep",
             seed=self.seed,
         )
+
+    def held_out_sampler(self, length: int) -> WindowSampler | None:
+        """Windows of the held-out episodes; None where none has a window so long."""
+        lengths = self.store.episodes["length"][self.held_out]
+        if max(lengths, default=0) < length:
+            return None
+        try:
+            return self.sampler(length, self.held_out)
+        except DataError:
+            if self._on_nan == "refuse":
+                raise
+            return None  # NaN is in all of them
 
     def tell(self, sampler: WindowSampler) -> None:
         """Says what of the recordings is not learnt from."""

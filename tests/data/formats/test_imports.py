@@ -138,6 +138,9 @@ def test_from_a_foreign_file_to_a_tested_policy(tmp_path, cli, swings, make, mon
     tested = run("evaluate", tmp_path / "run", "--episodes", "1", "--max-steps", "10", "--videos", "0")
     assert tested["task"] == environment
     assert len(tested["policies"]) == 1
+    held_out = ["--held-out", "0.4", "--preset", "smoke", "--fit.steps", "2", "--model.dim", "16"]
+    card = run("train", "mtm", "--data", out, "--out", tmp_path / "mtm", *held_out)["card"]
+    assert [row["role"] for row in card] == ["bc", "rcbc", "id", "fd", "return", "waypoint"]
 
 
 def test_what_an_unknown_or_unwritable_format_says(tmp_path, make_store, cli):

@@ -73,7 +73,7 @@ def role_card(
         specialists: others that tell the same, by name, each in the row of its own role.
 
     Raises:
-        DataError: no held-out episode is as long as a window.
+        DataError: no held-out episode has a window.
     """
     windows, episodes = _held_out(model, data)
     rows = []
@@ -108,13 +108,12 @@ def role_card(
 
 
 def _held_out(model: MaskedTrajectoryModel, data: Trajectories) -> tuple[dict[str, Tensor], np.ndarray]:
-    lengths, length = data.store.episodes["length"][data.held_out], model.sizes.length
-    if not len(lengths) or int(lengths.max()) < length:
-        got = f"{len(lengths)}, the longest of {max(lengths, default=0)} steps"
+    length = model.sizes.length
+    sampler = data.held_out_sampler(length)
+    if sampler is None:
         fix = "hold more episodes out: offbook data split"
-        where, expected = f"{data.store.path}, role card", f"a held-out episode of {length} steps or more"
-        raise DataError(where, expected=expected, got=got, fix=fix)
-    sampler = data.sampler(length, data.held_out)
+        where, expected = f"{data.store.path}, role card", f"a held-out episode with a window of {length} steps"
+        raise DataError(where, expected=expected, got=f"none among {len(data.held_out)}", fix=fix)
     windows = sampler.at(np.unique(np.linspace(0, len(sampler) - 1, _WINDOWS).astype(np.int64)))
     return data.tensors(windows), windows.episode
 
@@ -142,7 +141,10 @@ def _questions(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor]) -> d
                 tells="the action, from what was before and the returns", seen=at_step("rcbc", shape, step),
                 modality=ACTION, step=last, rules=rules,
             )  # fmt: skip
-        earlier = {**rules, "last action": action[:, max(0, last - 2)]} if last > 1 else {**rules}
+        # The action before the one that is asked for, if the window has one.
+        earlier = {name: rule for name, rule in rules.items() if name != "last action"}
+        if last > 1:
+            earlier = {"last action": action[:, last - 2], **earlier}
         found["id"] = _Question(
             tells="the action between two states", seen=shape.where(state=every), modality=ACTION, step=last - 1,
             rules=earlier,

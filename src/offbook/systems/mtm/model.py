@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from offbook.learning.trajectories import STATE
 from offbook.models.blockwise import Backbone, BackboneConfig, Full, Segments
 from offbook.systems.mtm.patterns import Visible
 
+Kind = Literal["continuous", "bins", "index"]
 Residual = Literal["forward_fill", "none"]
 
 # An input this many deviations from its mean tells no more than that.
@@ -41,12 +43,13 @@ class Modality:
 
     name: str
     size: int
-    kind: Literal["continuous", "bins", "index"] = "continuous"
+    kind: Kind = "continuous"
     classes: int = 0
     residual: bool = False
 
     def __post_init__(self) -> None:
         right = {
+            "kind": self.kind in get_args(Kind),
             "size": 1 <= self.size <= 65_536 and (self.kind != "index" or self.size == 1),
             "classes": self.classes == 0 if self.kind == "continuous" else 2 <= self.classes <= 65_536,
             "residual": not self.residual or self.kind == "continuous",
@@ -90,7 +93,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         checks = {
-            "length": (2 <= self.length <= 4_096, "2 to 4096 steps"),
+            "length": (type(self.length) is int and 2 <= self.length <= 4_096, "2 to 4096 steps"),
             "heads": (1 <= self.heads <= 64, "1 to 64"),
             "dim": (
                 2 <= self.dim <= 16_384 and self.dim % (2 * max(1, self.heads)) == 0,
@@ -129,8 +132,6 @@ class MaskedTrajectoryModel(nn.Module):
     visible value, unless their `residual` is off.
     """
 
-    positions: Tensor
-
     def __init__(self, modalities: Sequence[Modality], sizes: Sizes) -> None:
         super().__init__()
         self.modalities, self.sizes = {modality.name: modality for modality in modalities}, sizes
@@ -144,7 +145,6 @@ class MaskedTrajectoryModel(nn.Module):
             for m in modalities
         })  # fmt: skip
         self.encoder, self.decoder = (Backbone(_backbone(sizes, layers)) for layers in (sizes.encoder, sizes.decoder))
-        self.register_buffer("positions", _table(sizes.length, dim), persistent=False)
         for modality in modalities:
             for name, value in (("mean", 0.0), ("std", 1.0)):
                 self.register_buffer(f"{modality.name}_{name}", torch.full((modality.size,), value))
@@ -268,7 +268,8 @@ class MaskedTrajectoryModel(nn.Module):
 
     def _marks(self, mark: nn.ParameterDict, length: int) -> Float[Tensor, "n dim"]:
         """What is added to a token for its modality and its step."""
-        return torch.cat([(mark[name] + self.positions[:length, None]).flatten(0, 1) for name in self.modalities])
+        positions = _table(length, self.sizes.dim, next(self.parameters()).device)[:, None]
+        return torch.cat([(mark[name] + positions).flatten(0, 1) for name in self.modalities])
 
     def _apart(self, x: Float[Tensor, "batch n dim"]) -> dict[str, Float[Tensor, "batch time tokens dim"]]:
         length = x.shape[1] // sum(self.tokens.values())
@@ -366,11 +367,15 @@ def _backbone(sizes: Sizes, layers: int) -> BackboneConfig:
     )
 
 
-def _table(length: int, dim: int) -> Float[Tensor, "length dim"]:
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _table(length: int, dim: int, device: torch.device) -> Float[Tensor, "length dim"]:
     """Sines and cosines of falling frequencies, halved, as in the authors' code.
+
+    Kept outside the model, for one that is built without numbers, to be read from a file, has none of its own.
 
     Source: Vaswani et al., "Attention Is All You Need" (2017), section 3.5.
     """
-    rates = torch.exp(torch.arange(0, dim, 2) * (-math.log(10_000.0) / dim))
-    angles = torch.arange(length)[:, None] * rates
+    rates = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10_000.0) / dim))
+    angles = torch.arange(length, device=device)[:, None] * rates
     return torch.stack([angles.sin(), angles.cos()], 2).flatten(1) / 2

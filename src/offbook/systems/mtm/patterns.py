@@ -91,7 +91,7 @@ def draw(
     if name not in PATTERNS:
         raise ConfigError("pattern", expected="the name of a pattern", got=repr(name), fix=nearest(name, PATTERNS))
     if shape.length < 2:
-        fix = "give --length 2 or more"
+        fix = "take longer windows"
         raise ConfigError("length", expected="2 steps or more for masks", got=str(shape.length), fix=fix)
     if scope == "batch":
         one = draw(name, Shape(tokens=shape.tokens, length=shape.length, batch=1), rng, fractions=fractions,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from offbook.client.protocol import Observation, PolicyMeta
 from offbook.errors import CheckpointError, ConfigError, nearest
+from offbook.learning.policies import load_policy
 from offbook.learning.trajectories import ACTION, RETURN, STATE
-from offbook.runs.checkpoint import load_checkpoint, save_checkpoint
+from offbook.runs.checkpoint import save_checkpoint
 from offbook.systems.mtm.model import MaskedTrajectoryModel
 from offbook.systems.mtm.patterns import Shape, Visible, at_step
 
@@ -32,9 +33,10 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 FILL = "fill"
 """What a model without actions is saved as: it fills in, and cannot act."""
 
-# Actions that planning tries in a step, how far they lie from the proposal in the recordings' standard deviations, and
-# how much better than the others, in standard deviations of what they promise, one must be to be preferred.
-_TRIED, _SPREAD, _TEMPERATURE = 32, 0.5, 0.5
+# Actions that planning tries in a step, how far they lie from the proposal in the recordings' standard deviations, how
+# much better than the others, in standard deviations of what they promise, one must be to be preferred, and by what
+# share of the returns' deviation promises differ at least.
+_TRIED, _SPREAD, _TEMPERATURE, _ALIKE = 32, 0.5, 0.5, 1e-4
 
 
 def chosen_role(role: str, modalities: Mapping[str, Any], where: str) -> str:
@@ -180,7 +182,9 @@ class RolePolicy:
         returns = self.module.values(RETURN, self.module(wide, self._visible("plan", now))[RETURN])[:, :, 0]
         ahead = (torch.arange(end + 1) >= first).to(self._device)
         score = ((returns * ahead).sum(1) / ahead.sum(1)).reshape(batch, count)
-        deviation = score.std(1, keepdim=True).clamp(min=1e-8)
+        # Promises that differ by less are equal but for rounding, which must not choose.
+        least = _ALIKE * self.module.get_buffer(f"{RETURN}_std")
+        deviation = torch.maximum(score.std(1, keepdim=True), least).clamp(min=1e-8)
         weight = torch.softmax((score - score.mean(1, keepdim=True)) / (deviation * _TEMPERATURE), 1)
         if self.meta.action.choices is not None:
             return tried[torch.arange(batch), score.argmax(1)]
@@ -195,8 +199,7 @@ class RolePolicy:
         rng = torch.Generator().manual_seed(0)
         noise = torch.randn(_TRIED - 1, proposal.shape[1], generator=rng).to(self._device)
         spread = noise * _SPREAD * self.module.get_buffer(f"{ACTION}_std")
-        others = self._bounded(proposal[:, None] + spread)
-        return torch.cat([proposal[:, None], others], 1)
+        return self._bounded(torch.cat([proposal[:, None], proposal[:, None] + spread], 1))
 
     def _bounded(self, action: Tensor) -> Tensor:
         if self.meta.action.choices is not None:
@@ -220,15 +223,23 @@ class RolePolicy:
         if len(record["model"]["modalities"]) > len(ROLES["rcbc"]):
             raise ConfigError("policy record", expected="three modalities at most", got="more", fix="save it again")
         module = MaskedTrajectoryModel.from_record(record["model"])
-        role = chosen_role(record["role"], module.modalities, "policy record") if record["role"] != FILL else FILL
+        of, acts = meta.action, module.modalities.get(ACTION)
+        role = FILL if acts is None else chosen_role(record["role"], module.modalities, "policy record")
         sizes = {name: modality.size for name, modality in module.modalities.items()}
-        wanted = {STATE: meta.observation.state_size} | ({} if role == FILL else {ACTION: meta.action.size})
-        action = module.modalities.get(ACTION)
-        classes = action.classes if action is not None and action.kind == "index" else None
-        bounds = meta.action.size == len(meta.action.low) == len(meta.action.high)
-        agree = wanted.items() <= sizes.items() and bounds and meta.chunk == 1 and not meta.observation.cameras
-        if not agree or (role != FILL and (meta.action.choices is None) != (classes is None)):
-            expected, got = f"a model of {sizes}", f"an observation and an action of {wanted}"
+        wanted = {STATE: meta.observation.state_size} | ({} if acts is None else {ACTION: of.size})
+        classes = acts.classes if acts is not None and acts.kind == "index" else None
+        agree = (
+            wanted.items() <= sizes.items()
+            and of.size == len(of.low) == len(of.high)
+            and all(low <= high for low, high in zip(of.low, of.high, strict=True))
+            and classes == (None if of.choices is None else max(2, of.choices))
+            and role == record["role"]
+            and meta.chunk == 1
+            and not meta.observation.cameras
+        )
+        if not agree:
+            expected = f"a model of {sizes} in role {role!r}, {classes or 'no'} choices"
+            got = f"an observation and an action of {wanted} in role {record['role']!r}, {of.choices or 'no'} choices"
             raise ConfigError("policy record", expected=expected, got=got, fix="save the policy again")
         kept = {name: value for name, value in record.items() if name not in ("meta", "model")}
         target, span = kept["target"], kept["return_range"]
@@ -298,17 +309,14 @@ class Dynamics:
         return self.module.values(name, self.module(data, visible)[name])
 
 
-def load_model(path: Path) -> MaskedTrajectoryModel:
-    """The model of a checkpoint of kind `mtm`, whatever role it was saved in.
+def load_model(path: Path | str) -> MaskedTrajectoryModel:
+    """The model of a run folder or a checkpoint file, whatever role it was saved in; see `load_policy`.
 
     Raises:
-        CheckpointError: the file is missing, damaged or of another kind.
+        CheckpointError: the file is missing, damaged, of another kind, or not what it claims to be.
     """
-    checkpoint = load_checkpoint(path, KIND)
-    try:
-        module = MaskedTrajectoryModel.from_record(checkpoint.record["model"])
-        module.load_state_dict(dict(checkpoint.values))
-    except (ConfigError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        got = f"another one ({str(error).strip().splitlines()[0]})"
-        raise CheckpointError(str(path), expected="a masked trajectory model", got=got, fix="train it again") from error
-    return module.eval()
+    policy = load_policy(path)
+    if not isinstance(policy, RolePolicy):
+        got, fix = f"the policy {policy.meta.name!r} of another kind", "train one: offbook train mtm"
+        raise CheckpointError(str(path), expected="a masked trajectory model", got=got, fix=fix)
+    return policy.module

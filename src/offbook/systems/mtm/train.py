@@ -172,10 +172,9 @@ class _Batches:
 
     def held_out(self) -> Mapping[str, Tensor] | None:
         """Windows spread evenly over the steps held out, always the same ones under the same masks."""
-        episodes = self.data.held_out
-        if not len(episodes) or int(self.data.store.episodes["length"][episodes].max()) < self.config.model.length:
+        sampler = self.data.held_out_sampler(self.config.model.length)
+        if sampler is None:
             return None
-        sampler = self.data.sampler(self.config.model.length, episodes)
         numbers = np.unique(np.linspace(0, len(sampler) - 1, _VALIDATION).astype(np.int64))
         batch = self.data.tensors(sampler.at(numbers))
         return {**batch, **self.masks(batch, torch_generator(self.config.fit.seed, "validation"))}
