@@ -254,7 +254,7 @@ def begin():
     tests.train(EpisodeStore.open(folder / "store"), folder / "cut" / "run", tests.LONG, resume=True)
 """
 LONG = replace(TINY, model=replace(TINY.model, dropout=0.3), validate_every=7,
-               fit=replace(FIT, steps=90, checkpoint_every=3, log_every=2))  # fmt: skip
+               fit=replace(FIT, steps=150, checkpoint_every=3, log_every=2))  # fmt: skip
 
 
 @pytest.mark.faults
