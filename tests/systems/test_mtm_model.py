@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from offbook.errors import ConfigError
-from offbook.systems.mtm.model import MaskedTrajectoryModel, Modality, Sizes, last_visible, masked_loss
+from offbook.systems.mtm.model import MaskedTrajectoryModel, Modality, Sizes, last_visible, masked_loss, packed
 from offbook.systems.mtm.patterns import PATTERNS, Shape, draw
 
 SIZES = Sizes(length=4, dim=16, heads=2, encoder=2, decoder=1)
@@ -268,6 +270,31 @@ def test_the_encoder_tells_of_visible_tokens_alone():
     data["state"] = torch.where(visible["state"], data["state"], -9.0)
     assert close(model.encode(data, visible), found, 0)
     assert not any(of.any() for of in model.encode(data, nothing(model)).values())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["changes", "bins"])
+def test_a_state_alone_is_encoded_as_the_first_of_a_window(kind):
+    model, data = build(KINDS[kind]), values(KINDS[kind])
+    visible = nothing(model)
+    visible["state"][:, 0] = True
+    found = model.encode(data, visible)["state"][:, 0].flatten(1)
+    assert torch.allclose(model.encode_state(data["state"][:, 0]), found, atol=1e-5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40).filter(any))
+def test_every_sample_lies_whole_in_one_row(counts):
+    place, ids = packed(torch.tensor(counts))
+    assert ids.shape[1] == max(counts)
+    assert len(place) == len(set(place.tolist())) == sum(counts) == int((ids >= 0).sum())
+    of = [sample for sample, count in enumerate(counts) for _ in range(count)]
+    assert ids.flatten()[place].tolist() == of
+    for sample, where in enumerate(torch.split(place, counts)):
+        assert where.tolist() == list(range(int(where[0]), int(where[0]) + len(where))) if len(where) else not (
+            ids == sample).any()  # fmt: skip
+        assert len(set((where // ids.shape[1]).tolist())) <= 1
+    assert not (ids < 0).all(1).any()
 
 
 def test_the_last_visible_value_is_carried_on():

@@ -86,6 +86,12 @@ def test_random_patterns_show_exactly_the_share_that_they_drew(length, fraction)
     assert fraction == 1 or not all(torch.equal(of.any(2), of.all(2)) for of in seen.values())
 
 
+def test_rounding_takes_no_token_from_a_share():
+    assert int(50 * 0.58) == 28
+    for of in drawn("full_random", length=50, batch=20, fractions=(0.58,)).values():
+        assert of.sum(1).eq(29).all()
+
+
 def test_each_modality_draws_its_own_fraction_and_any_token_is_as_likely():
     seen = drawn("full_random", length=5, batch=20_000, fractions=(0.0, 1.0))
     for row in product((0, 1), repeat=3):

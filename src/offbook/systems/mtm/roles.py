@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offbook.client.protocol import Observation, PolicyMeta
 from offbook.errors import CheckpointError, ConfigError, nearest
-from offbook.learning.policies import load_policy
+from offbook.learning.policies import check_meta, load_policy
 from offbook.learning.trajectories import ACTION, RETURN, STATE
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.systems.mtm.model import MaskedTrajectoryModel
@@ -220,6 +220,7 @@ class RolePolicy:
             ConfigError: the record is not what `save` writes, or sizes disagree.
         """
         meta = PolicyMeta.from_json(record["meta"])
+        check_meta(meta)
         if len(record["model"]["modalities"]) > len(ROLES["rcbc"]):
             raise ConfigError("policy record", expected="three modalities at most", got="more", fix="save it again")
         module = MaskedTrajectoryModel.from_record(record["model"])
@@ -230,8 +231,6 @@ class RolePolicy:
         classes = acts.classes if acts is not None and acts.kind == "index" else None
         agree = (
             wanted.items() <= sizes.items()
-            and of.size == len(of.low) == len(of.high)
-            and all(low <= high for low, high in zip(of.low, of.high, strict=True))
             and classes == (None if of.choices is None else max(2, of.choices))
             and role == record["role"]
             and meta.chunk == 1
