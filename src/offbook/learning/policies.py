@@ -17,7 +17,10 @@ KINDS: dict[str, str] = {
     "mtm": "offbook.systems.mtm.roles:RolePolicy",
     "offline": "offbook.learning.offline:OfflinePolicy",
 }
-"""Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights."""
+"""Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights.
+
+Names alone: what stands in a higher layer is imported when a file of its kind is opened, and not before.
+"""
 
 MAX_BYTES = 2 * 2**30
 MAX_TENSORS = 10_000

@@ -22,8 +22,8 @@ from offbook.systems.mtm.roles import RolePolicy
 
 TASK = "dmc:cartpole-swingup"
 KINDS = ("raw state", "frozen features", "tuned features")
-# Looks at an agent while it learns, and episodes at each.
-LOOKS, EPISODES = 8, 2
+# Episodes at each look at an agent.
+EPISODES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,13 @@ def learning_curves(study: MtmStudy, out: Path) -> list[Curve]:
     ]  # fmt: skip
     fit_all(encoders, study.jobs)
     lives = [(kind, seed, encoder) for seed, encoder in zip(study.seeds, encoders, strict=True) for kind in KINDS]
-    live = partial(_remembered, steps=study.agent_steps, out=out)
+    looks = [round(study.agent_steps * look / study.looks) for look in range(1, study.looks + 1)]
+    live = partial(_remembered, looks=looks, out=out)
     return list(run_parallel(live, lives, jobs=study.jobs, label="agents"))
 
 
-def _remembered(life: tuple[str, int, Arm], steps: int, out: Path) -> Curve:
+def _remembered(life: tuple[str, int, Arm], looks: Sequence[int], out: Path) -> Curve:
     kind, seed, encoder = life
-    looks = [round(steps * look / LOOKS) for look in range(1, LOOKS + 1)]
     found = kept(out / f"{kind.replace(' ', '-')}-{seed}.json", partial(_live, kind, seed, encoder, looks))
     return Curve(kind=kind, seed=seed, steps=tuple(looks), returns=tuple(found))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -173,6 +174,7 @@ def without_actions(store: EpisodeStore, share: float, seed: int, out: Path) -> 
     for path, chosen in zip(paths, (np.arange(len(store)), np.union1d(few, held)), strict=True):
         if path.exists() and read_splits(EpisodeStore.open(path)):
             continue
+        shutil.rmtree(path, ignore_errors=True)  # what an interruption left
         with EpisodeStore.create(path, replace(store.schema, extra={})) as writer:
             for number in chosen.tolist():
                 episode = store.episode(number)

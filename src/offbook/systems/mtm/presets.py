@@ -78,6 +78,7 @@ class MtmStudy:
         offline_steps: of the offline reinforcement learners.
         cartpole: episodes of slow random actions that the encoder for an agent learns from.
         agent_steps: of each agent that learns with it.
+        looks: at each agent while it learns, after equal shares of its steps.
         encoder: its model.
         seeds: of everything that is trained.
         jobs: trainings at a time.
@@ -94,6 +95,7 @@ class MtmStudy:
     offline_steps: int = 20_000
     cartpole: int = 60
     agent_steps: int = 8_000
+    looks: int = 8
     encoder: Sizes = field(default_factory=lambda: Sizes(dim=64, encoder=1))
     seeds: tuple[int, ...] = (0, 1, 2)
     jobs: int = 2
@@ -106,7 +108,7 @@ def smoke() -> MtmStudy:
     model = MtmConfig(model=Sizes(dim=32, heads=2, encoder=1), fit=fit, validate_every=20)
     return MtmStudy(
         model=model, maze=20, hopper=1_200, with_actions=0.2, patterns=("auto", "rcbc"), targets=(0.9, 1.0), episodes=2,
-        offline_steps=50, cartpole=2, agent_steps=300, encoder=Sizes(dim=16, heads=2, encoder=1), seeds=(0,),
+        offline_steps=50, cartpole=2, agent_steps=100, looks=1, encoder=Sizes(dim=16, heads=2, encoder=1), seeds=(0,),
         judged=False,
     )  # fmt: skip
 
