@@ -78,13 +78,16 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
     rows, inner, looked = (element * batch * min(tokens, size) for size in cuts)
     feedforward = inner * (2 * up + 2 * hidden + 2 * d) + 4 * d * (heads + up + hidden)
     of_one, runs = d * n, math.ceil(config.layers / config.segment)
+    rotary, together = config.positions == "rope", tokens <= config.block_q
+    # Automatic differentiation keeps what queries and keys were rotated by, for each layer unless all share it.
+    turned = 4 * config.rotated * tokens * element if rotary and not together else 0
     if config.remat == "none":
-        of_one, runs = (5 * d + 2 * heads + 3 * keys + up + hidden) * n + sums, config.layers
+        of_one, runs = (4 * d + 2 * heads + 3 * keys + up + hidden) * n + sums + turned, config.layers
         layer, block = hidden * n, 0
     elif config.remat == "ffn":
-        of_one, runs = (2 * d + 2 * heads + 3 * keys) * n + sums, config.layers
+        of_one, runs = (2 * d + 2 * heads + 3 * keys) * n + sums + turned, config.layers
         # The gradients of queries, keys and values come after those of the last block.
-        layer, block = (2 * d + heads) * n, max(feedforward, (heads + 2 * keys) * n)
+        layer, block = (d + heads) * n, max(feedforward, (heads + 2 * keys) * n)
     else:
         attended = heads * n + sums
         if config.remat == "attn" and config.segment == 1:
@@ -105,7 +108,7 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
     last = of_one * at_hand + inside, weights * config.segment
     first = of_one + inside, weights * config.layers
     kept, gradients = max(last, first, key=sum)
-    rope = (8 if tokens <= config.block_q else 4) * config.rotated * tokens if config.positions == "rope" else 0
+    rope = (8 if together else 4) * config.rotated * tokens if rotary else 0
     # Automatic differentiation lets go of the last output late; layers that compute again have none of their own then.
     ends = rope + (d * n if config.remat in ("none", "ffn") else 0)
     return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=ends)
