@@ -50,7 +50,7 @@ def test_a_claim_that_is_not_held_fails(cli: Cli, runs: list[tuple[BptConfig, Pa
     ("flags", "words"),
     [
         (["btp"], "did you mean 'bpt'?"),
-        (["mtm"], "got one without a reproduction so far"),
+        (["viper"], "got one without a reproduction so far"),
         (["bpt", "--preset", "tinny"], "did you mean 'tiny'?"),
         (["bpt", "--seeds", "1,x"], "--seeds: expected different whole numbers"),
         (["bpt", "--seeds", "1,1"], "--seeds: expected different whole numbers"),

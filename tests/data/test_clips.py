@@ -57,6 +57,9 @@ def test_equal_frames_give_equal_files_and_old_ones_are_replaced(tmp_path):
     frames = moving(20, 48, 48)
     for name in ("a.mp4", "b.mp4"):
         write_clip(tmp_path / name, frames, 10)
+        # What others leave behind in memory must not show in the file.
+        for size in (5_000, 50_000, 500_000):
+            np.random.default_rng(size).bytes(size)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     write_clip(tmp_path / "a.mp4", frames[:3], 10)
     assert probe(tmp_path / "a.mp4").frames == 3

@@ -86,9 +86,11 @@ def write_clip(
         container.metadata["comment"] = f"{_SIZE}{width}x{height}"
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        # One thread: the same frames give the same file on any machine.
+        # The same frames give the same file on any machine: with one thread, and without a pass of x264's that reads
+        # memory which nobody has written.
         stream.codec_context.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": "fast", **({"g": str(key_every), "bf": "0"} if key_every else {})}
+        keys = {"g": str(key_every), "bf": "0"} if key_every else {}
+        stream.options = {"crf": str(crf), "preset": "fast", "x264-params": "mbtree=0", **keys}
         edges, odd = ((0, height % 2), (0, width % 2), (0, 0)), height % 2 or width % 2
         for picture in itertools.chain([first], pictures):
             # Padding holds the interpreter, for which a control loop in another thread would wait; encoding does not.

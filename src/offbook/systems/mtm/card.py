@@ -22,7 +22,7 @@ from offbook.systems.mtm.patterns import Shape, Visible, at_step
 
 # Windows that are looked at, at most, and how many go through the model at a time.
 _WINDOWS, _AT_ONCE = 4096, 512
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito's
+_MODEL, _SPECIALIST, _RULE = "#0072b2", "#d55e00", "#777777"  # of Okabe and Ito's, and a grey
 MODEL = "model"
 
 
@@ -35,12 +35,14 @@ class Row:
         tells: the same in words.
         unit: of the errors.
         errors: mean error by who tells it: `MODEL`, specialists, simple rules; with an interval over episodes.
+        specialists: which of them are.
     """
 
     role: str
     tells: str
     unit: str
     errors: Mapping[str, Interval]
+    specialists: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -86,11 +88,10 @@ def role_card(
             continue
         chosen = {name: values[kept] for name, values in windows.items()}
         wanted = chosen[question.modality][:, question.step]
+        experts = {name: one for name, one in (specialists or {}).items() if one.config.role == role}
         told = {MODEL: _told(model, chosen, question)}
-        for name, specialist in (specialists or {}).items():
-            if specialist.config.role == role:
-                offset = specialist.config.tells[1]
-                told[name] = _said(specialist, specialist(chosen, question.step - offset))
+        for name, expert in experts.items():
+            told[name] = _said(expert, expert(chosen, question.step - expert.config.tells[1]))
         told |= {name: rule[kept] for name, rule in question.rules.items()}
         index = model.modalities[question.modality].kind == "index"
         std = torch.ones(1) if index else model.get_buffer(f"{question.modality}_std")
@@ -102,6 +103,7 @@ def role_card(
                 tells=question.tells,
                 unit="share wrong" if index else "mean squared error in standard deviations",
                 errors={name: _over_episodes(values, numbers) for name, values in errors.items()},
+                specialists=tuple(experts),
             )
         )
     return rows
@@ -205,7 +207,7 @@ def _over_episodes(errors: Float64[np.ndarray, " windows"], episodes: np.ndarray
 
 
 def draw_card(path: Path, rows: Sequence[Row], title: str) -> None:
-    """Draws the errors of each role side by side, on a logarithmic scale.
+    """Draws the errors of each role below one another, on a logarithmic scale.
 
     Args:
         path: a PNG file, replaced atomically.
@@ -214,25 +216,28 @@ def draw_card(path: Path, rows: Sequence[Row], title: str) -> None:
     """
     with needs_extra("models"):
         from matplotlib.figure import Figure
-    names = list(dict.fromkeys(name for row in rows for name in row.errors))
-    figure = Figure(figsize=(2.2 + 1.5 * len(rows), 4.2), layout="constrained")
+    bars = sum(len(row.errors) + 1 for row in rows)
+    figure = Figure(figsize=(7.5, 0.8 + 0.24 * bars), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(rows):
-        width = 0.8 / len(row.errors)
-        for number, (name, interval) in enumerate(row.errors.items()):
-            x, which = place - 0.4 + (number + 0.5) * width, names.index(name)
-            colour = _COLOURS[which % len(_COLOURS)]
-            axes.bar(x, interval.value, width * 0.9, color=colour, label=name)
-            ends = np.clip([interval.low, interval.high], interval.value * 1e-3, None)
-            axes.plot([x, x], ends, color="black", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(rows)), [row.role for row in rows])
-    axes.set_ylabel("error on episodes held out")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    places, names, place = list[float](), list[str](), 0
+    for row in rows:
+        axes.text(
+            0.01, place, f"{row.role}: {row.tells}", transform=axes.get_yaxis_transform(), va="center", weight="bold"
+        )
+        for name, interval in row.errors.items():
+            place += 1
+            colour = _MODEL if name == MODEL else _SPECIALIST if name in row.specialists else _RULE
+            axes.plot([interval.low, interval.high], [place, place], color=colour, linewidth=2.5)
+            axes.plot([interval.value], [place], "o", color=colour, markersize=7)
+            places.append(place)
+            names.append(name)
+        place += 1
+    axes.set(xscale="log", xlabel="error on episodes held out, with 95% intervals", ylim=(place - 0.4, -0.6))
+    axes.set_yticks(places, names)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), frameon=False, fontsize=8, ncols=2)
     figure.suptitle(title, fontsize=10)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

@@ -103,7 +103,7 @@ class MtmStudy:
 
 
 def smoke() -> MtmStudy:
-    """About a minute on two cores: everything once, at sizes where the limits mean nothing."""
+    """A minute or two on two cores: everything once, at sizes where the limits mean nothing."""
     fit = FitConfig(steps=20, batch_size=32, warmup=5, ema=0.9, log_every=10, device="cpu", threads=1)
     model = MtmConfig(model=Sizes(dim=32, heads=2, encoder=1), fit=fit, validate_every=20)
     return MtmStudy(
@@ -114,7 +114,7 @@ def smoke() -> MtmStudy:
 
 
 def tiny() -> MtmStudy:
-    """About an hour on two cores: the table that is claimed."""
+    """An hour or two on two cores: the table that is claimed."""
     return MtmStudy()
 
 
