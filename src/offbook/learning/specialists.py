@@ -27,13 +27,13 @@ from offbook.client.protocol import ActionSpec, Observation, PolicyMeta
 from offbook.data.windows import Pad
 from offbook.errors import ConfigError, DataError
 from offbook.learning.fit import FitConfig, fit
+from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import ACTION, RETURN, STATE, Trajectories
 from offbook.runs.directory import RunDirectory
 from offbook.runs.seeding import generator
 
 Role = Literal["bc", "rcbc", "id", "fd"]
 Place = tuple[str, int]
-_INPUT_LIMIT = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Specialist(nn.Module):
         if name == ACTION and self.choices:
             return functional.one_hot(values[..., 0].long(), self.choices).float()
         mean, std = self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_std")
-        return (values - mean) / torch.where(std > 0, std, torch.inf)
+        return standard(values, mean, std)
 
     def forward(self, data: Mapping[str, Tensor], now: int) -> Float[Tensor, "batch outputs"]:
         """What it tells, standardised or as logits.
@@ -135,7 +135,7 @@ class Specialist(nn.Module):
         for name, offset in self.config.reads:
             there = data[f"{name} present"][:, now + offset, None]
             x = self.standard(name, data[name][:, now + offset])
-            seen.append(torch.where(there, x, 0.0).clamp(-_INPUT_LIMIT, _INPUT_LIMIT))
+            seen.append(torch.where(there, x, 0.0).clamp(-INPUT_LIMIT, INPUT_LIMIT))
         out: Tensor = self.layers(torch.cat(seen, 1))
         return out + self.standard(STATE, data[STATE][:, now]) if self.config.role == "fd" else out
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offbook.errors import DataError, needs_extra
 from offbook.evaluate.stats import Interval, bootstrap_mean
+from offbook.learning.networks import standard
 from offbook.learning.specialists import Specialist
 from offbook.learning.trajectories import ACTION, RETURN, STATE, Trajectories
 from offbook.runs.directory import atomic_path
@@ -194,8 +195,7 @@ def _said(specialist: Specialist, told: Tensor) -> Tensor:
 def _errors(told: Tensor, wanted: Tensor, std: Tensor, index: bool) -> Float64[np.ndarray, " windows"]:
     if index:
         return np.asarray((told != wanted).any(1).double().numpy())
-    standard = (told - wanted).double() / torch.where(std > 0, std, torch.inf).double()
-    return np.asarray(standard.square().mean(1).numpy())
+    return np.asarray(standard(told.double(), wanted.double(), std.double()).square().mean(1).numpy())
 
 
 def _over_episodes(errors: Float64[np.ndarray, " windows"], episodes: np.ndarray) -> Interval:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from offbook.errors import ConfigError, needs_extra
+from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import STATE
 from offbook.systems.mtm.model import MaskedTrajectoryModel
 
@@ -39,8 +40,8 @@ class StateFeatures(BaseFeaturesExtractor):
         >>> TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=policy).actor.features_dim
         19
 
-    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), section 4.5, where
-        the agent gets the encoder's output alone.
+    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), where the
+        agent gets the encoder's output alone.
     """
 
     def __init__(self, observation_space: gym.Space[Any], model: MaskedTrajectoryModel, freeze: bool = True) -> None:
@@ -61,6 +62,6 @@ class StateFeatures(BaseFeaturesExtractor):
 
     def forward(self, observations: Float[Tensor, "batch size"]) -> Float[Tensor, "batch features"]:
         """The features."""
-        state, mean, std = (observations, *(self.model.get_buffer(f"{STATE}_{of}") for of in ("mean", "std")))
-        standard = ((state - mean) / torch.where(std > 0, std, torch.inf)).clamp(-10.0, 10.0)
-        return torch.cat([self.model.encode_state(state), standard], 1)
+        mean, std = (self.model.get_buffer(f"{STATE}_{of}") for of in ("mean", "std"))
+        plain = standard(observations, mean, std).clamp(-INPUT_LIMIT, INPUT_LIMIT)
+        return torch.cat([self.model.encode_state(observations), plain], 1)

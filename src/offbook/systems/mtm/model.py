@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offbook.errors import ConfigError
+from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import STATE
 from offbook.models.blockwise import Backbone, BackboneConfig, Full, Segments
 from offbook.systems.mtm.patterns import Visible
@@ -22,8 +23,6 @@ from offbook.systems.mtm.patterns import Visible
 Kind = Literal["continuous", "bins", "index"]
 Residual = Literal["forward_fill", "none"]
 
-# An input this many deviations from its mean tells no more than that.
-_INPUT_LIMIT = 10.0
 # The bins of a token reach so many deviations to both sides of the mean.
 _BINS_REACH = 4.0
 
@@ -127,7 +126,7 @@ class MaskedTrajectoryModel(nn.Module):
         >>> model(data, visible)["action"].shape
         torch.Size([5, 2, 1, 2])
 
-    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), section 3, and the
+    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), and the
     authors' code. Visible tokens are chosen for each sample; states and returns are told as changes from the last
     visible value, unless their `residual` is off.
     """
@@ -201,9 +200,8 @@ class MaskedTrajectoryModel(nn.Module):
                 found[name] = data[name].long()
                 continue
             mean, std = self._statistics(name)
-            # Dividing by infinity feeds zero for a constant.
-            standard = ((data[name] - mean) / torch.where(std > 0, std, torch.inf)).float()
-            found[name] = standard[:, :, None] if modality.kind == "continuous" else _bin(standard, modality.classes)
+            x = standard(data[name], mean, std).float()
+            found[name] = x[:, :, None] if modality.kind == "continuous" else _bin(x, modality.classes)
         return found
 
     def values(self, name: str, told: Float[Tensor, "batch time tokens f"]) -> Float[Tensor, "batch time size"]:
@@ -212,8 +210,8 @@ class MaskedTrajectoryModel(nn.Module):
         if modality.kind == "index":
             return told.argmax(3).float()
         mean, std = self._statistics(name)
-        standard = told[:, :, 0] if modality.kind == "continuous" else _unbin(told.argmax(3), modality.classes)
-        return standard * std + mean
+        x = told[:, :, 0] if modality.kind == "continuous" else _unbin(told.argmax(3), modality.classes)
+        return x * std + mean
 
     def encode(self, data: Mapping[str, Tensor], visible: Visible) -> dict[str, Float[Tensor, "batch time tokens dim"]]:
         """The encoder's output for visible tokens, zero for hidden ones."""
@@ -244,7 +242,7 @@ class MaskedTrajectoryModel(nn.Module):
         for name, modality in self.modalities.items():
             x = targets[name]
             if modality.kind == "continuous":
-                embedded = self.embed[name](x.clamp(-_INPUT_LIMIT, _INPUT_LIMIT))
+                embedded = self.embed[name](x.clamp(-INPUT_LIMIT, INPUT_LIMIT))
             else:  # the same as a linear map of a one-hot vector
                 weight, bias = (self.get_parameter(f"embed.{name}.{of}") for of in ("weight", "bias"))
                 embedded = functional.embedding(x, weight.T) + bias

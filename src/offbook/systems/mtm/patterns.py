@@ -3,8 +3,8 @@
 A pattern draws, for each sample by itself, booleans of shape (batch, time, tokens) for each modality: true is visible.
 At each step a window has a state, a return to go and an action, in this order; a modality may take several tokens.
 
-Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), section 3 and its
-figure 3, and the authors' code, whose `mask_ratios` are shares of *visible* tokens, as `fractions` here.
+Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), figure 3,
+and the authors' code, whose `mask_ratios` are shares of *visible* tokens, as `fractions` here.
 """
 
 from __future__ import annotations

@@ -163,7 +163,7 @@ class RolePolicy:
         """Tries actions near the proposal, follows each to the end of the window, and averages what promises most.
 
         Source: Wang et al., "M3PC: Test-time Model Predictive Control for Pretrained Masked Trajectory Model" (2024),
-        section 4, with a fixed set of deviations instead of random ones.
+        with a fixed set of deviations instead of random ones.
         """
         tried = self._candidates(self._conditioned(data, step))
         batch, count = len(step), tried.shape[1]

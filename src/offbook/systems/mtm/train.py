@@ -209,7 +209,7 @@ def train_mtm(store: EpisodeStore, config: MtmConfig, run: RunDirectory, *, resu
         ConfigError: the recordings have no such part, or a role that they cannot teach is asked for.
         DataError: no usable episode, or a value is NaN or infinite.
 
-    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), section 3.
+    Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023).
     """
     data = trajectories(store, config)
     model = build(data, config)
