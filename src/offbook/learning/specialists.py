@@ -27,6 +27,7 @@ from offbook.client.protocol import ActionSpec, Observation, PolicyMeta
 from offbook.data.windows import Pad
 from offbook.errors import ConfigError, DataError
 from offbook.learning.fit import FitConfig, fit
+from offbook.learning.memory import Memory
 from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import ACTION, RETURN, STATE, Trajectories
 from offbook.runs.directory import RunDirectory
@@ -233,12 +234,11 @@ class SpecialistPolicy:
             got = f"{module.config.role} and {target}"
             raise ConfigError("policy", expected="bc, or rcbc and a target", got=got, fix="choose one of them")
         self.module, self.meta, self._target = module.eval(), meta, target
-        self._memory: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+        self._memory = Memory(module.config.history)
 
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
         """Forgets what was seen and done in each session."""
-        for session in sessions:
-            self._memory[session] = [], []
+        self._memory.reset(sessions)
 
     @torch.inference_mode()
     def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 action"]:
@@ -248,20 +248,17 @@ class SpecialistPolicy:
         action = np.zeros((batch, time, spec.size), np.float32)
         there = np.zeros((batch, time), bool)
         for i, session in enumerate(observation.sessions):
-            states, actions = self._memory.setdefault(session, ([], []))
-            states.append(np.array(observation.state[i], np.float32))
-            del states[:-time], actions[: max(0, len(actions) - time + 1)]
-            n = len(states)
-            state[i, time - n :], there[i, time - n :] = states, True
-            if n > 1:
-                action[i, time - n : -1] = actions[1 - n :]
+            states, actions = self._memory.see(session, observation.state[i])
+            first = time - len(states)
+            state[i, first:], there[i, first:] = states, True
+            if actions:
+                action[i, first:-1] = actions
         data = {STATE: state, ACTION: action, f"{STATE} present": there, f"{ACTION} present": there}
         if self._target is not None:
             data |= {RETURN: np.full((batch, time, 1), self._target, np.float32), f"{RETURN} present": there}
         told = self.module({name: torch.from_numpy(values) for name, values in data.items()}, time - 1)
         done = self._units(told, spec)
-        for session, one in zip(observation.sessions, done, strict=True):
-            self._memory[session][1].append(one)
+        self._memory.did(observation.sessions, done)
         return np.asarray(done[:, None], np.float32)
 
     def _units(self, told: Tensor, spec: ActionSpec) -> np.ndarray:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offbook.client.protocol import Observation, PolicyMeta
 from offbook.errors import CheckpointError, ConfigError, nearest
+from offbook.learning.memory import Memory
 from offbook.learning.policies import check_meta, load_policy
 from offbook.learning.trajectories import ACTION, RETURN, STATE
 from offbook.runs.checkpoint import save_checkpoint
@@ -73,7 +74,8 @@ class RolePolicy:
         self.module, self.meta, self.provenance = module.eval(), meta, dict(provenance)
         self.role = str(self.provenance["role"])
         self._device = next(module.parameters()).device
-        self._memory: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {}
+        # What plans needs a step behind the present one.
+        self._memory = Memory(module.sizes.length - (1 if self.role in ("id", "plan") else 0))
 
     def in_role(self, role: str, target: float | None = None) -> RolePolicy:
         """The same model in another role, or aiming at another return.
@@ -87,8 +89,7 @@ class RolePolicy:
 
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
         """Forgets what was seen and done in each session."""
-        for session in sessions:
-            self._memory[session] = [], []
+        self._memory.reset(sessions)
 
     @torch.inference_mode()
     def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 action"]:
@@ -99,18 +100,15 @@ class RolePolicy:
         """
         if self.role == FILL:
             chosen_role("bc", self.module.modalities, f"policy {self.meta.name!r}")
-        # What plans needs a step behind the present one.
-        room = self.module.sizes.length - (2 if self.role in ("id", "plan") else 1)
-        data, step = self._windows(observation, room)
+        data, step = self._windows(observation)
         action = _ACT[self.role](self, data, step).cpu().numpy()
         spec = self.meta.action
         if spec.choices is None:
             action = action.clip(np.asarray(spec.low, np.float32), np.asarray(spec.high, np.float32))
-        for session, done in zip(observation.sessions, action, strict=True):
-            self._memory[session][1].append(done)
+        self._memory.did(observation.sessions, action)
         return np.asarray(action[:, None], np.float32)
 
-    def _windows(self, observation: Observation, room: int) -> tuple[dict[str, Tensor], Tensor]:
+    def _windows(self, observation: Observation) -> tuple[dict[str, Tensor], Tensor]:
         """The latest states and actions of each session, and where in the window the present step is."""
         batch, length = len(observation.sessions), self.module.sizes.length
         arrays = {
@@ -119,13 +117,11 @@ class RolePolicy:
         }
         step = np.zeros((batch, 1), np.int64)
         for i, session in enumerate(observation.sessions):
-            states, actions = self._memory.setdefault(session, ([], []))
-            states.append(np.array(observation.state[i], np.float32))
-            del states[: -(room + 1)], actions[: max(0, len(actions) - room)]
-            n = step[i, 0] = len(states) - 1
+            states, actions = self._memory.see(session, observation.state[i])
+            n = step[i, 0] = len(actions)
             arrays[STATE][i, : n + 1] = states
             if n:
-                arrays[ACTION][i, :n] = actions[-n:]
+                arrays[ACTION][i, :n] = actions
         if RETURN in arrays:
             low, high = self.provenance["return_range"]
             arrays[RETURN][:] = low + self.provenance["target"] * (high - low)
