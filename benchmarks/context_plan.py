@@ -12,7 +12,7 @@ from offbook.systems.bpt.measure import Step, measure
 
 LIMIT = 0.1
 # Tokens, layers, width and heads; others than those that `offbook reproduce bpt` measures.
-SIZES = ((900, 6, 256, 4), (3_072, 3, 128, 4), (4_096, 8, 256, 4), (8_192, 5, 384, 6), (12_288, 4, 256, 4))
+SIZES = ((700, 5, 320, 5), (3_072, 3, 128, 4), (4_096, 8, 256, 4), (8_192, 5, 384, 6), (12_288, 4, 256, 4))
 
 
 def run(options: Options) -> list[Claim]:

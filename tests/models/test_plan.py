@@ -31,6 +31,14 @@ def test_a_step_takes_what_is_planned(how):
     assert plan(config, 6144).total == pytest.approx(measured, rel=0.1)
 
 
+@pytest.mark.parametrize("tokens", [100, 200, 400])
+@pytest.mark.parametrize("remat", ["none", "ffn", "attn", "layer"])
+def test_so_does_one_of_a_few_blocks(remat, tokens):
+    config = replace(SMALL, remat=remat, dim=256, layers=6)
+    measured = measure(Step(backbone=config, tokens=tokens, vocabulary=64)).bytes
+    assert plan(config, tokens).total == pytest.approx(measured, rel=0.1)
+
+
 def test_the_longest_context_fits_and_one_token_more_does_not():
     for remat in ("none", "ffn", "attn", "layer"):
         config, budget = replace(SMALL, remat=remat), 200 << 20

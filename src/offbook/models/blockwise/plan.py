@@ -74,9 +74,6 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
     up, hidden = config.hidden * (2 if config.ffn == "swiglu" else 1), config.hidden
     weights = 4 * (d * (2 * heads + 2 * keys + up + hidden) + (config.cond_dim or 0) * 6 * d)
     sums = 4 * batch * tokens * config.heads  # of the exponentials of the scores
-    cuts = (config.block_q, config.block_ffn, config.block_k)
-    rows, inner, looked = (element * batch * min(tokens, size) for size in cuts)
-    feedforward = inner * (2 * up + 2 * hidden + 2 * d) + 4 * d * (heads + up + hidden)
     of_one, runs = d * n, math.ceil(config.layers / config.segment)
     rotary, together = config.positions == "rope", tokens <= config.block_q
     # Automatic differentiation keeps what queries and keys were rotated by, for each layer unless all share it.
@@ -86,7 +83,8 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
         layer, block = hidden * n, 0
     elif config.remat == "ffn":
         of_one, runs = (2 * d + 2 * heads + 3 * keys) * n + sums + turned, config.layers
-        # The gradients of queries, keys and values come after those of the last block.
+        # The gradients of queries, keys and values, and of what makes them, come after those of the last block.
+        feedforward = _feedforward(config, tokens, batch, element) - 4 * d * (heads + 2 * keys)
         layer, block = (d + heads) * n, max(feedforward, (heads + 2 * keys) * n)
     else:
         attended = heads * n + sums
@@ -98,9 +96,7 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
             pair = batch * min(tokens, config.block_k)
             layer += (2 * element + 4) * heads * batch * tokens + 2 * keys * pair * (element + 4)
             layer += 0 if config.remat == "attn" and config.segment == 1 else attended
-        attention = rows * (d + 6 * heads) + 2 * keys * looked
-        again = config.remat != "attn" or config.segment > 1
-        block = max(feedforward + rows * (d + (3 if again else 2) * heads), attention) + (_AGAIN if again else 0)
+        block = _block(config, tokens, batch, element)
     inside = d * n * (config.segment - 1) if config.remat in ("attn", "layer") else 0
     away = config.offload != "none" and config.remat in ("attn", "layer")
     # From the processor's memory the next run's input is on its way while this one's is at hand.
@@ -112,6 +108,33 @@ def plan(config: BackboneConfig, tokens: int, batch: int = 1, element: int = 4, 
     # Automatic differentiation lets go of the last output late; layers that compute again have none of their own then.
     ends = rope + (d * n if config.remat in ("none", "ffn") else 0)
     return MemoryPlan(kept=kept, layer=layer, block=block, weights=gradients, ends=ends)
+
+
+def _feedforward(config: BackboneConfig, tokens: int, batch: int, element: int) -> int:
+    """What the backward pass of the feedforward holds for some tokens, and the gradients of its weights."""
+    up, hidden = config.hidden * (2 if config.ffn == "swiglu" else 1), config.hidden
+    each = element * batch * (2 * up + 2 * hidden + 2 * config.dim)
+    # A block's gradients of weights stand beside the sums of those before it; the first block's become the sums.
+    weights = 4 * config.dim * (config.heads * config.head_size + up + hidden)
+    later = min(config.block_ffn, max(0, tokens - config.block_ffn))
+    return max(each * min(config.block_ffn, tokens), each * later + weights)
+
+
+def _block(config: BackboneConfig, tokens: int, batch: int, element: int) -> int:
+    """What the backward pass of a layer that computes again holds of a block of queries."""
+    d, heads, keys = config.dim, config.heads * config.head_size, config.key_heads * config.head_size
+    again = config.remat != "attn" or config.segment > 1
+    first = min(tokens, config.block_q)
+    # The gradients of keys and values, and of what projects the input, are not written before the first block's
+    # feedforward is done.
+    early = 2 * keys * batch * tokens * 4 + 4 * d * (heads + 2 * keys)
+    rest = [
+        _feedforward(config, rows, batch, element) + element * batch * rows * (d + (3 if again else 2) * heads) - less
+        for rows, less in ((first, early), (min(tokens - first, config.block_q), 0))
+        if rows
+    ]
+    attention = element * batch * (first * (d + 6 * heads) + 2 * keys * min(tokens, config.block_k))
+    return max(*rest, attention) + (_AGAIN if again else 0)
 
 
 def ways(config: BackboneConfig) -> dict[str, BackboneConfig]:
