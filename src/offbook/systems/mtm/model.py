@@ -37,7 +37,8 @@ class Modality:
         kind: `"continuous"`, one token of a step's numbers; `"bins"`, a token for each number, which falls into one of
             `classes` bins of equal width; or `"index"`, one token for a number from 0 to `classes` - 1.
         classes: how many; 0 for continuous values.
-        residual: whether the model tells the change from the last visible value instead of the value; continuous only.
+        residual: whether a visible value comes with its changes from the visible value before and to the one after, and
+            the model tells the change from the last visible value instead of the value; continuous only.
     """
 
     name: str
@@ -69,6 +70,11 @@ class Modality:
         """Numbers that tell a token."""
         return self.size if self.kind == "continuous" else self.classes
 
+    @property
+    def shown(self) -> int:
+        """Numbers that a token shows."""
+        return 3 * self.size if self.residual else self.features
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -88,7 +94,7 @@ class Sizes:
     heads: int = 4
     encoder: int = 2
     decoder: int = 1
-    dropout: float = 0.1
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         checks = {
@@ -127,15 +133,15 @@ class MaskedTrajectoryModel(nn.Module):
         torch.Size([5, 2, 1, 2])
 
     Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), and the
-    authors' code. Visible tokens are chosen for each sample; states and returns are told as changes from the last
-    visible value, unless their `residual` is off.
+    authors' code. Visible tokens are chosen for each sample; where `residual` is on, states and returns are shown and
+    told with changes, in units of what they change by from step to step.
     """
 
     def __init__(self, modalities: Sequence[Modality], sizes: Sizes) -> None:
         super().__init__()
         self.modalities, self.sizes = {modality.name: modality for modality in modalities}, sizes
         dim = sizes.dim
-        self.embed = nn.ModuleDict({m.name: nn.Linear(m.features, dim) for m in modalities})
+        self.embed = nn.ModuleDict({m.name: nn.Linear(m.shown, dim) for m in modalities})
         self.encoder_mark = nn.ParameterDict({m.name: _small(m.tokens, dim) for m in modalities})
         self.decoder_mark = nn.ParameterDict({m.name: _small(m.tokens, dim) for m in modalities})
         self.hidden = nn.ParameterDict({m.name: _small(dim) for m in modalities})
@@ -145,7 +151,7 @@ class MaskedTrajectoryModel(nn.Module):
         })  # fmt: skip
         self.encoder, self.decoder = (Backbone(_backbone(sizes, layers)) for layers in (sizes.encoder, sizes.decoder))
         for modality in modalities:
-            for name, value in (("mean", 0.0), ("std", 1.0)):
+            for name, value in (("mean", 0.0), ("std", 1.0), *([("change", 1.0)] if modality.residual else [])):
                 self.register_buffer(f"{modality.name}_{name}", torch.full((modality.size,), value))
 
     def record(self) -> dict[str, Any]:
@@ -172,6 +178,10 @@ class MaskedTrajectoryModel(nn.Module):
         self.get_buffer(f"{name}_mean").copy_(mean)
         self.get_buffer(f"{name}_std").copy_(std)
 
+    def scale_changes(self, name: str, change: Tensor) -> None:
+        """Takes over by how much a residual modality's standardised values change in a step, above 0."""
+        self.get_buffer(f"{name}_change").copy_(change)
+
     def forward(self, data: Mapping[str, Tensor], visible: Visible) -> dict[str, Float[Tensor, "batch time tokens f"]]:
         """What the model tells of every token, visible or hidden.
 
@@ -188,7 +198,7 @@ class MaskedTrajectoryModel(nn.Module):
         targets = self.targets(data)
         told = self._decode(*self._encode(targets, visible), visible)
         return {
-            name: out + last_visible(targets[name], visible[name]) if self.modalities[name].residual else out
+            name: self._changed(name, out, targets[name], visible[name]) if self.modalities[name].residual else out
             for name, out in told.items()
         }
 
@@ -229,6 +239,12 @@ class MaskedTrajectoryModel(nn.Module):
         }
         return self._encode(self.targets(data), visible)[1].reshape(len(state), -1)
 
+    def _changed(self, name: str, told: Tensor, values: Tensor, visible: Tensor) -> Tensor:
+        """Values from the told changes since the last visible one; before there was one, since the mean."""
+        known = visible.cummax(1).values[..., None]
+        scale = torch.where(known, self.get_buffer(f"{name}_change"), 1.0)
+        return told * scale + last_visible(values, visible)
+
     def _statistics(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_std")
 
@@ -242,6 +258,9 @@ class MaskedTrajectoryModel(nn.Module):
         for name, modality in self.modalities.items():
             x = targets[name]
             if modality.kind == "continuous":
+                if modality.residual:
+                    changes = torch.cat(visible_changes(x, visible[name]), 3)
+                    x = torch.cat([x, changes / self.get_buffer(f"{name}_change").repeat(2)], 3)
                 embedded = self.embed[name](x.clamp(-INPUT_LIMIT, INPUT_LIMIT))
             else:  # the same as a linear map of a one-hot vector
                 weight, bias = (self.get_parameter(f"embed.{name}.{of}") for of in ("weight", "bias"))
@@ -345,6 +364,28 @@ def last_visible(
     last = torch.where(visible, steps, -1).cummax(1).values
     found = values.gather(1, last.clamp(min=0)[..., None].expand_as(values))
     return found.masked_fill((last < 0)[..., None], 0.0)
+
+
+def visible_changes(
+    values: Float[Tensor, "batch time tokens f"], visible: Bool[Tensor, "batch time tokens"]
+) -> tuple[Float[Tensor, "batch time tokens f"], Float[Tensor, "batch time tokens f"]]:
+    """By how much each value differs from the visible one before it, and the visible one after it from it; else 0.
+
+    Example:
+        >>> values, visible = torch.tensor([5.0, 6.0, 8.0]), torch.tensor([True, False, True])
+        >>> before, after = visible_changes(values[None, :, None, None], visible[None, :, None])
+        >>> before.flatten().tolist(), after.flatten().tolist()
+        ([0.0, 1.0, 3.0], [3.0, 2.0, 0.0])
+    """
+
+    def back(x: Tensor, seen: Tensor) -> Tensor:
+        """Each value less the visible one before it."""
+        seen = functional.pad(seen[:, :-1], (0, 0, 1, 0))
+        last = last_visible(functional.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), seen)
+        return (x - last).masked_fill(~seen.cummax(1).values[..., None], 0.0)
+
+    # In the mirror image of time, and negated, what comes after is what was before.
+    return back(values, visible), back(-values.flip(1), visible.flip(1)).flip(1)
 
 
 def _bin(standard: Float[Tensor, "batch time size"], classes: int) -> Int64[Tensor, "batch time size"]:

@@ -28,14 +28,15 @@ def paper_model() -> MtmConfig:
         steps=140_010, batch_size=2_048, learning_rate=1e-4, weight_decay=5e-3, warmup=40_000, clip_norm=0.0,
         checkpoint_every=5_000, log_every=100,
     )  # fmt: skip
-    return MtmConfig(model=Sizes(dim=512), validate_every=20_000, fit=fit)
+    return MtmConfig(model=Sizes(dim=512, dropout=0.1), validate_every=20_000, fit=fit)
 
 
 def official_model() -> MtmConfig:
     """The same with the authors' choices where ours are others: masks, statistics, returns, no change to tell."""
     paper = paper_model()
     return MtmConfig(
-        model=paper.model, fit=paper.fit, validate_every=paper.validate_every, mask_scope="batch", residual="none",
+        model=paper.model, fit=paper.fit, validate_every=paper.validate_every, patterns=("auto",), mask_scope="batch",
+        residual="none",
         statistics="official", returns=ReturnSpec(kind="mean", include_current=False, horizon=1_000),
     )  # fmt: skip
 

@@ -25,6 +25,8 @@ from offbook.systems.mtm.roles import RolePolicy, chosen_role
 
 # Held-out windows that a validation looks at.
 _VALIDATION = 1024
+# Neighbouring steps that tell how much values change, and the least such change, in deviations.
+_PAIRS, _LEAST_CHANGE = 8192, 1e-3
 # Of the authors' statistics: steps to which episodes are padded with zeros, and the least deviation that is used.
 _PADDED, _LEAST_DEVIATION = 1000, 0.1
 
@@ -43,7 +45,8 @@ class MtmConfig:
         fractions: shares of visible tokens, of which random patterns draw one for each modality.
         mask_scope: draw a mask for each sample, or one for the whole batch as the authors do.
         loss_on: tokens that count: all of them, as the authors have it, or those that are hidden.
-        residual: tell states and returns as the change from the last visible value, or as they are (the authors' way).
+        residual: show states and returns with their changes between visible steps and tell the change from the last
+            one, or all as they are (the authors' way).
         statistics: of the steps that are there; or the authors': over episodes padded with zeros to 1000 steps, and
             numbers that deviate by less than 0.1 not rescaled.
         role: what the saved policy does: bc, rcbc, id, plan, or auto: rcbc where there are returns.
@@ -62,7 +65,7 @@ class MtmConfig:
     tokens: Literal["continuous", "bins"] = "continuous"
     bins: int = 128
     returns: ReturnSpec | None = field(default_factory=lambda: ReturnSpec(kind="mean"))
-    patterns: tuple[str, ...] = ("auto",)
+    patterns: tuple[str, ...] = ("auto", "id", "fd")
     fractions: tuple[float, ...] = FRACTIONS
     mask_scope: Literal["sample", "batch"] = "sample"
     loss_on: Literal["all", "hidden"] = "all"
@@ -136,7 +139,17 @@ def build(data: Trajectories, config: MtmConfig) -> MaskedTrajectoryModel:
             statistics = _official(statistics, data)
         mean, std = (torch.from_numpy(of.astype(np.float32)) for of in statistics)
         model.standardise(name, mean, std)
+        if model.modalities[name].residual:
+            model.scale_changes(name, _changes(model, data, name))
     return model
+
+
+def _changes(model: MaskedTrajectoryModel, data: Trajectories, name: str) -> Tensor:
+    """By how much standardised values change in a step, as a deviation over many; 1 where they never do."""
+    pairs = data.tensors(data.sampler(2).sample(_PAIRS, 0))
+    there = pairs[f"{name} present"].all(1)
+    found = model.targets(pairs)[name][there, :, 0].diff(dim=1).flatten(0, 1).std(0)
+    return torch.where(found > 0, found.clamp(min=_LEAST_CHANGE), 1.0)
 
 
 def _official(statistics: Statistics, data: Trajectories) -> Statistics:
