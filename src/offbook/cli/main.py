@@ -38,6 +38,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "train td3bc": ("offbook.cli.train:td3bc", "learn a policy from rewards by TD3 with behaviour cloning"),
     "train cql": ("offbook.cli.train:cql", "learn a policy from rewards by conservative Q-learning"),
     "train mtm": ("offbook.cli.mtm:train", "learn one model of masked trajectories for every role"),
+    "train agentic_transformer": (
+        "offbook.cli.hindsight:train",
+        "learn a policy that keeps its earlier trials in view",
+    ),
+    "train dt": ("offbook.cli.hindsight:dt", "learn a policy that is told which return to aim at"),
     "reproduce": ("offbook.cli.reproduce:reproduce", "a system's claim beside its baselines, with a verdict"),
     "evaluate": ("offbook.cli.evaluate:evaluate", "test a policy in a simulator, with intervals and videos"),
     "arena init": ("offbook.cli.arena:init", "set up an arena in a folder"),

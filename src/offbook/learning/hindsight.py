@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offbook.client.protocol import ActionSpec
+from offbook.data.chains import DONE, REWARD, TARGET
 from offbook.errors import ConfigError
 from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal
 from offbook.models.trajectory import Layout, TokenStream
 
-TARGET, STATE, ACTION, REWARD, DONE = "target", "state", "action", "reward", "done"
+STATE, ACTION = "state", "action"
 VALUES = (TARGET, STATE, ACTION, REWARD, DONE)
 """The values of a step: what is left of the return that is aimed at, the state, and, afterwards, the action, its reward
 and whether that ended a trial which reached its aim."""

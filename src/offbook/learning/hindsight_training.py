@@ -12,13 +12,13 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
-from offbook.data.chains import Chains, ChainSampler
+from offbook.data.chains import DONE, REWARD, TARGET, Chains, ChainSampler
 from offbook.data.normalise import Normalizer
 from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 from offbook.learning.fit import FitConfig, fit
-from offbook.learning.hindsight import ACTION, DONE, REWARD, STATE, TARGET, HindsightNetwork, HindsightSizes
+from offbook.learning.hindsight import ACTION, STATE, HindsightNetwork, HindsightSizes
 from offbook.learning.hindsight import hindsight_loss as loss_of
 from offbook.learning.recordings import choose_episodes, choose_observation
 from offbook.learning.trying import HindsightPolicy
@@ -139,11 +139,11 @@ class ChainData:
         shape = (*chains.valid.shape, -1)
         state = np.concatenate([chains.data[name].reshape(shape) for name in self._parts], 2)
         values = {
-            TARGET: chains.target[..., None],
+            TARGET: chains.data[TARGET][..., None],
             STATE: state,
             ACTION: chains.data[self._field].reshape(shape).astype(np.float32),
-            REWARD: chains.reward[..., None],
-            DONE: chains.done[..., None],
+            REWARD: chains.data[REWARD][..., None],
+            DONE: chains.data[DONE][..., None],
             "valid": chains.valid,
             "trial": chains.trial,
             "time": chains.step,
@@ -152,7 +152,7 @@ class ChainData:
 
     def targets(self) -> np.ndarray:
         """Returns that chains aim at, of many of them."""
-        return np.asarray(self.sampler.sample(_LOOKED, 2**31).target[:, 0], np.float64)
+        return np.asarray(self.sampler.sample(_LOOKED, 2**31).data[TARGET][:, 0], np.float64)
 
     def build(self) -> HindsightNetwork:
         """A network for these recordings with its initial weights, which are a function of the seed alone."""

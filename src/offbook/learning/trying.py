@@ -13,9 +13,9 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from offbook.client.protocol import Observation, PolicyMeta
-from offbook.data.chains import Trial
+from offbook.data.chains import DONE, REWARD, TARGET, Trial
 from offbook.errors import ConfigError, PolicyError
-from offbook.learning.hindsight import ACTION, DONE, REWARD, STATE, TARGET, HindsightNetwork, HindsightSizes
+from offbook.learning.hindsight import ACTION, STATE, HindsightNetwork, HindsightSizes
 from offbook.learning.policies import check_meta
 from offbook.models.blockwise import KVCache
 from offbook.runs.checkpoint import save_checkpoint
