@@ -76,6 +76,9 @@ def evaluate(
     limits = {"episodes": episodes, "max_steps": max_steps, "parallel": parallel, "jobs": jobs}
     settings = {} if split is None else {"split": split}
     if trials is not None:
+        if jobs > 1:
+            fix = "leave --jobs out; --parallel lets environments take turns"
+            raise ConfigError("--jobs", expected="1 with --trials", got=str(jobs), fix=fix)
         return _in_groups(runs, task, seed, out, trials, limits, settings)
     evaluations = list(_evaluate(runs, task, seed, out if videos > 0 else None, videos, limits, settings))
     comparisons = compare_all(evaluations)
