@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from offbook.evaluate.groups import evaluate_trials
 
 from offbook.data.splits import read_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
+from offbook.evaluate.groups import evaluate_trials
 from offbook.learning import cost
 from offbook.learning.hindsight_presets import decision_transformer, smoke
 from offbook.learning.hindsight_training import ChainData, train_hindsight
