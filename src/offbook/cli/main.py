@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "data record": ("offbook.cli.data:record", "record episodes of a policy in a simulator"),
     "data import": ("offbook.cli.data:import_recordings", "bring recordings in from a format that others use"),
     "data generate": ("offbook.cli.datasets:generate", "make one of the project's own datasets"),
+    "data reward": ("offbook.cli.datasets:reward", "give recordings the rewards of another task"),
     "data info": ("offbook.cli.data:info", "what a store holds"),
     "data check": ("offbook.cli.data:check", "whether a store is sound"),
     "data split": ("offbook.cli.datasets:split", "hold episodes out, and keep that with the store"),

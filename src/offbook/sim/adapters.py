@@ -361,6 +361,19 @@ class ControlSuite(gym.Env[Any, np.ndarray]):
         terminated = bool(now.last() and now.discount == 0)
         return self._seen(now), float(now.reward), terminated, bool(now.last()) and not terminated, {}
 
+    def reward_of(self, state: np.ndarray, action: np.ndarray) -> float:
+        """The task's reward where an action has led to a state, as far as it depends on these two.
+
+        Args:
+            state: of the physics, as the leaf "physics" shows it; the simulation is in it afterwards.
+            action: what the actuators were told.
+        """
+        physics = self._env.physics
+        physics.set_state(state)
+        physics.set_control(action)
+        physics.forward()  # positions of bodies and readings of sensors
+        return float(self._env.task.get_reward(physics))
+
     def _seen(self, now: Any) -> dict[str, np.ndarray]:
         return {**now.observation, "physics": self._env.physics.state()} if self._physics else dict(now.observation)
 
