@@ -115,6 +115,7 @@ DATASETS: dict[str, Dataset] = {
         grades=_ALL_GRADES,
         trials=16,
         settings={"goal": "fixed"},
+        digest="2d8a0ac4ddaa315724e3b9b3b63bad8840eba7aa927fee9c82bd7fbd2d3995ff",
     ),
     "keyed-door": Dataset(
         about="a search for a key and a door: 1,000 rooms, 16 trials of each by guides of eight grades",
