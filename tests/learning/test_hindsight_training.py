@@ -99,7 +99,7 @@ def test_it_learns_to_aim(tmp_path):
 
 def test_recordings_without_rewards_are_refused(tmp_path):
     store = record("offbook:darkpoint", 4, tmp_path / "store", trials=2, rewards=False)
-    with pytest.raises(DataError, match=r"field 'reward'.*got none"):
+    with pytest.raises(DataError, match=r"expected rewards, to tell good trials from bad ones, got none; give"):
         ChainData(store, BRIEF)
 
 

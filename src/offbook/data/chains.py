@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float32, Float64, Int64, Num, Shaped
 from numpy.random import Generator, Philox
 
 from offbook.data.pack import Pack
+from offbook.data.returns import without_rewards
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 from offbook.runs.progress import note
@@ -240,8 +241,9 @@ class ChainSampler:
                 expected, got = f"episodes 0 to {len(store) - 1}", f"{chosen[0]} to {chosen[-1]}"
             raise DataError(where, expected=expected, got=got, fix="choose others")
         reward = store.schema.reward
-        if reward is None:
-            expected, fix = "rewards, to tell good trials from bad ones", "give the recordings rewards first"
+        if reward is None or not store.present(reward)[chosen].any():
+            expected = "rewards, to tell good trials from bad ones"
+            fix = without_rewards(store, "give the recordings rewards first")
             raise DataError(where, expected=expected, got="none", fix=fix)
         for name in sorted({TARGET, DONE, *({REWARD} - {reward})} & set(self.fields)):
             expected = "fields of other names than those that chains add"

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from offbook.client.protocol import ObservationSpec
-from offbook.data.returns import without_rewards
+from offbook.data.returns import PHYSICS, without_rewards
 from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError, nearest
@@ -22,7 +22,7 @@ def choose_observation(
 
     Args:
         store: the recordings.
-        parts: names of state parts; None for all.
+        parts: names of state parts; None for all but the state of the physics, which only a simulator can see.
         cameras: names of cameras.
 
     Raises:
@@ -30,7 +30,7 @@ def choose_observation(
     """
     offered = store.schema.observation_spec()
     sizes = dict(offered.state)
-    parts = tuple(sizes) if parts is None else parts
+    parts = tuple(name for name in sizes if name != PHYSICS) if parts is None else parts
     for kind, names, known in (("part", parts, sizes), ("camera", cameras, offered.cameras)):
         for name in names:
             if name not in known:
