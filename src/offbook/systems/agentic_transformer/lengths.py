@@ -88,7 +88,7 @@ def _here(step: LongStep) -> Taken:
     network.zero_grad()
     meter = Resident()
     loss = run(step.trials)
-    squares = [p.grad.square().sum() for p in network.parameters() if p.grad is not None]
+    squares = [p.grad.double().square().sum() for p in network.parameters() if p.grad is not None]
     return Taken(bytes=meter.grown(), loss=loss, gradient=float(torch.stack(squares).sum().sqrt()))
 
 
