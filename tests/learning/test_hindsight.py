@@ -120,6 +120,17 @@ def test_layers_that_compute_again_give_the_same_on_a_long_chain(layout):
     assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
 
 
+def test_chains_of_unequal_lengths_are_told_as_if_alone():
+    network, chains = _network(), _chains([40], batch=20)
+    for row, stop in enumerate([3, 40, 7, 20, 5] * 4):
+        chains["valid"][row, stop:] = False
+    told = network(chains)
+    for row in range(20):
+        stop = int(chains["valid"][row].sum())
+        alone = network({name: of[row : row + 1, :stop] for name, of in chains.items()})
+        assert torch.allclose(told[row, :stop], alone[0], atol=1e-5)
+
+
 def test_the_loss_may_count_the_last_trial_alone():
     network, chains = _network(), _chains([4, 5])
     chains["valid"][1, 7:] = False

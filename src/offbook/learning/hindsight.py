@@ -24,6 +24,9 @@ VALUES = (TARGET, STATE, ACTION, REWARD, DONE)
 and whether that ended a trial which reached its aim."""
 
 Head = Literal["bins", "gaussian", "mse"]
+
+# Parts of a batch of chains of unequal lengths.
+_GROUPS = 8
 # The narrowest and widest deviation of a Gaussian, in deviations of the recorded actions, as logarithms.
 _LOG_STD = (-5.0, 1.0)
 
@@ -136,9 +139,25 @@ class HindsightNetwork(nn.Module):
                 within the trial, and `"valid"`, false for padding.
 
         Returns:
-            Logits of the bins of each entry; mean and logarithm of the deviation, or the mean, in deviations of the
+            Where valid, logits of the bins of each entry; mean and logarithm of the deviation, or the mean, in deviations of the
             recorded actions; or logits of discrete actions, of one entry.
         """
+        batch, time = chains["valid"].shape
+        lengths = chains["valid"].sum(1)
+        if 4 * int(lengths.sum()) >= 3 * batch * time:
+            return self._along(chains)
+        # Chains of like lengths together, so that little is computed for padding.
+        order = lengths.argsort(stable=True)
+        told = []
+        for rows in order.tensor_split(_GROUPS):
+            if len(rows):
+                stop = int(lengths[rows].max())
+                part = self._along({name: of[rows, :stop] for name, of in chains.items()})
+                told.append(functional.pad(part, (0, 0, 0, 0, 0, time - stop)))
+        return torch.cat(told)[order.argsort()]
+
+    def _along(self, chains: Mapping[str, Tensor]) -> Float[Tensor, "batch time entries classes"]:
+        """What is told of chains, of padding too."""
         x: Tensor = self.backbone(self.embed(chains), mask=Causal())
         return self.tell(self.stream.telling(x))
 
