@@ -8,18 +8,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from offbook.data.chains import Trial
-from offbook.sim.trials import TRIAL
 from torch import nn
 from torch.nn import functional
 
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, PolicyMeta
+from offbook.data.chains import Trial
 from offbook.errors import ConfigError, PolicyError
 from offbook.learning.hindsight import VALUES, HindsightNetwork, HindsightSizes, hindsight_loss
 from offbook.learning.hindsight_presets import decision_transformer, tiny
 from offbook.learning.trying import HindsightPolicy
 from offbook.sim.adapters import make
 from offbook.sim.play import play
+from offbook.sim.trials import TRIAL
 
 BOX = ActionSpec(size=2, low=(-1.0, -1.0), high=(1.0, 1.0))
 PUSH = ActionSpec(size=1, low=(0.0,), high=(1.0,), choices=2)

@@ -139,8 +139,8 @@ class HindsightNetwork(nn.Module):
                 within the trial, and `"valid"`, false for padding.
 
         Returns:
-            Where valid, logits of the bins of each entry; mean and logarithm of the deviation, or the mean, in deviations of the
-            recorded actions; or logits of discrete actions, of one entry.
+            Where valid, logits of the bins of each entry; mean and logarithm of the deviation, or the mean, in
+            deviations of the recorded actions; or logits of discrete actions, of one entry.
         """
         batch, time = chains["valid"].shape
         lengths = chains["valid"].sum(1)
