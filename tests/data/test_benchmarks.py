@@ -47,6 +47,21 @@ def test_windows(monkeypatch, tmp_path):
         assert all((known == window).all(axis=(1, 2)).any() for window in found)
 
 
+def test_chains(monkeypatch, tmp_path):
+    chains = load("chains", monkeypatch, TASKS=2, TRIALS=4, STEPS=8, BATCH=64)
+    claims = chains.run(Options(repeats=2))
+    check(claims, "chains")
+    assert [metric.unit for metric in claims[1].metrics] == ["chains/s", "GB/s", ""]
+    # All four trials of one of two tasks: two chains, the same on both sides.
+    store = chains.fill(tmp_path / "s", 0)
+    mine, theirs = chains.ours(store, 0)(), chains.trial_by_trial(store, 0)()
+    for name, values in mine.data.items():
+        for row in values:
+            assert min(np.abs(other.astype(float) - row).max() for other in theirs[name]) < 1e-5, name
+    np.testing.assert_array_equal(mine.valid, theirs["valid"])
+    np.testing.assert_array_equal(mine.step, theirs["step"])
+
+
 def test_video(monkeypatch, tmp_path):
     video = load("video", monkeypatch, EPISODES=2, STEPS=20, SIZE=(32, 48), LENGTH=4, BATCH=2)
     check(video.run(Options(repeats=2)), "video")

@@ -26,6 +26,8 @@ WORLDS = [
     ("robotics:FrankaKitchen-v1", 12.0, True),
     ("ale:Pong-v5", 15.0, False),
     ("offbook:pour", 30.0, True),
+    ("offbook:darkpoint", 10.0, True),
+    ("offbook:keyed-door", 4.0, True),
 ]
 
 
@@ -142,6 +144,10 @@ def test_control_suite_ends_by_time_only():
         ("metaworld:reach-v3", {"colour": "red"}, "colour"),
         ("offbook:pour", {"colour": "red"}, "colour"),
         ("gym:CartPole-v1", {"image_size": 64}, "a world of MuJoCo"),
+        ("offbook:keyed-door", {"image_size": 64}, "a world of MuJoCo"),
+        ("offbook:darkpoint", {"goal": "hiden"}, "did you mean 'hidden'"),
+        ("offbook:darkpoint", {"trials": 0}, "trials: expected an integer of 1 or more, got 0"),
+        ("offbook:darkpoint", {"trials": True}, "got True"),
     ],
 )
 def test_wrong_names_and_settings_are_explained_in_one_line(env_id, settings, message):

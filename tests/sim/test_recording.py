@@ -105,6 +105,47 @@ def test_a_longer_recording_begins_with_the_shorter_one(whole, tmp_path):
     assert record("offbook:pour", 2, out, **SETTINGS).digest == store.digest
 
 
+def test_trials_of_an_instance_have_its_seed_and_differ(tmp_path):
+    store = record("offbook:darkpoint", 12, tmp_path / "whole", grades=(1.0, 0.5, 0.5), trials=4, seed=2)
+    assert list(store.episodes["seed"]) == np.repeat(training_seeds(2, 3), 4).tolist()
+    assert list(store.episodes["source"]) == ["expert:1", "expert:0.5", "expert:0.5"] * 4
+    assert len({episode.fields["action"].tobytes() for episode in map(store.episode, range(12))}) == 12
+    for instance in range(3):
+        assert store.episodes["return"][4 * instance : 4 * instance + 4].max() > 13  # one of each has grade 1
+    drawn = record("offbook:darkpoint", 2, tmp_path / "random", policy="random", trials=2)
+    assert (drawn.episode(0).fields["action"] != drawn.episode(1).fields["action"]).any()
+
+
+_TRIALS = {"grades": (1.0, 0.5), "seed": 2, "trials": 4}
+
+
+@pytest.mark.faults
+def test_a_crash_among_trials_loses_no_more_than_those_of_one_instance(tmp_path):
+    whole = record("offbook:darkpoint", 12, tmp_path / "whole", jobs=2, **_TRIALS)
+    crash = (
+        "import os, sys\n"
+        "from offbook.data.writer import Writer\n"
+        "from offbook.sim.recording import record\n"
+        "append = Writer.append\n"
+        "Writer.append = lambda *given, **outcome: os._exit(7) if append(*given, **outcome) == 6 else None\n"
+        f"record('offbook:darkpoint', 12, sys.argv[1], **{_TRIALS})\n"
+    )
+    out = tmp_path / "cut"
+    assert subprocess.run([sys.executable, "-c", crash, str(out)], check=False, capture_output=True).returncode == 7
+    assert len(EpisodeStore.open(out)) == 4
+    record("offbook:darkpoint", 10, out, **_TRIALS)  # ends among the trials of an instance
+    assert record("offbook:darkpoint", 12, out, **_TRIALS).digest == whole.digest
+
+
+def test_only_a_recording_of_trials_speaks_of_them(tmp_path):
+    one = record("offbook:darkpoint", 1, tmp_path / "one", trials=1)
+    some = record("offbook:darkpoint", 1, tmp_path / "some", trials=2)
+    assert set(some.schema.extra["recording"]) - set(one.schema.extra["recording"]) == {"trials"}
+    for store, trials in ((one, 2), (some, 1)):
+        with pytest.raises(ConfigError, match="trials: expected"):
+            record("offbook:darkpoint", 2, store.path, trials=trials)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -131,6 +172,7 @@ def test_a_store_of_another_recording_is_not_continued(tmp_path, changed, messag
         ({"episodes": 0}, "--episodes"),
         ({"episodes": 1, "policy": "expert"}, "without a scripted expert"),
         ({"episodes": 1, "grades": ()}, "--grades"),
+        ({"episodes": 1, "trials": 0}, "trials"),
         ({"episodes": 1, "policy": "random", "jobs": 0}, "--jobs"),
     ],
 )

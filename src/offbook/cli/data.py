@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from offbook.cli.report import Report, table
-from offbook.errors import needs_extra
+from offbook.errors import ConfigError, needs_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,7 +67,9 @@ def record(
     return described(store)
 
 
-def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str | None = None) -> Report:
+def import_recordings(
+    source: tyro.conf.Positional[str], *, out: Path, env: str | None = None, task: str | None = None
+) -> Report:
     """Brings recordings in from a format that others use.
 
     The store appears under its name when it is whole. Nothing is downloaded, and nothing in a file is run.
@@ -81,30 +83,39 @@ def import_recordings(source: tyro.conf.Positional[str], *, out: Path, env: str 
         env: the environment that they are from, such as gym:Hopper-v5, where the recordings do not tell; it also gives
             the bounds of the actions, which otherwise are the range of those recorded, and the parts of an observation
             that was recorded as one array.
+        task: of ExoRL's recordings, in place of --env: a task of the DeepMind control suite, such as walker-run, whose
+            rewards are worked out from the physics and take the place of those recorded.
 
     Examples:
         offbook data import minari:D4RL/door/human-v2 --out stores/door
         offbook data import lerobot:downloads/so100-pick --out stores/pick
         offbook data import d4rl:hopper_medium-v2.hdf5 --env gym:Hopper-v5 --out stores/hopper
         offbook data import robomimic:low_dim_v141.hdf5 --out stores/lift
-        offbook data import exorl:datasets/walker/proto --env dmc:walker-walk --out stores/walker
+        offbook data import exorl:datasets/walker/proto --task walker-run --out stores/walker
         offbook data import paths:relocate-v0_demos.pickle --out stores/relocate
         offbook data import toto:cloud-dataset-pouring@120x160 --out stores/toto
         offbook data import zarr:pusht_cchi_v7_replay.zarr --out stores/pusht
     """
     from offbook.data.formats import Setting, import_dataset
 
-    if env is None:
+    if env is not None and task is not None:
+        fix = "leave --env out"
+        raise ConfigError("--env", expected="either this or --task, which names it too", got="both", fix=fix)
+    name = env or task
+    if name is None:
         return described(import_dataset(source, out))
     with needs_extra("sim"):
         from offbook.sim.adapters import make
+        from offbook.sim.rewards import TaskRewards
         from offbook.sim.spaces import action_spec, observation_spec
-    world = make(env)
+    rewards = None if task is None else TaskRewards(task)
+    environment = name if rewards is None else rewards.task
+    world = make(environment)
     try:
         observation, action = observation_spec(world.observation_space), action_spec(world.action_space)
     finally:
         world.close()
-    setting = Setting(environment=env, observation=observation, action=action)
+    setting = Setting(environment=environment, observation=observation, action=action, rewards=rewards)
     return described(import_dataset(source, out, setting=setting))
 
 
@@ -309,7 +320,6 @@ def _draw(store: EpisodeStore, file: Path) -> None:
     """Two histograms, of returns and of lengths; returns are coloured by success where that is known."""
     import numpy as np
 
-    from offbook.errors import ConfigError
     from offbook.runs.directory import atomic_path
 
     with needs_extra("models"):

@@ -1,4 +1,4 @@
-"""`offbook data generate` and `split`."""
+"""`offbook data generate`, `reward` and `split`."""
 
 from __future__ import annotations
 
@@ -57,6 +57,27 @@ def generate(
         else f"The reference has the digest {made.digest}: other versions of simulator or libraries made that one."
     )
     return replace(report, text=f"{report.text}\n\n{said}", data={**report.data, "reference_digest": made.digest})
+
+
+def reward(store: tyro.conf.Positional[Path], *, task: str, out: Path) -> Report:
+    """Copies recordings and gives them the rewards of a task of the DeepMind control suite.
+
+    They are worked out from the state of the physics, which the recordings must hold as the observation "physics";
+    those of ExoRL get them while they are imported: offbook data import exorl:FOLDER --task TASK.
+
+    Args:
+        store: folder of the recordings.
+        task: such as dmc:walker-run, of the body that was recorded.
+        out: folder of the new store, new or empty.
+
+    Examples:
+        offbook data reward stores/explore --task dmc:walker-run --out stores/run
+    """
+    from offbook.data.store import EpisodeStore
+
+    with needs_extra("sim"):
+        from offbook.sim.rewards import add_rewards
+    return described(add_rewards(EpisodeStore.open(store), task, out))
 
 
 def split(store: tyro.conf.Positional[Path], *, held_out: float = 0.1, seed: int = 0) -> Report:

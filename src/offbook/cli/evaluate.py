@@ -27,6 +27,7 @@ def evaluate(
     episodes: int = 50,
     seed: int = 0,
     split: str | None = None,
+    trials: int | None = None,
     max_steps: int | None = None,
     parallel: int = 8,
     jobs: int = 1,
@@ -45,6 +46,8 @@ def evaluate(
         episodes: how many for each policy.
         seed: from which the episodes' seeds follow.
         split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
+        trials: give each policy so many trials in a row at each episode's task, and tell first, last, mean and best
+            apart, and what its own earlier trials are worth beside another task's.
         max_steps: cut longer episodes.
         parallel: environments that take turns in one process.
         jobs: processes.
@@ -56,6 +59,7 @@ def evaluate(
         offbook evaluate runs/bc --task offbook:pour --split position --episodes 100
         offbook evaluate runs/bc expert expert:0.5 random --task offbook:pour --out comparison
         offbook evaluate runs/mtm:bc runs/mtm:rcbc:0.9 runs/mtm:plan
+        offbook evaluate runs/at runs/dt --trials 4 --episodes 64
     """
     if not runs or len(set(runs)) < len(runs):
         got = " ".join(runs) or "none"
@@ -71,6 +75,11 @@ def evaluate(
         from offbook.evaluate.trials import compare_all
     limits = {"episodes": episodes, "max_steps": max_steps, "parallel": parallel, "jobs": jobs}
     settings = {} if split is None else {"split": split}
+    if trials is not None:
+        if jobs > 1:
+            fix = "leave --jobs out; --parallel lets environments take turns"
+            raise ConfigError("--jobs", expected="1 with --trials", got=str(jobs), fix=fix)
+        return _in_groups(runs, task, seed, out, trials, limits, settings)
     evaluations = list(_evaluate(runs, task, seed, out if videos > 0 else None, videos, limits, settings))
     comparisons = compare_all(evaluations)
     report = _report(task, evaluations, comparisons, out)
@@ -80,6 +89,37 @@ def evaluate(
         write_atomic(out / "evaluation.json", as_json(report.data) + "\n")
         draw_evaluations(out / "evaluation.png", evaluations)
     return report
+
+
+def _in_groups(
+    runs: Sequence[str],
+    task: str,
+    seed: int,
+    out: Path | None,
+    trials: int,
+    limits: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> Report:
+    """Several trials in a row of each policy, on the same tasks."""
+    from offbook.evaluate.groups import RecallingPolicy, draw_groups, evaluate_trials, group_rows
+
+    found = {}
+    for run in runs:
+        policy = find_policy(run, task, seed)
+        recalls = isinstance(policy, RecallingPolicy) and min(trials, limits["episodes"]) > 1
+        found[run] = evaluate_trials(
+            task, policy, trials=trials, groups=limits["episodes"], seed=seed, settings=settings,
+            parallel=limits["parallel"], max_steps=limits["max_steps"], foreign=recalls, fresh=4 * trials,
+        )  # fmt: skip
+    head, rows = group_rows(found)
+    n = limits["episodes"]
+    lines = [f"{task}, {n} group{'s' * (n != 1)} of {trials} trials each, with 95% intervals", "", table(head, rows)]
+    data = {"task": task, "policies": [groups.to_json() for groups in found.values()], "out": str(out or "") or None}
+    if out is not None:
+        write_atomic(out / "trials.json", as_json(data) + "\n")
+        draw_groups(out / "trials.png", found)
+    lines += ["", f"results and figure in {out}" if out else "add --out FOLDER for a figure"]
+    return Report(text="\n".join(lines), data=data)
 
 
 def _evaluate(

@@ -7,7 +7,23 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
+from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
+
+PHYSICS = "physics"
+"""Name of the field that holds the whole state of a simulation, where it is kept."""
+
+
+def without_rewards(store: EpisodeStore, fix: str) -> str:
+    """What a user can do about recordings without rewards: work them out where the state of the physics was kept.
+
+    Args:
+        store: the recordings.
+        fix: what else can be done, where it was not.
+    """
+    if PHYSICS not in store.schema.observations or not store.schema.environment.startswith("dmc:"):
+        return fix
+    return f"work them out: offbook data reward {store.path} --task {store.schema.environment} --out STORE"
 
 
 @dataclass(frozen=True, kw_only=True)

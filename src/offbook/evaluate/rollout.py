@@ -21,6 +21,7 @@ from offbook.runs.progress import track
 from offbook.runs.seeding import evaluation_seeds
 from offbook.sim.adapters import make
 from offbook.sim.play import Played, play
+from offbook.sim.trials import TRIAL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,11 @@ def evaluate_policy(
     work = partial(
         _play_shard,
         env_id=env_id,
-        settings={**(settings or {}), **pictures_for(env_id, policy.meta.observation)},
+        settings={
+            **_tried_once(policy.meta.observation),
+            **(settings or {}),
+            **pictures_for(env_id, policy.meta.observation),
+        },
         policy=policy,
         parallel=parallel,
         video_dir=video_dir,
@@ -211,6 +216,11 @@ def pictures_for(env_id: str, wanted: ObservationSpec) -> dict[str, Any]:
     ours = env_id.startswith("offbook:")
     sizes = [height for name, (height, _) in wanted.cameras.items() if ours or name == "image"]
     return {"image_size": max(sizes, default=0)}
+
+
+def _tried_once(wanted: ObservationSpec) -> dict[str, Any]:
+    """A policy that reads its trials has one in each episode, unless the settings say another number."""
+    return {"trials": 1} if TRIAL in dict(wanted.state) else {}
 
 
 @dataclass(frozen=True, kw_only=True)

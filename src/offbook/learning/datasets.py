@@ -23,6 +23,7 @@ class Dataset:
         policy: who acts; "sac" for a soft actor-critic that learns meanwhile.
         grades: of the expert, by turns.
         rewards: whether they are kept.
+        trials: how many episodes in a row are of one instance of the task.
         settings: further arguments of `make`.
         digest: of the whole dataset with seed 0, where it was made for this table.
     """
@@ -33,6 +34,7 @@ class Dataset:
     policy: Literal["expert", "random", "drift", "sac"] = "expert"
     grades: tuple[float, ...] = (1.0,)
     rewards: bool = True
+    trials: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""
 
@@ -41,6 +43,9 @@ class Dataset:
         """What `size` counts."""
         return "steps" if self.policy == "sac" else "episodes"
 
+
+# Of 16 trials each has two. They do not rise or fall, so that trials in order of time show no learning by accident.
+_ALL_GRADES = (0.6, 0.0, 1.0, 0.3, 0.85, 0.15, 0.7, 0.45)
 
 DATASETS: dict[str, Dataset] = {
     "pointmaze-mixed": Dataset(
@@ -94,6 +99,31 @@ DATASETS: dict[str, Dataset] = {
         rewards=False,
         settings={"physics": True},
         digest="caa4a32a2d6a4c6ad2e9750af3dee792f5dee4344b70ba2d492f179779d60c73",
+    ),
+    "darkpoint": Dataset(
+        about="a point heads for a goal that it cannot see: 2,000 goals, 16 trials of each by guides of eight grades",
+        env_id="offbook:darkpoint",
+        size=32_000,
+        grades=_ALL_GRADES,
+        trials=16,
+        digest="08627a5088114b5927ac6e3916efb723f08926f917182cd46c5f1a9948cf9466",
+    ),
+    "darkpoint-fixed": Dataset(
+        about="the same with one goal for all, so that no trial reveals anything",
+        env_id="offbook:darkpoint",
+        size=32_000,
+        grades=_ALL_GRADES,
+        trials=16,
+        settings={"goal": "fixed"},
+        digest="2d8a0ac4ddaa315724e3b9b3b63bad8840eba7aa927fee9c82bd7fbd2d3995ff",
+    ),
+    "keyed-door": Dataset(
+        about="a search for a key and a door: 1,000 rooms, 16 trials of each by guides of eight grades",
+        env_id="offbook:keyed-door",
+        size=16_000,
+        grades=_ALL_GRADES,
+        trials=16,
+        digest="8afee73f7e48917fd9f8cc43ccf380775308d152df6bbaa78fe8a0c0e9b90938",
     ),
 }
 """The datasets by name."""
@@ -150,6 +180,7 @@ def generate(
             seed=seed,
             jobs=jobs,
             rewards=made.rewards,
+            trials=made.trials,
             settings=made.settings,
         )
     store.verify()

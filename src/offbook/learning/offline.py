@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from offbook.client.protocol import Observation, ObservationSpec, PolicyMeta
 from offbook.data.normalise import Normalizer
+from offbook.data.returns import without_rewards
 from offbook.data.store import EpisodeStore
 from offbook.data.transitions import Transitions
 from offbook.errors import ConfigError, DataError
@@ -181,7 +182,7 @@ def check_offline(store: EpisodeStore, config: OfflineConfig) -> ObservationSpec
     """
     where, schema = str(store.path), store.schema
     if schema.reward is None:
-        fix = "record rewards too, or clone the behaviour: offbook train bc"
+        fix = without_rewards(store, "record rewards too, or clone the behaviour: offbook train bc")
         raise DataError(where, expected="recordings with a reward", got="none", fix=fix)
     if len(schema.actions) != 1 or schema.action_spec().choices is not None:
         got = f"{len(schema.actions)} fields of actions" if len(schema.actions) != 1 else "discrete ones"

@@ -15,6 +15,7 @@ from offbook.runs.checkpoint import Header, load_checkpoint, read_header
 KINDS: dict[str, str] = {
     "bc": "offbook.learning.cloning:ClonedPolicy",
     "mtm": "offbook.systems.mtm.roles:RolePolicy",
+    "hindsight": "offbook.learning.trying:HindsightPolicy",
     "offline": "offbook.learning.offline:OfflinePolicy",
 }
 """Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights.

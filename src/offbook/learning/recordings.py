@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from offbook.client.protocol import ObservationSpec
+from offbook.data.returns import PHYSICS, without_rewards
 from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError, nearest
@@ -21,7 +22,7 @@ def choose_observation(
 
     Args:
         store: the recordings.
-        parts: names of state parts; None for all.
+        parts: names of state parts; None for all but the state of the physics, which only a simulator can see.
         cameras: names of cameras.
 
     Raises:
@@ -29,7 +30,7 @@ def choose_observation(
     """
     offered = store.schema.observation_spec()
     sizes = dict(offered.state)
-    parts = tuple(sizes) if parts is None else parts
+    parts = tuple(name for name in sizes if name != PHYSICS) if parts is None else parts
     for kind, names, known in (("part", parts, sizes), ("camera", cameras, offered.cameras)):
         for name in names:
             if name not in known:
@@ -68,6 +69,9 @@ def choose_episodes(
     if not len(kept):
         fix = "record more, choose other parts" + (", or add --no-success-only" if success_only else "")
         expected = f"a {'successful ' if success_only else ''}episode with {', '.join(fields)}"
+        reward = store.schema.reward
+        if reward is not None and reward in fields and not store.present(reward).any():
+            fix = without_rewards(store, fix)
         raise DataError(str(store.path), expected=expected, got=f"none among {len(store)}", fix=fix)
     splits = read_splits(store)
     chosen = [splits[name] for name in HELD_OUT if name in splits]

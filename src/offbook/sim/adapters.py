@@ -18,21 +18,25 @@ import numpy as np
 from gymnasium import spaces
 
 from offbook.errors import ConfigError, MissingExtraError, nearest, needs_extra
+from offbook.sim.darkpoint import Darkpoint
+from offbook.sim.keyed_door import KeyedDoor
 from offbook.sim.tabletop.pour import Pour
 from offbook.sim.tabletop.render import Renderer, close_at_exit, prepare_mujoco
+from offbook.sim.trials import Trials
 
 AnyEnv = gym.Env[Any, Any]
 
 
-def make(env_id: str, *, image_size: int | None = None, **settings: Any) -> AnyEnv:
+def make(env_id: str, *, image_size: int | None = None, trials: int | None = None, **settings: Any) -> AnyEnv:
     """Makes an environment by its library and name.
 
     Args:
         env_id: `gym:` (Gymnasium and whatever is registered with it), `dmc:domain-task` (the DeepMind control suite),
             `metaworld:` (with the goal visible), `minigrid:` (MiniGrid and BabyAI, as numbers), `robotics:`
-            (Gymnasium-Robotics), `ale:` (Atari), `offbook:pour`.
+            (Gymnasium-Robotics), `ale:` (Atari), `offbook:pour`, `offbook:darkpoint`, `offbook:keyed-door`.
         image_size: for worlds of MuJoCo, adds a square camera picture of so many pixels as the leaf "image"; for
             `offbook:pour` it is the size of its picture "front" (64 by default). 0 draws none, which is quicker.
+        trials: makes one episode of so many trials in a row, see `offbook.sim.trials.Trials`; 1 or more.
         settings: further arguments of the environment's own constructor.
 
     Raises:
@@ -51,11 +55,12 @@ def make(env_id: str, *, image_size: int | None = None, **settings: Any) -> AnyE
         fix = nearest(library, LIBRARIES) if library not in LIBRARIES else f"write {library}:NAME"
         raise ConfigError(where, expected="LIBRARY:NAME", got=f"library {library!r}" if name else "no name", fix=fix)
     with _explained(env_id):
-        return LIBRARIES[library](name, image_size, settings)
+        env = LIBRARIES[library](name, image_size, settings)
+    return env if trials is None else Trials(env, trials)
 
 
 class Adapter(gym.Wrapper[Any, Any, Any, Any]):
-    """What all environments have in common; the outermost layer of what `make` returns.
+    """What all environments have in common; the outermost layer of one trial.
 
     Args:
         env: the library's environment.
@@ -279,9 +284,12 @@ def _metaworld(name: str, image_size: int | None, settings: dict[str, Any]) -> A
 
 
 def _offbook(name: str, image_size: int | None, settings: dict[str, Any]) -> AnyEnv:
-    worlds = {"pour": Pour}
-    _check_name("offbook", name, worlds)
-    return worlds[name](image_size=64 if image_size is None else image_size, **settings)
+    small = {"darkpoint": Darkpoint, "keyed-door": KeyedDoor}
+    _check_name("offbook", name, ["pour", *small])
+    if name == "pour":
+        return Pour(image_size=64 if image_size is None else image_size, **settings)
+    world = small[name](**settings)
+    return Adapter(world, prompt=world.prompt, image_size=image_size)
 
 
 LIBRARIES: dict[str, Callable[[str, int | None, dict[str, Any]], AnyEnv]] = {
@@ -352,6 +360,19 @@ class ControlSuite(gym.Env[Any, np.ndarray]):
         now = self._env.step(np.asarray(action, np.float64))
         terminated = bool(now.last() and now.discount == 0)
         return self._seen(now), float(now.reward), terminated, bool(now.last()) and not terminated, {}
+
+    def reward_of(self, state: np.ndarray, action: np.ndarray) -> float:
+        """The task's reward where an action has led to a state, as far as it depends on these two.
+
+        Args:
+            state: of the physics, as the leaf "physics" shows it; the simulation is in it afterwards.
+            action: what the actuators were told.
+        """
+        physics = self._env.physics
+        physics.set_state(state)
+        physics.set_control(action)
+        physics.forward()  # positions of bodies and readings of sensors
+        return float(self._env.task.get_reward(physics))
 
     def _seen(self, now: Any) -> dict[str, np.ndarray]:
         return {**now.observation, "physics": self._env.physics.state()} if self._physics else dict(now.observation)

@@ -4,7 +4,7 @@ An expert sees what any policy sees, through the same observation, so it can sta
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,26 @@ from jaxtyping import Float, Float32
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, Policy, PolicyMeta
 from offbook.errors import ConfigError, nearest, needs_extra
 from offbook.runs.seeding import generator
+from offbook.sim.darkpoint import STRIDE, goal_of
+from offbook.sim.keyed_door import CORNERS, DOORS, MOVES, SIDE, Cell, places_of
 from offbook.sim.planners import DoorKeyExpert, Drift, MazeExpert
 from offbook.sim.spaces import action_spec
 from offbook.sim.tabletop import arm
 from offbook.sim.tabletop.pour import CUP_HEIGHT, OBJECTS, START, cup_frame
 from offbook.sim.tabletop.render import prepare_mujoco
 
-EXPERTS = ("offbook:pour", "metaworld:<task>", "robotics:PointMaze_<maze>", "minigrid:MiniGrid-DoorKey-<size>")
+EXPERTS = (
+    "offbook:pour",
+    "offbook:darkpoint",
+    "offbook:keyed-door",
+    "metaworld:<task>",
+    "robotics:PointMaze_<maze>",
+    "minigrid:MiniGrid-DoorKey-<size>",
+)
 """The environments that have a scripted expert."""
 
 
-def make_expert(env_id: str, grade: float = 1.0, seed: int = 0) -> Policy:
+def make_expert(env_id: str, grade: float = 1.0, seed: int = 0, settings: Mapping[str, Any] | None = None) -> Policy:
     """The scripted expert of an environment.
 
     Args:
@@ -33,6 +42,7 @@ def make_expert(env_id: str, grade: float = 1.0, seed: int = 0) -> Policy:
         grade: 1 is the expert as written; below that come aiming errors, noise and deliberate faults (giving up half
             way, pouring too early), growing more frequent and larger down to 0.
         seed: faults depend on this seed and the session's name alone, not on who else is served.
+        settings: what the environment was made with; only the expert of `offbook:darkpoint` must know it.
 
     Raises:
         ConfigError: the environment has no expert, or the grade is not in [0, 1].
@@ -45,6 +55,10 @@ def make_expert(env_id: str, grade: float = 1.0, seed: int = 0) -> Policy:
         raise ConfigError("grade", expected="0 (hopeless) to 1 (expert)", got=str(grade), fix="choose another grade")
     if env_id == "offbook:pour":
         return PouringExpert(grade, seed)
+    if env_id == "offbook:darkpoint":
+        return DarkpointExpert(grade, seed, fixed=(settings or {}).get("goal") == "fixed")
+    if env_id == "offbook:keyed-door":
+        return KeyedDoorExpert(grade, seed)
     if env_id.startswith("metaworld:"):
         return MetaWorldExpert(env_id.removeprefix("metaworld:"), grade, seed)
     if env_id.startswith("robotics:PointMaze"):
@@ -283,3 +297,108 @@ class MetaWorldExpert:
             # The scripts say so of their own constants; the action is clipped.
             warnings.filterwarnings("ignore", message=r"Constant\(s\) may be too high", category=UserWarning)
             return np.asarray(self._script.get_action(state.astype(np.float64)), np.float64)
+
+
+def _world_seed(session: str) -> int:
+    """What a session's world was reset with: `play` names sessions so. It is all that an expert knows of the hidden."""
+    if not session.isdecimal():
+        fix = "play in a simulator, or use another policy"
+        raise ConfigError("expert of a hidden task", expected="sessions named by seeds", got=repr(session), fix=fix)
+    return int(session)
+
+
+class DarkpointExpert:
+    """Heads straight for where it believes the goal to be, and stays there.
+
+    It has what no policy has, the goal itself, from the seed in the session's name. Every action has normal noise of
+    0.1, so that recordings also show ways back.
+
+    Args:
+        grade: the angle that it believes in is off by normal noise of (1 - grade) * pi, once for each session.
+        seed: for the noise.
+        fixed: whether the world was made with a fixed goal.
+    """
+
+    def __init__(self, grade: float = 1.0, seed: int = 0, *, fixed: bool = False) -> None:
+        self.meta = PolicyMeta(
+            name="scripted-expert" if grade == 1 else f"scripted-grade-{grade:g}",
+            observation=ObservationSpec(state=(("position", 2),)),
+            action=ActionSpec(size=2, low=(-1.0,) * 2, high=(1.0,) * 2),
+        )
+        self._spread, self._seed, self._fixed = (1.0 - grade) * np.pi, seed, fixed
+        self._streams: dict[str, np.random.Generator] = {}
+        self._believed: dict[str, np.ndarray] = {}
+
+    def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
+        """Draws where each session's goal is believed to be."""
+        for session in sessions:
+            rng = self._streams[session] = generator(self._seed, "darkpoint faults", session)
+            seed = 0 if self._fixed else _world_seed(session)
+            self._believed[session] = goal_of(seed, self._spread * rng.standard_normal())
+
+    def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 2"]:
+        """The next move for each session."""
+        answers = np.empty((len(observation.sessions), 1, 2), np.float32)
+        for i, session in enumerate(observation.sessions):
+            way = (self._believed[session] - observation.state[i]) / STRIDE
+            straight = way / max(1.0, float(np.hypot(*way)))
+            answers[i, 0] = np.clip(straight + 0.1 * self._streams[session].standard_normal(2), -1.0, 1.0)
+        return answers
+
+
+@dataclass
+class _Search:
+    """Where one session still looks; the last of each is the right place."""
+
+    rng: np.random.Generator
+    corners: list[Cell]
+    doors: list[Cell]
+
+
+class KeyedDoorExpert:
+    """Walks to the key and then to the door, which it knows from the seed in the session's name.
+
+    Args:
+        grade: before the right corner, and before the right door, it tries a wrong one with probability 1 - grade, and
+            another one with the same, and so on; and each move is a random one with probability (1 - grade) / 2.
+        seed: for the mistakes.
+    """
+
+    def __init__(self, grade: float = 1.0, seed: int = 0) -> None:
+        self.meta = PolicyMeta(
+            name="scripted-expert" if grade == 1 else f"scripted-grade-{grade:g}",
+            observation=ObservationSpec(state=(("view", 3),)),
+            action=ActionSpec(size=1, low=(0.0,), high=(3.0,), choices=len(MOVES)),
+        )
+        self._badness, self._seed = 1.0 - grade, seed
+        self._searches: dict[str, _Search] = {}
+
+    def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
+        """Draws where each session looks first."""
+        for session in sessions:
+            rng = generator(self._seed, "keyed door faults", session)
+            key, door = places_of(_world_seed(session))
+            self._searches[session] = _Search(rng, self._tried(rng, CORNERS, key), self._tried(rng, DOORS, door))
+
+    def _tried(self, rng: np.random.Generator, places: Sequence[Cell], right: Cell) -> list[Cell]:
+        wrong = [place for place in places if place != right]
+        mistakes = int((rng.random(len(wrong)) < self._badness).cumprod().sum())
+        return [*(wrong[i] for i in rng.permutation(len(wrong))[:mistakes]), right]
+
+    def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 1"]:
+        """The next move for each session."""
+        actions = [
+            self._act(state, self._searches[session])
+            for state, session in zip(observation.state, observation.sessions, strict=True)
+        ]
+        return np.array(actions, np.float32).reshape(-1, 1, 1)
+
+    def _act(self, view: Float32[np.ndarray, "3"], search: _Search) -> int:
+        here = tuple(np.rint((view[:2] + 1) / 2 * (SIDE - 1)).astype(int).tolist())
+        left = search.doors if view[2] else search.corners
+        if here == left[0] and len(left) > 1:
+            left.pop(0)
+        if search.rng.random() < self._badness / 2:
+            return int(search.rng.integers(len(MOVES)))
+        way = np.subtract(left[0], here)
+        return next((action for action, move in enumerate(MOVES) if way @ move > 0), 0)

@@ -12,7 +12,7 @@ from offbook.data.store import EpisodeStore, Schema, Writer
 from offbook.errors import ConfigError
 from offbook.runs.parallel import run_parallel
 from offbook.runs.progress import track
-from offbook.runs.seeding import training_seeds
+from offbook.runs.seeding import generator, training_seeds
 from offbook.sim.adapters import AnyEnv, make
 from offbook.sim.experts import make_expert, random_policy
 from offbook.sim.play import Played, play
@@ -33,13 +33,23 @@ class _Plan:
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     rewards: bool = True
+    trials: int = 1
 
     def to_json(self) -> dict[str, Any]:
         said = {"policy": self.policy, "grades": [*self.grades], "seed": self.seed, "settings": dict(self.settings)}
-        return said if self.rewards else {**said, "rewards": False}
+        # What is as usual is not said, so that recordings of before these were settings can be continued.
+        unusual = ({} if self.rewards else {"rewards": False}) | ({} if self.trials == 1 else {"trials": self.trials})
+        return said | unusual
 
     def grade(self, number: int) -> float:
         return self.grades[number % len(self.grades)]
+
+    def world_seed(self, number: int) -> int:
+        return training_seeds(self.seed, 1, start=number // self.trials)[0]
+
+    def policy_seed(self, number: int) -> int:
+        # Trials of one instance have one session name, and shall differ nevertheless.
+        return self.seed if self.trials == 1 else int(generator(self.seed, "trial", number).integers(2**31))
 
 
 def record(
@@ -52,12 +62,14 @@ def record(
     seed: int = 0,
     jobs: int = 1,
     rewards: bool = True,
+    trials: int = 1,
     settings: Mapping[str, Any] | None = None,
 ) -> EpisodeStore:
     """Records episodes of an environment until the store holds as many as are wanted.
 
     Episode i has the i-th of the training seeds and is appended as the i-th, so the store's digest depends neither on
-    `jobs` nor on interruptions. Killed at any moment, it goes on where it stopped when called again.
+    `jobs` nor on interruptions. Killed at any moment, it goes on where it stopped when called again; what is lost of
+    several trials is at most those of one instance.
 
     Args:
         env_id: see `offbook.sim.adapters.make`.
@@ -69,6 +81,8 @@ def record(
         seed: seed of the recording.
         jobs: worker processes.
         rewards: False leaves them out, as in recordings that no task was in view for.
+        trials: how many episodes in a row are of one instance of the task: they have the same seed, the i // trials-th,
+            and differ by their grades and by what the policy draws.
         settings: further arguments of `make`.
 
     Raises:
@@ -88,11 +102,22 @@ def record(
         raise ConfigError("--policy", expected=", ".join(_SOURCES), got=repr(policy), fix="choose one of them")
     if not grades:
         raise ConfigError("--grades", expected="one or more", got="none", fix="give a grade such as 1.0")
+    if trials < 1:
+        raise ConfigError("trials", expected="1 or more of each instance", got=str(trials), fix="ask for a trial")
     turns = tuple(float(grade) for grade in grades) if policy == "expert" else (1.0,)
-    plan = _Plan(env_id=env_id, policy=policy, grades=turns, seed=seed, settings=dict(settings or {}), rewards=rewards)
+    plan = _Plan(
+        env_id=env_id,
+        policy=policy,
+        grades=turns,
+        seed=seed,
+        settings=dict(settings or {}),
+        rewards=rewards,
+        trials=trials,
+    )
     with open_recording(Path(out), env_id, plan.to_json(), functools.partial(_schema, plan)) as writer:
         numbers = range(len(writer), episodes)
-        blocks = [numbers[start : start + _BLOCK] for start in range(0, len(numbers), _BLOCK)]
+        size = max(_BLOCK, trials)
+        blocks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
         played = itertools.chain.from_iterable(run_parallel(functools.partial(_play_block, plan), blocks, jobs=jobs))
         for number, episode in zip(track(numbers, f"recording {env_id}"), played, strict=True):
             _append(writer, plan, number, episode)
@@ -116,9 +141,10 @@ def open_recording(out: Path, env_id: str, plan: Mapping[str, Any], schema: Call
         return EpisodeStore.create(out, replace(fresh, extra={**fresh.extra, "recording": dict(plan)}))
     found = EpisodeStore.open(out).schema
     before = {"environment": found.environment, **dict(found.extra.get("recording", {}))}
-    for key, wanted in {"environment": env_id, **plan}.items():
-        if before.get(key) != wanted:
-            expected = f"{wanted!r}, as this recording has it"
+    now = {"environment": env_id, **plan}
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            expected = f"{now.get(key)!r}, as this recording has it"
             fix = "record into another folder, or repeat the settings of the first time"
             raise ConfigError(f"{out}, {key}", expected=expected, got=f"a store with {before.get(key)!r}", fix=fix)
     return EpisodeStore.append_to(out)
@@ -132,8 +158,8 @@ def _schema(plan: _Plan) -> Schema:
 
 def _policy(plan: _Plan, env: AnyEnv, number: int) -> Any:
     if plan.policy == "expert":
-        return make_expert(plan.env_id, plan.grade(number), plan.seed)
-    return random_policy(env, plan.seed, memory=0.96 if plan.policy == "drift" else 0.0)
+        return make_expert(plan.env_id, plan.grade(number), plan.policy_seed(number), plan.settings)
+    return random_policy(env, plan.policy_seed(number), memory=0.96 if plan.policy == "drift" else 0.0)
 
 
 def _play_block(plan: _Plan, block: range) -> list[Played]:
@@ -142,7 +168,7 @@ def _play_block(plan: _Plan, block: range) -> list[Played]:
         return [
             episode
             for number in block
-            for episode in play([env], _policy(plan, env, number), training_seeds(plan.seed, 1, start=number))
+            for episode in play([env], _policy(plan, env, number), [plan.world_seed(number)])
         ]
 
 
@@ -156,4 +182,6 @@ def _append(writer: Writer, plan: _Plan, number: int, episode: Played) -> None:
         seed=episode.seed,
         success=episode.success,
         score=episode.score,
+        # To wait for the disk at each tiny episode would take longer than to play it.
+        sync=(number + 1) % plan.trials == 0,
     )

@@ -62,6 +62,14 @@ SYSTEMS: dict[str, System] = {
         authors="Liu, Abbeel",
         venue="ICML 2023",
         arxiv="2305.16554",
+        status="in progress: chains, policies over trials, evaluation of trials, reproduction",
+        recipe="offbook.systems.agentic_transformer.recipe:run",
+        commands=(
+            "offbook train agentic_transformer",
+            "offbook train dt",
+            "offbook evaluate --trials",
+            "offbook reproduce agentic_transformer",
+        ),
     ),
     "viper": System(
         title="Video prediction rewards (VIPER)",

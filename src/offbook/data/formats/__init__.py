@@ -6,6 +6,7 @@ Each format is a module with `read(source) -> Recordings`, and those that are wr
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import json
 import re
@@ -13,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -54,6 +55,18 @@ class Recordings:
     stored: int
 
 
+@runtime_checkable
+class Rewards(Protocol):
+    """Works out the rewards of a task from the states that actions led to."""
+
+    @property
+    def task(self) -> str:
+        """The task, such as `"dmc:walker-run"`."""
+
+    def __call__(self, states: np.ndarray, actions: np.ndarray, where: str) -> np.ndarray:
+        """The rewards, float64 (T,), of T actions and the T states after them; `where` names them in messages."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """An environment as a user names it.
@@ -62,11 +75,13 @@ class Setting:
         environment: library and name, such as `"dmc:walker-walk"`.
         observation: what it shows.
         action: what it accepts.
+        rewards: take the place of those recorded; None keeps these.
     """
 
     environment: str
     observation: ObservationSpec
     action: ActionSpec
+    rewards: Rewards | None = None
 
 
 def import_dataset(source: str, out: str | Path, *, setting: Setting | None = None) -> EpisodeStore:
@@ -78,27 +93,56 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
         setting: the environment that they are from, where they do not tell.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: there is no such format, or rewards are to be worked out and it does not keep the physics.
         DataError: the recordings are not there, or are damaged, or the folder is not empty.
     """
     read, name = _format_of(source, "read")
-    out = Path(out)
-    # A store that is whole takes the place of the folder, which a link or the folder one is in does not allow.
-    if out.is_symlink() or not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        got = "a link" if out.is_symlink() else "one in use" if out.name else "the current one"
-        raise DataError(str(out), expected="a new or empty folder", got=got, fix="choose another folder")
+    if setting is not None and setting.rewards is not None:
+        if not source.startswith("exorl:"):
+            fix = "name the environment with --env instead"
+            raise ConfigError("--task", expected="exorl:FOLDER, which keeps the physics", got=repr(source), fix=fix)
+        read = functools.partial(read, rewards=setting.rewards)
+    out = new_folder(out)
     with explained(source, _LAYOUT, _OTHER):
         recordings: Recordings = read(name)
     if setting is not None:
         from offbook.data.formats.setting import placed
 
         recordings = placed(recordings, setting, source)
+    return write_whole(recordings, source, out)
+
+
+def new_folder(out: str | Path) -> Path:
+    """The folder of a store to be, which a store that is whole can take the place of.
+
+    Raises:
+        DataError: it holds something, is a link, or is the folder one is in.
+    """
+    out = Path(out)
+    if out.is_symlink() or not out.name or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        got = "a link" if out.is_symlink() else "one in use" if out.name else "the current one"
+        raise DataError(str(out), expected="a new or empty folder", got=got, fix="choose another folder")
+    return out
+
+
+def write_whole(recordings: Recordings, source: str, out: Path, label: str = "importing") -> EpisodeStore:
+    """Writes recordings to a store that appears under its name only when it is whole.
+
+    Args:
+        recordings: what it will hold.
+        source: names them in messages.
+        out: what `new_folder` gave.
+        label: stands beside the progress bar.
+
+    Raises:
+        DataError: they are damaged, or the disk does not take them.
+    """
     partial = out.with_name(f"{out.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _alone(out):
         _clear(partial)
         try:
-            _written(recordings, source, partial)
+            _written(recordings, source, partial, label)
         except DataError as error:
             shutil.rmtree(partial, ignore_errors=True)
             if not error.where.startswith(f"{partial}, episode"):
@@ -112,11 +156,11 @@ def import_dataset(source: str, out: str | Path, *, setting: Setting | None = No
     return EpisodeStore.open(out)
 
 
-def _written(recordings: Recordings, source: str, partial: Path) -> None:
+def _written(recordings: Recordings, source: str, partial: Path, label: str) -> None:
     schema, ranges = recordings.schema, []
     recorded = schema.extra.get("import", {}).get("bounds") == "recorded"
     with EpisodeStore.create(partial, schema) as writer:
-        for fields, outcome in track(_each(recordings, source, partial.parent), "importing", recordings.total):
+        for fields, outcome in track(_each(recordings, source, partial.parent), label, recordings.total):
             writer.append(fields, **asdict(outcome), sync=False)
             ranges += [_range(fields, schema)] if recorded and schema.actions else []
     if ranges:

@@ -3,16 +3,19 @@
 Each file has T + 1 rows. Row 0 is the reset: its observation is the first, and its action, reward and discount are
 fillers. Row t + 1 holds the action that was taken at observation t, the reward and discount that it brought, and the
 observation that it led to. `physics`, the simulator's state, and whatever else a file holds go with the observation of
-their own row.
+their own row. What a task would have rewarded follows from `physics`.
+
+Source: `dmc.py` and `replay_buffer.py` of https://github.com/denisyarats/exorl (the layout).
 """
 
 import zipfile
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from offbook.data.formats import Recordings, limits
+from offbook.data.formats import Recordings, Rewards, limits
 from offbook.data.formats.transitions import Steps, need, numbers, recordings, same_rows
 from offbook.data.index import Outcome
 from offbook.errors import DataError
@@ -26,11 +29,12 @@ _STATED = (
 )
 
 
-def read(source: str) -> Recordings:
-    """Opens a folder of episodes.
+def read(source: str, rewards: Rewards | None = None) -> Recordings:
+    """Opens a folder of episodes. Its name, or that of the one above `buffer`, is taken for who acted.
 
     Args:
         source: the folder that holds the files, or the one above its `buffer`.
+        rewards: take the place of those recorded, and name the task of each episode; None keeps these, and names none.
 
     Raises:
         DataError: there are no files, one is damaged or lacks a key, or its arrays disagree.
@@ -44,16 +48,23 @@ def read(source: str) -> Recordings:
         raise DataError(str(folder), expected="files such as episode_000000_1000.npz", got="none", fix=fix)
     stored = _check_sizes(files)
     keys = (*_CORE, *_steps(files[0], _CORE).others)
+    whole = folder.resolve()
+    collector = (whole.parent if whole.name == "buffer" else whole).name
 
     def episodes() -> Generator[tuple[str, Steps], None, None]:
         for file in files:
-            yield str(file), _steps(file, keys)
+            steps = _steps(file, keys, rewards)
+            task = "" if rewards is None else rewards.task
+            yield str(file), replace(steps, outcome=replace(steps.outcome, task=task, source=collector))
 
-    return recordings("exorl", Path(source), episodes, _STATED, after=_ROWS, total=len(files), stored=stored)
+    stated = _STATED if rewards is None else (*_STATED, f"rewards are those of {rewards.task}, by the physics")
+    return recordings("exorl", Path(source), episodes, stated, after=_ROWS, total=len(files), stored=stored)
 
 
-def _steps(file: Path, keys: tuple[str, ...]) -> Steps:
+def _steps(file: Path, keys: tuple[str, ...], rewards: Rewards | None = None) -> Steps:
     arrays = _arrays(file)
+    if rewards is not None:
+        need(arrays, ("physics",), str(file), "leave --task out, or give recordings that keep the physics")
     need(arrays, keys, str(file), "give files in the layout of URLB, all with the same keys")
     rows = (arrays["action"].shape or (0,))[0]
     if rows < 2:
@@ -67,10 +78,14 @@ def _steps(file: Path, keys: tuple[str, ...]) -> Steps:
         observations={"observation": observation[:-1]},
         after={"observation": observation[-1:]},
         action=arrays["action"][1:],
-        reward=arrays["reward"][1:],
+        reward=arrays["reward"][1:] if rewards is None else _worked_out(arrays, rewards, str(file)),
         others={"discount": discount, **others},
         outcome=Outcome(terminated=terminated, truncated=not terminated),
     )
+
+
+def _worked_out(arrays: dict[str, np.ndarray], rewards: Rewards, where: str) -> np.ndarray:
+    return rewards(arrays["physics"][1:], arrays["action"][1:], where)
 
 
 def _check_sizes(files: list[Path]) -> int:

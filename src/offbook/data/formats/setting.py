@@ -25,7 +25,7 @@ def placed(recordings: Recordings, setting: Setting, source: str) -> Recordings:
         source: the recordings' name, for messages.
 
     Raises:
-        DataError: its actions have another size or kind.
+        DataError: its actions have another size or kind; or its rewards were worked out, and it shows something else.
     """
     schema, name = recordings.schema, setting.environment
     size = sum(schema[field].size for field in schema.actions)
@@ -46,6 +46,9 @@ def placed(recordings: Recordings, setting: Setting, source: str) -> Recordings:
     shown = {**dict(parts), **setting.observation.cameras}
     here = {**dict(schema.observation_spec().state), **schema.observation_spec().cameras}
     if any(shown.get(part) != count for part, count in here.items()):
+        if setting.rewards is not None:  # the physics of another body may have the same size
+            expected, got = f"recordings of {name}, which shows {_list(shown.items())}", _list(here.items())
+            raise DataError(source, expected=expected, got=got, fix="name a task of the body that was recorded")
         text = f"does not show what was recorded ({_list(here.items())}): it shows {_list(shown.items())}"
         stated.append(f"{name} {text}")
     said = dict(schema.extra.get("import", {}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import json
 import math
@@ -28,8 +27,8 @@ from offbook.models.blockwise.layer import Pass
 from offbook.models.blockwise.masks import Kind, Mask
 from offbook.models.blockwise.positions import rope_tables
 from offbook.runs.config import from_json, to_json
+from offbook.runs.memory import GIVE_BACK, Resident
 
-_CURRENT_FUTURE_ON_FAULT = 7
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _ATEN = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
 
@@ -205,7 +204,7 @@ def measure(step: Step) -> Measured:
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(step.threads)}
     if step.goal == "memory":
-        environment |= {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+        environment |= GIVE_BACK
     command = [sys.executable, "-m", "offbook.systems.bpt.measure", json.dumps(to_json(step))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -231,27 +230,11 @@ def _here(step: Step) -> Measured:
     model.zero_grad()
     if step.attention == "allocated":
         _leave_attention_out()
-    meter, clock = (_Cuda(), _wall) if step.device == "cuda" else (_Resident(), time.process_time)
+    meter, clock = (_Cuda(), _wall) if step.device == "cuda" else (Resident(), time.process_time)
     start = clock()
     loss = run(step.tokens)
     seconds = clock() - start
     return Measured(bytes=meter.grown(), seconds=seconds, loss=loss)
-
-
-class _Resident:
-    """By how much the process grew at its peak, from now on."""
-
-    def __init__(self) -> None:
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        # Pages that lie idle until the backward pass stay in memory, where a machine would put them aside; without the
-        # right to ask for that, nothing happens.
-        libc.mlockall(_CURRENT_FUTURE_ON_FAULT)
-        Path("/proc/self/clear_refs").write_text("5")
-        self._before = _status("VmRSS")
-
-    def grown(self) -> int:
-        return _status("VmHWM") - self._before
 
 
 class _Cuda:
@@ -269,11 +252,6 @@ class _Cuda:
 def _wall() -> float:
     torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def _leave_attention_out() -> None:

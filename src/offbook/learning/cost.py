@@ -1,0 +1,96 @@
+"""What a training of chains will take, before it begins: tokens, arithmetic, memory, and hours on this machine."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from offbook.errors import ConfigError
+from offbook.learning.hindsight import HindsightNetwork, hindsight_loss
+from offbook.learning.hindsight_training import ChainData
+from offbook.models.blockwise.plan import available, choose, plan
+
+LIMIT_HOURS = 24.0
+# Chains that are looked at, and steps that are timed.
+_LOOKED, _TIMED = 256, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a training takes.
+
+    Attributes:
+        tokens: of a chain, on average.
+        longest: tokens of the longest of many chains.
+        flops: floating-point operations of a step, without what layers compute again.
+        memory: bytes of a step at its peak, for chains as long as the longest.
+        seconds: of a step, measured.
+        hours: of all steps at that rate.
+    """
+
+    tokens: float
+    longest: int
+    flops: float
+    memory: int
+    seconds: float
+    hours: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens:.0f} tokens a chain, at most {self.longest}; {self.flops:.2g} operations and "
+            f"{self.memory / 2**20:.0f} MiB a step; {self.seconds:.2g} s a step here, {self.hours:.2g} hours in all"
+        )
+
+
+def measure_cost(data: ChainData, network: HindsightNetwork) -> Cost:
+    """Counts tokens, arithmetic and memory of a step, and times a few.
+
+    Args:
+        data: what is learnt from.
+        network: what would be trained; its weights stay as they are.
+
+    Raises:
+        ConfigError: a step would not fit the memory.
+    """
+    fit, backbone, per = data.config.fit, network.backbone.config, network.stream.tokens
+    lengths = data.sampler.sample(_LOOKED, 2**31 + 1).valid.sum(1) * per
+    tokens, longest = float(lengths.mean()), int(lengths.max())
+    d, up = backbone.dim, backbone.hidden
+    dense = 2 * (4 * d * d + 2 * d * up) * backbone.layers
+    # Causal: half of the pairs, and two products.
+    attention = 2 * d * float((lengths.astype(float) ** 2).mean()) * backbone.layers
+    flops = 3 * fit.batch_size * (dense * tokens + attention)
+    memory = _memory(network, longest, fit.batch_size)
+    state, began = {name: of.clone() for name, of in network.state_dict().items()}, 0.0
+    for index in range(_TIMED + 1):
+        if index == 1:  # the first one warms up
+            began = time.perf_counter()
+        batch = data.batch(index)
+        hindsight_loss(network, network(batch), batch, data.config.loss_trials).backward()  # type: ignore[no-untyped-call]
+    seconds = (time.perf_counter() - began) / _TIMED
+    network.zero_grad(set_to_none=True)
+    network.load_state_dict(state)
+    hours = seconds * fit.steps * fit.accumulate / 3600
+    return Cost(tokens=tokens, longest=longest, flops=flops, memory=memory, seconds=seconds, hours=hours)
+
+
+def check_cost(cost: Cost) -> None:
+    """Refuses a training that would take longer than a day.
+
+    Raises:
+        ConfigError: it would.
+    """
+    if cost.hours > LIMIT_HOURS:
+        expected, fix = f"at most {LIMIT_HOURS:.0f} hours", "shrink the model or the chains, or add --yes"
+        raise ConfigError("training", expected=expected, got=f"about {cost.hours:.0f} hours: {cost}", fix=fix)
+
+
+def _memory(network: HindsightNetwork, tokens: int, batch: int) -> int:
+    """Of a step whose layers compute again as they are told to, or as little as the memory allows."""
+    config = network.backbone.config
+    if config.remat == "auto":
+        remat = choose(config, tokens, batch, budget=available(torch.device("cpu")))
+        config = replace(config, remat=remat)
+    return plan(config, tokens, batch).total
