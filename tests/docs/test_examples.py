@@ -12,6 +12,7 @@ RUNS = {
     "record_and_read.py": (["store"], "held out"),
     "blockwise_in_torch.py": (["3"], "goes on with"),
     "masked_roles.py": ([], "an agent sees"),
+    "trying_again.py": ([], "success in last trial"),
 }
 
 

@@ -34,7 +34,7 @@ def build(modalities, sizes=SIZES, seed=0):
         if m.kind != "index":
             model.standardise(m.name, torch.rand(m.size, generator=rng), 0.5 + torch.rand(m.size, generator=rng))
         if m.residual:
-            model.scale_changes(m.name, 0.1 + torch.rand(m.size, generator=rng))
+            model.scale_changes(m.name, 0.6 + torch.rand(m.size, generator=rng))
     return model.eval()
 
 
@@ -105,8 +105,8 @@ def reference(w, modalities, heads, data, visible):
                     if m.residual:
                         seen_at = [i for i in range(len(x)) if visible[m.name][b, i, 0]]
                         earlier, later = [i for i in seen_at if i < t][-1:], [i for i in seen_at if i > t][:1]
-                        changes = [x[t] - x[i] for i in earlier] or [torch.zeros(m.size)]
-                        changes += [x[i] - x[t] for i in later] or [torch.zeros(m.size)]
+                        changes = [(x[t] - x[i]) / (t - i) for i in earlier] or [torch.zeros(m.size)]
+                        changes += [(x[i] - x[t]) / (i - t) for i in later] or [torch.zeros(m.size)]
                         feature = torch.cat([x[t], *(change / w[f"{m.name}_change"] for change in changes)])
                     if m.kind != "continuous":
                         index = int(x[t]) if m.kind == "index" else int((x[t, p] + 4) / 8 * m.classes)
@@ -124,8 +124,10 @@ def reference(w, modalities, heads, data, visible):
         for (m, t, _, _), y in zip(tokens, decoded, strict=True):
             at = f"heads.{m.name}"
             y = linear(f"{at}.3", gelu(linear(f"{at}.1", norm(f"{at}.0", y))))
-            scale = w[f"{m.name}_change"] if m.residual and bool(visible[m.name][b, : t + 1, 0].any()) else 1.0
-            told[m.name].append(y * scale + last[m.name, t] if m.residual else y)
+            if m.residual:
+                whole, change = y[: m.size], y[m.size :] * w[f"{m.name}_change"]
+                y = last[m.name, t] + change if bool(visible[m.name][b, : t + 1, 0].any()) else whole
+            told[m.name].append(y)
     return {m.name: torch.stack(told[m.name]).unflatten(0, (-1, len(x), m.tokens)) for m in modalities}
 
 

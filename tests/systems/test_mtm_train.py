@@ -60,9 +60,9 @@ def learnt(tmp_path_factory):
     """Recordings of such a world, and a model that has learnt them."""
     folder = tmp_path_factory.mktemp("learnt")
     store = linear_world.record(folder / "store", (20,) * 60, change=echo)
-    fit = replace(FIT, steps=300, batch_size=64, warmup=20, learning_rate=1e-2, log_every=50, ema=0.95)
+    fit = replace(FIT, steps=600, batch_size=64, warmup=20, learning_rate=1e-2, log_every=50, ema=0.95)
     sizes = Sizes(dim=32, heads=2, encoder=1, dropout=0.0)
-    config = replace(TINY, model=sizes, patterns=("fd", "id", "auto"), validate_every=100, fit=fit)
+    config = replace(TINY, model=sizes, patterns=("fd", "id", "auto"), validate_every=200, fit=fit)
     return store, config, train(store, folder / "run", config), folder / "run"
 
 
@@ -79,7 +79,7 @@ def test_one_model_tells_states_actions_and_what_lies_between(learnt):
     store, config, policy, run = learnt
     rows = RunDirectory.open(run).metrics()
     held_out = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
-    assert [row["step"] for row in rows if "held_out_loss" in row] == [100, 200, 300]
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [200, 400, 600]
     assert held_out[-1] < 0.95 * held_out[0]
     module = load_model(run)
     assert all(torch.equal(of, policy.module.state_dict()[name]) for name, of in module.state_dict().items())

@@ -27,6 +27,7 @@ def record(
     episodes: int = 50,
     policy: Literal["expert", "random", "drift"] = "expert",
     grades: tuple[float, ...] = (1.0,),
+    trials: int = 1,
     split: str | None = None,
     image_size: int | None = None,
     seed: int = 0,
@@ -42,6 +43,7 @@ def record(
         episodes: how many the store shall hold at the end.
         policy: the environment's scripted expert, random actions, or random ones that change slowly.
         grades: from 0 to 1 (flawless), given to the expert by turns: 1.0 0.5 makes every second episode a poor one.
+        trials: how many episodes in a row are tries at one instance of the task.
         split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
         image_size: width and height of the camera's picture; 0 for none.
         seed: seed of the recording.
@@ -50,6 +52,7 @@ def record(
     Examples:
         offbook data record offbook:pour --episodes 50 --out stores/pour
         offbook data record gym:Hopper-v5 --policy random --episodes 20 --out stores/hopper
+        offbook data record offbook:darkpoint --episodes 80 --trials 8 --grades 0.2 1.0 --out stores/dark
     """
     with needs_extra("sim"):
         from offbook.sim.recording import record as make_recording
@@ -60,6 +63,7 @@ def record(
         out,
         policy=policy,
         grades=grades,
+        trials=trials,
         seed=seed,
         jobs=jobs,
         settings={key: value for key, value in given.items() if value is not None},

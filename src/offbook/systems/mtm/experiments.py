@@ -16,6 +16,7 @@ from offbook.client.protocol import Policy, PolicyMeta
 from offbook.data.splits import draw_split, read_splits, write_splits
 from offbook.data.store import EpisodeStore
 from offbook.evaluate.rollout import evaluate_policy
+from offbook.learning.hindsight_training import HindsightConfig, train_hindsight
 from offbook.learning.offline import OfflineConfig, train_offline
 from offbook.learning.specialists import Specialist, SpecialistConfig, SpecialistPolicy, train_specialist
 from offbook.learning.trajectories import Trajectories
@@ -26,7 +27,7 @@ from offbook.systems.mtm.roles import RolePolicy
 from offbook.systems.mtm.train import MtmConfig, train_mtm, trajectories
 
 R = TypeVar("R")
-Config = MtmConfig | SpecialistConfig | OfflineConfig
+Config = MtmConfig | SpecialistConfig | OfflineConfig | HindsightConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Arm:
             return train_specialist(self.data(), self.config, run, resume=True)
         if isinstance(self.config, OfflineConfig):
             return train_offline(EpisodeStore.open(self.store), self.config, run, resume=True)
+        if isinstance(self.config, HindsightConfig):
+            return train_hindsight(EpisodeStore.open(self.store), self.config, run, resume=True)
         return train_mtm(EpisodeStore.open(self.store), self.config, run, resume=True)
 
     def policy(self, role: str = "", target: float = 1.0) -> Policy:

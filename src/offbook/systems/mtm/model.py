@@ -37,8 +37,8 @@ class Modality:
         kind: `"continuous"`, one token of a step's numbers; `"bins"`, a token for each number, which falls into one of
             `classes` bins of equal width; or `"index"`, one token for a number from 0 to `classes` - 1.
         classes: how many; 0 for continuous values.
-        residual: whether a visible value comes with its changes from the visible value before and to the one after, and
-            the model tells the change from the last visible value instead of the value; continuous only.
+        residual: whether a visible value comes with the changes in a step from the visible value before and to the one
+            after, and the model tells the change from the last visible value where there is one; continuous only.
     """
 
     name: str
@@ -72,8 +72,13 @@ class Modality:
 
     @property
     def shown(self) -> int:
-        """Numbers that a token shows."""
+        """Numbers that a token shows: with the changes before and after it."""
         return 3 * self.size if self.residual else self.features
+
+    @property
+    def told(self) -> int:
+        """Numbers that a head tells: a value, and a change."""
+        return 2 * self.size if self.residual else self.features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +151,7 @@ class MaskedTrajectoryModel(nn.Module):
         self.decoder_mark = nn.ParameterDict({m.name: _small(m.tokens, dim) for m in modalities})
         self.hidden = nn.ParameterDict({m.name: _small(dim) for m in modalities})
         self.heads = nn.ModuleDict({
-            m.name: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, m.features))
+            m.name: nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, m.told))
             for m in modalities
         })  # fmt: skip
         self.encoder, self.decoder = (Backbone(_backbone(sizes, layers)) for layers in (sizes.encoder, sizes.decoder))
@@ -240,10 +245,10 @@ class MaskedTrajectoryModel(nn.Module):
         return self._encode(self.targets(data), visible)[1].reshape(len(state), -1)
 
     def _changed(self, name: str, told: Tensor, values: Tensor, visible: Tensor) -> Tensor:
-        """Values from the told changes since the last visible one; before there was one, since the mean."""
-        known = visible.cummax(1).values[..., None]
-        scale = torch.where(known, self.get_buffer(f"{name}_change"), 1.0)
-        return told * scale + last_visible(values, visible)
+        """Values: told as a change where one was visible until then, and as they are before."""
+        whole, change = told.chunk(2, 3)
+        changed = last_visible(values, visible) + change * self.get_buffer(f"{name}_change")
+        return torch.where(visible.cummax(1).values[..., None], changed, whole)
 
     def _statistics(self, name: str) -> tuple[Tensor, Tensor]:
         return self.get_buffer(f"{name}_mean"), self.get_buffer(f"{name}_std")
@@ -369,20 +374,21 @@ def last_visible(
 def visible_changes(
     values: Float[Tensor, "batch time tokens f"], visible: Bool[Tensor, "batch time tokens"]
 ) -> tuple[Float[Tensor, "batch time tokens f"], Float[Tensor, "batch time tokens f"]]:
-    """By how much each value differs from the visible one before it, and the visible one after it from it; else 0.
+    """The change in a step since the visible value before each value, and until the visible one after it; else 0.
 
     Example:
-        >>> values, visible = torch.tensor([5.0, 6.0, 8.0]), torch.tensor([True, False, True])
+        >>> values, visible = torch.tensor([5.0, 6.0, 9.0]), torch.tensor([True, False, True])
         >>> before, after = visible_changes(values[None, :, None, None], visible[None, :, None])
         >>> before.flatten().tolist(), after.flatten().tolist()
-        ([0.0, 1.0, 3.0], [3.0, 2.0, 0.0])
+        ([0.0, 1.0, 2.0], [2.0, 3.0, 0.0])
     """
 
     def back(x: Tensor, seen: Tensor) -> Tensor:
-        """Each value less the visible one before it."""
         seen = functional.pad(seen[:, :-1], (0, 0, 1, 0))
         last = last_visible(functional.pad(x[:, :-1], (0, 0, 0, 0, 1, 0)), seen)
-        return (x - last).masked_fill(~seen.cummax(1).values[..., None], 0.0)
+        steps = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        gap = steps - torch.where(seen, steps - 1, -1).cummax(1).values
+        return ((x - last) / gap[..., None]).masked_fill(~seen.cummax(1).values[..., None], 0.0)
 
     # In the mirror image of time, and negated, what comes after is what was before.
     return back(values, visible), back(-values.flip(1), visible.flip(1)).flip(1)

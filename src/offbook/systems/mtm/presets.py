@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from offbook.data.returns import ReturnSpec
 from offbook.learning.fit import FitConfig
+from offbook.learning.hindsight_presets import decision_transformer
+from offbook.learning.hindsight_presets import tiny as tiny_transformer
+from offbook.learning.hindsight_training import HindsightConfig
 from offbook.systems.mtm.model import Sizes
 from offbook.systems.mtm.train import MtmConfig
 
@@ -64,6 +67,13 @@ def _study_model() -> MtmConfig:
     return MtmConfig(fit=fit, validate_every=1_500)
 
 
+def _transformer() -> HindsightConfig:
+    """A Decision Transformer that aims at the best return of the recordings."""
+    config = decision_transformer(tiny_transformer())
+    fit = replace(config.fit, steps=1_000, warmup=100, device="cpu", threads=1)
+    return replace(config, target=1.0, validate_every=1_000, fit=fit)
+
+
 @dataclass(frozen=True, kw_only=True)
 class MtmStudy:
     """What the reproduction does.
@@ -76,6 +86,7 @@ class MtmStudy:
         patterns: what the ablation of masks compares.
         targets: shares of the range of returns that the best score may choose from; 1 is the fixed one.
         episodes: that each policy plays.
+        transformer: a Decision Transformer.
         offline_steps: of the offline reinforcement learners.
         cartpole: episodes of slow random actions that the encoder for an agent learns from.
         agent_steps: of each agent that learns with it.
@@ -93,6 +104,7 @@ class MtmStudy:
     patterns: tuple[str, ...] = ("auto", "random", "rcbc")
     targets: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
     episodes: int = 20
+    transformer: HindsightConfig = field(default_factory=_transformer)
     offline_steps: int = 20_000
     cartpole: int = 60
     agent_steps: int = 8_000
@@ -107,9 +119,12 @@ def smoke() -> MtmStudy:
     """A minute or two on two cores: everything once, at sizes where the limits mean nothing."""
     fit = FitConfig(steps=20, batch_size=32, warmup=5, ema=0.9, log_every=10, device="cpu", threads=1)
     model = MtmConfig(model=Sizes(dim=32, heads=2, encoder=1), fit=fit, validate_every=20)
+    single = _transformer()
+    single = replace(single, fit=replace(single.fit, steps=10, batch_size=4, warmup=5))
     return MtmStudy(
         model=model, maze=20, hopper=1_200, with_actions=0.2, patterns=("auto", "rcbc"), targets=(0.9, 1.0), episodes=2,
-        offline_steps=50, cartpole=2, agent_steps=100, looks=1, encoder=Sizes(dim=16, heads=2, encoder=1), seeds=(0,),
+        transformer=single, offline_steps=50, cartpole=2, agent_steps=100, looks=1, seeds=(0,),
+        encoder=Sizes(dim=16, heads=2, encoder=1),
         judged=False,
     )  # fmt: skip
 

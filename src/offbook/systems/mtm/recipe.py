@@ -10,6 +10,7 @@ from pathlib import Path
 
 from offbook.data.store import EpisodeStore
 from offbook.learning.datasets import generate
+from offbook.learning.hindsight_training import HindsightConfig
 from offbook.learning.offline import OfflineConfig
 from offbook.learning.specialists import SpecialistConfig
 from offbook.runs.directory import RunDirectory
@@ -52,8 +53,8 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
         for seed, paths in partial.items() for which, path in paths.items()
     }  # fmt: skip
     learners = {
-        (algorithm, seed): _learner(study, stores[HOPPER], seed, out.path, algorithm)
-        for algorithm in ("iql", "td3bc") for seed in study.seeds
+        (name, seed): _learner(study, stores[HOPPER], seed, out.path, name)
+        for name in ("DT", "IQL", "TD3+BC") for seed in study.seeds
     }  # fmt: skip
     every = [*models.values(), *(arm for of in experts.values() for arm in of.values()), *masks.values(), *few.values()]
     fit_all(list(dict.fromkeys([*every, *learners.values()])), study.jobs)
@@ -113,17 +114,20 @@ def _specialists(study: MtmStudy, store: EpisodeStore, seed: int, out: Path) -> 
     }
 
 
-def _learner(study: MtmStudy, store: EpisodeStore, seed: int, out: Path, algorithm: str) -> Arm:
-    config = OfflineConfig(algorithm=algorithm)  # type: ignore[arg-type]
-    fit = replace(config.fit, steps=study.offline_steps, seed=seed, device="cpu", threads=1)
-    folder = out / store.path.name / f"{algorithm}-{seed}"
-    return Arm(store=store.path, model=study.model, config=replace(config, fit=fit), folder=folder)
+def _learner(study: MtmStudy, store: EpisodeStore, seed: int, out: Path, name: str) -> Arm:
+    """A transformer that is told its return, or an offline reinforcement learner."""
+    config: HindsightConfig | OfflineConfig = study.transformer
+    if name != "DT":
+        config = OfflineConfig(algorithm="iql" if name == "IQL" else "td3bc")
+        config = replace(config, fit=replace(config.fit, steps=study.offline_steps, device="cpu", threads=1))
+    config = replace(config, fit=replace(config.fit, seed=seed))
+    folder = out / store.path.name / f"{name.replace('+', '')}-{seed}"
+    return Arm(store=store.path, model=study.model, config=config, folder=folder)
 
 
 def _contenders(model: Arm, experts: dict[str, Arm], learners: dict[tuple[str, int], Arm], seed: int) -> dict[str, Arm]:
     players = {name: arm for name, arm in experts.items() if "id" not in name and "fd" not in name}
-    names = {"iql": "IQL", "td3bc": "TD3+BC"}
-    return {"MTM": model, **players, **{name: learners[key, seed] for key, name in names.items()}}
+    return {"MTM": model, **players, **{name: arm for (name, of), arm in learners.items() if of == seed}}
 
 
 def _play(study: MtmStudy, arm: Arm, store: EpisodeStore, role: str, target: float = 1.0) -> Play:
