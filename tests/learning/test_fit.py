@@ -160,6 +160,17 @@ def test_only_matrices_decay(tmp_path):
     assert torch.equal(module.bias.detach(), torch.ones(2))
 
 
+def test_what_a_module_names_does_not_decay(tmp_path):
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    module.undecayed = ("1.",)
+    before = {name: of.clone() for name, of in module.state_dict().items()}
+    config = replace(SMALL, steps=1, warmup=0, learning_rate=0.1, weight_decay=0.5)
+    train(tmp_path / "a", config, module=module, loss=lambda m, b, g: (0.0 * m(b["x"]).sum(), {}))
+    after = module.state_dict()
+    torch.testing.assert_close(after["0.weight"], before["0.weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(after["1.weight"], before["1.weight"])
+
+
 def test_bf16_keeps_weights_and_loss_in_fp32(tmp_path):
     result = train(tmp_path / "a", replace(SMALL, precision="bf16"))
     exact = train(tmp_path / "b")

@@ -35,7 +35,8 @@ class FitConfig:
         steps: number of optimiser steps.
         batch_size: samples in one batch, for each process and each accumulated part.
         learning_rate: AdamW's step size at the top of the schedule.
-        weight_decay: decoupled decay of matrices and kernels; vectors (biases, norms) are never decayed.
+        weight_decay: decoupled decay of matrices and kernels; vectors (biases, norms) are never decayed, nor what a
+            module's attribute `undecayed` names by the beginnings of its parameters' names.
         warmup: steps over which the learning rate rises linearly from zero.
         schedule: what follows: a cosine down to zero, or a constant.
         clip_norm: largest norm of the whole gradient; 0 leaves it as it is.
@@ -263,9 +264,11 @@ class _Loop:
         self.module = self.accelerator.unwrap_model(self.wrapped)
         self.named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         # Decay pulls weights that multiply inputs towards zero; on biases and norms it only does harm.
+        left = tuple(getattr(self.module, "undecayed", ()))
+        decayed = {name: p.ndim >= 2 and not name.startswith(left) for name, p in self.named.items()}
         groups = [
-            {"params": [p for p in self.named.values() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for name, p in self.named.items() if decayed[name]], "weight_decay": config.weight_decay},
+            {"params": [p for name, p in self.named.items() if not decayed[name]], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
 

@@ -95,6 +95,8 @@ class HindsightNetwork(nn.Module):
     target, state and action, it is that of Chen et al., "Decision Transformer" (2021).
     """
 
+    undecayed = ("time.", "number.")
+
     state_mean: Tensor
     state_std: Tensor
     action_mean: Tensor

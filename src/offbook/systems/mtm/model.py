@@ -142,6 +142,8 @@ class MaskedTrajectoryModel(nn.Module):
     told with changes, in units of what they change by from step to step.
     """
 
+    undecayed = ("encoder_mark.", "decoder_mark.")
+
     def __init__(self, modalities: Sequence[Modality], sizes: Sizes) -> None:
         super().__init__()
         self.modalities, self.sizes = {modality.name: modality for modality in modalities}, sizes
