@@ -67,7 +67,7 @@ def submit(arena, cli, monkeypatch, policy, *more, role="ada"):
 def work(arena, robot=ROBOT):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GymRobot, "frame", lambda self: None)  # films take most of the time
-        return run_worker(arena.url, arena.tokens["lab"], robot, name=f"lab-{robot}", idle_exit=0.3)
+        return run_worker(arena.url, arena.tokens["lab"], robot, name=robot.rpartition(":")[2], idle_exit=0.3)
 
 
 def played(arena, entry: str) -> dict[int, tuple[float, list[float]]]:
@@ -149,7 +149,7 @@ def test_a_policy_that_reads_trials_is_refused_where_there_are_none(arena, runs,
     monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["ada"])
     refused = cli(["arena", "submit", str(runs["at"]), "--url", arena.url, "--benchmark", "pour"])
     assert refused.exit_code == 1
-    [line] = refused.stderr.splitlines()
+    line = refused.stderr.splitlines()[-1]
     assert "a state part 'trial' of size 3" in line or "a state part 'position' of size 2" in line
     assert "or a robot that has it" in line
 
