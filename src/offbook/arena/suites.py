@@ -10,7 +10,7 @@ from offbook.errors import ConfigError, nearest, needs_extra
 from offbook.runs.seeding import evaluation_seeds, generator
 
 TRIES = 4
-"""Trials in a row where a policy may learn from its earlier ones."""
+"""Trials in a row where a policy may learn from its earlier ones; on the pages tries, for a trial is there all four."""
 
 
 def pour(trials: int, seed: int) -> BenchmarkSpec:
@@ -55,7 +55,7 @@ def hopper_tries(trials: int, seed: int) -> BenchmarkSpec:
     return _tries(
         "hopper-tries",
         title="Hopper, four tries",
-        task="Hop forward without falling; each submission tries four times in a row.",
+        task="Hop forward without falling, in four tries in a row.",
         environment="gym:Hopper-v5",
         seeds=_trial_seeds(seed, trials),
         trial_seconds=60.0,
@@ -77,14 +77,15 @@ def darkpoint(trials: int, seed: int) -> BenchmarkSpec:
 
 
 def _tries(name: str, *, environment: str, seeds: list[int], **words: Any) -> BenchmarkSpec:
-    """A benchmark of four trials in a row on a simulator; trials lost by the policy count 0.
+    """A benchmark of four trials in a row on a simulator.
 
     The last trial, with the earlier ones in memory, and the first, without any, on the same seeds: never the best of
-    them, which luck alone raises.
+    them, which luck alone raises. What the policy loses counts 0: the least of darkpoint's range, and about what a
+    hopper gets that falls at once, for its returns have no least.
     """
     return BenchmarkSpec(
         name=name,
-        metric=f"return of one trial, the last of {TRIES} or the first",
+        metric=f"return of one try, the last of {TRIES} or the first",
         robot_class=f"{environment}@{TRIES}",
         splits={
             f"last-of-{TRIES}": [{"scene": {}, "seed": s} for s in seeds],
