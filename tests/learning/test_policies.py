@@ -1,5 +1,6 @@
 import json
 import pickle
+import resource
 import struct
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 from offbook.client.protocol import ActionSpec, ObservationSpec, Policy, PolicyMeta
 from offbook.errors import CheckpointError
 from offbook.learning.cloning import ClonedPolicy
+from offbook.learning.hindsight import HindsightNetwork, HindsightSizes
 from offbook.learning.networks import CloningNetwork
 from offbook.learning.policies import load_policy, policy_file
+from offbook.learning.trying import HindsightPolicy
 from offbook.runs.checkpoint import load_checkpoint, save_checkpoint
 from offbook.runs.directory import RunDirectory
 
@@ -170,6 +173,105 @@ def test_records_that_lie(sound, tmp_path, change):
     path = changed(sound, tmp_path / "liar.safetensors", record=change)
     with pytest.raises(CheckpointError, match=r"liar\.safetensors"):
         load_policy(path)
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    meta = PolicyMeta(
+        name="remembering",
+        observation=ObservationSpec(state=(("position", 2), ("trial", 3))),
+        action=ActionSpec(size=2, low=(-1.0, -1.0), high=(1.0, 1.0)),
+    )
+    torch.random.default_generator.manual_seed(0)
+    module = HindsightNetwork(2, meta.action, trials=3, steps=4, sizes=HindsightSizes(width=8, layers=1, heads=2))
+    path = tmp_path_factory.mktemp("policies") / "remembering.safetensors"
+    HindsightPolicy(module, meta, {"target": 1.0, "seed": 0}).save(path)
+    return path
+
+
+S = "network", "sizes"
+LIES = {
+    "nothing": lambda record: record.clear(),
+    "no meta": lambda record: record.pop("meta"),
+    "no network": lambda record: record.pop("network"),
+    "no trials": lambda record: record["network"].pop("trials"),
+    "no sizes": lambda record: record["network"].pop("sizes"),
+    "no width": lambda record: record["network"]["sizes"].pop("width"),
+    "no values": lambda record: record["network"]["sizes"].pop("values"),
+    "no target": lambda record: record.pop("target"),
+    "no seed": lambda record: record.pop("seed"),
+    "chunk": _set("meta", "chunk", to=2),
+    "camera": _set("meta", "observation", "cameras", to={"front": [16, 16]}),
+    "no trial to read": _set("meta", "observation", "state", to=[["position", 5]]),
+    "trial of another size": _set("meta", "observation", "state", to=[["position", 2], ["trial", 2]]),
+    "trial before the state": _set("meta", "observation", "state", to=[["trial", 3], ["position", 2]]),
+    "huge state": _set("meta", "observation", "state", to=[["position", 10**18], ["trial", 3]]),
+    "action size": _set("meta", "action", "size", to=10**15),
+    "choices": _set("meta", "action", to={"size": 1, "low": [0.0], "high": [1.0], "choices": 10**13}),
+    "NaN bounds": _set("meta", "action", "low", to=[float("nan"), 0.0]),
+    "no trial": _set("network", "trials", to=0),
+    "steps below 0": _set("network", "steps", to=-1),
+    "one trial more": _set("network", "trials", to=4),
+    "huge steps": _set("network", "steps", to=10**12),
+    "fractional steps": _set("network", "steps", to=4.0),
+    "steps as text": _set("network", "steps", to="4"),
+    "true steps": _set("network", "steps", to=True),
+    "huge width": _set(*S, "width", to=10**12),
+    "width as text": _set(*S, "width", to="8"),
+    "fractional width": _set(*S, "width", to=8.0),
+    "heads that do not divide": _set(*S, "heads", to=3),
+    "no heads": _set(*S, "heads", to=0),
+    "huge layers": _set(*S, "layers", to=10**12),
+    "all at their largest": _set("network", "sizes", to={"width": 65_536, "layers": 256, "heads": 256, "values": []}),
+    "dropout": _set(*S, "dropout", to=float("nan")),
+    "tokens": _set(*S, "tokens", to="words"),
+    "unknown value": _set(*S, "values", to=["target", "state", "goal"]),
+    "values without the state": _set(*S, "values", to=["target", "action"]),
+    "no list of values": _set(*S, "values", to=7),
+    "head": _set(*S, "head", to="oracle"),
+    "huge bins": _set(*S, "bins", to=10**12),
+    "other bins": _set(*S, "bins", to=12),
+    "remat": _set(*S, "remat", to="always"),
+    "offload": _set(*S, "offload", to="/etc"),
+    "unknown size": _set(*S, "colour", to="red"),
+    "endless target": _set("target", to=10**400),
+    "NaN target": _set("target", to=float("nan")),
+    "target as text": _set("target", to="high"),
+    "seed below 0": _set("seed", to=-1),
+    "seed as text": _set("seed", to="0"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_records_of_trials_that_lie(remembering, tmp_path, lie):
+    assert load_policy(remembering).module.trials == 3
+    path = changed(remembering, tmp_path / "liar.safetensors", record=LIES[lie], kind="hindsight")
+    with pytest.raises(CheckpointError, match=r"liar\.safetensors"):
+        load_policy(path)
+
+
+def test_a_small_file_that_says_it_is_large_costs_nothing(remembering, tmp_path):
+    def large(record):
+        record["network"]["sizes"].update(width=8192, layers=64, heads=2)
+
+    path = changed(remembering, tmp_path / "large.safetensors", record=large, kind="hindsight")  # would be 206 GB
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match="a tensor"):
+        load_policy(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+def test_a_session_may_not_be_made_to_keep_gigabytes(tmp_path):
+    # Tables of 5,000 trials and 50,000 steps are small; a session of all of them keeps 4 GB from its first step.
+    meta = PolicyMeta(
+        name="endless",
+        observation=ObservationSpec(state=(("position", 2), ("trial", 3))),
+        action=ActionSpec(size=2, low=(-1.0, -1.0), high=(1.0, 1.0)),
+    )
+    module = HindsightNetwork(2, meta.action, 5_000, 50_000, HindsightSizes(width=2, layers=1, heads=1))
+    HindsightPolicy(module, meta, {"target": 1.0, "seed": 0}).save(tmp_path / "endless.safetensors")
+    with pytest.raises(CheckpointError, match=r"keeps at most 2147483648 bytes, got 4000000000"):
+        load_policy(tmp_path / "endless.safetensors")
 
 
 def test_a_folder_means_its_newest_policy(sound, tmp_path):

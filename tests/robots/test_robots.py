@@ -10,6 +10,7 @@ from offbook.robots.base import Robot
 from offbook.robots.gym import GymRobot
 from offbook.robots.trial import run_trial
 from offbook.sim.adapters import make
+from offbook.sim.darkpoint import goal_of
 from offbook.sim.experts import RandomPolicy, make_expert
 from offbook.sim.play import play
 from offbook.sim.tabletop.pour import scenes
@@ -98,8 +99,61 @@ def test_a_robot_at_rest_does_not_move():
     robot.close()
 
 
+def test_a_robot_of_several_trials_scores_the_last_that_it_played():
+    robot, goal = make_robot("offbook:darkpoint@3"), goal_of(7).astype(np.float32)
+    assert (robot.spec.name, robot.spec.max_steps) == ("offbook:darkpoint@3", 3 * 16)
+    assert robot.spec.observation.state == (("position", 2), ("trial", 3))
+    meta = PolicyMeta(name="third", observation=robot.spec.observation, action=robot.spec.action, chunk=1)
+    seen = []
+
+    def towards_in_the_second(state, images):
+        seen.append(state[2:4].tolist())
+        return np.clip((goal if state[2] == 1 else -goal) - state[:2], -1, 1)
+
+    policy = FunctionPolicy(meta, towards_in_the_second)
+    scores = {}
+    for scene in (None, {"trials": 1}, {"trials": 2}):
+        record = run_trial(robot, policy, scene, 7, frame_every=0)
+        assert record.outcome == "done", record.reason
+        scores[record.steps] = record.score
+        assert record.score.value == pytest.approx(record.reward[-16:].sum())
+    assert seen[:48] == [[trial, step] for trial in range(3) for step in range(16)]
+    assert scores.keys() == {16, 32, 48}
+    assert (scores[16].value, scores[16].success) == (scores[48].value, scores[48].success) == (0, False)
+    assert scores[32].value > 5
+    assert scores[32].success
+    for scene in ({"trials": 4}, {"trials": 0}, {"trials": "all"}):
+        refused = run_trial(robot, policy, scene, 7, frame_every=0)
+        assert (refused.outcome, refused.steps) == ("robot_fault", 0)
+        assert "a number from 1 to 3" in refused.reason
+    robot.close()
+
+
+def test_the_limit_of_steps_is_that_of_all_trials_and_a_score_needs_the_last_one():
+    hopper = make_robot("gym:Hopper-v5@4")
+    assert (hopper.spec.name, hopper.spec.max_steps) == ("gym:Hopper-v5@4", 4000)
+    hopper.close()
+    short = GymRobot("offbook:darkpoint", trials=2, max_steps=20)
+    record = run_trial(short, RandomPolicy(short.spec.action), None, 0, frame_every=0)
+    assert record.outcome == "robot_fault"
+    assert "up to the end of its last trial, got one of 20 steps" in record.reason
+    short.close()
+
+
 @pytest.mark.parametrize(
-    ("name", "words"), [("pur", "did you mean 'pour'"), ("gmy:Hopper-v5", "gym"), ("gym:Hoper-v5", "Hopper-v5")]
+    ("name", "words"),
+    [
+        ("pur", "did you mean 'pour'"),
+        ("gmy:Hopper-v5", "gym"),
+        ("gym:Hoper-v5", "Hopper-v5"),
+        ("gym:Hopper-v5@0", "from 1 to 9999 behind the @, got '0'; write gym:Hopper-v5@4"),
+        ("gym:Hopper-v5@04", "got '04'"),
+        ("gym:Hopper-v5@-1", "got '-1'"),
+        ("gym:Hopper-v5@", "got ''"),
+        ("gym:Hopper-v5@4@4", "got '4@4'"),
+        ("gym:Hoper-v5@4", "did you mean 'Hopper-v5'"),
+        ("pour@4", "write offbook:pour@4, or drop @4"),
+    ],
 )
 def test_unknown_robots_are_refused_with_a_hint(name, words):
     with pytest.raises(ConfigError, match=words):

@@ -53,6 +53,23 @@ def test_an_episode_can_begin_with_a_later_trial_and_ends_as_its_last_did(doors)
     assert (terminated, truncated, info["returns"], info["success"]) == (False, True, [0.0], False)
 
 
+def test_an_episode_can_end_before_its_last_trial(doors):
+    doors.reset(seed=SEED, options={"first": 1, "stop": 2})
+    for action in STRAIGHT:
+        *_, terminated, truncated, info = doors.step(action)
+    assert (terminated, truncated, info["returns"], info["success"]) == (True, False, [2.0], True)
+    doors.reset(seed=SEED)
+    assert not any(doors.step(action)[2] for action in STRAIGHT)  # only that one ended early
+
+
+@pytest.mark.parametrize(
+    ("stop", "words"), [(0, "2 to 3"), (1, "2 to 3"), (4, "2 to 3"), (True, "2 to 3"), ("all", "2")]
+)
+def test_an_end_that_is_not_there_is_refused(doors, stop, words):
+    with pytest.raises(ConfigError, match=f"'stop': expected a number from {words}"):
+        doors.reset(seed=1, options={"first": 1, "stop": stop})
+
+
 @pytest.mark.parametrize("first", [3, -1, "last"])
 def test_a_trial_that_is_not_there_is_refused(doors, first):
     with pytest.raises(ConfigError, match="0 to 2"):

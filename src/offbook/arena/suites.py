@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from offbook.arena.submissions import BenchmarkSpec
 from offbook.errors import ConfigError, nearest, needs_extra
 from offbook.runs.seeding import evaluation_seeds, generator
+
+TRIES = 4
+"""Trials in a row where a policy may learn from its earlier ones; on the pages tries, for a trial is there all four."""
 
 
 def pour(trials: int, seed: int) -> BenchmarkSpec:
@@ -46,13 +50,63 @@ def pendulum(trials: int, seed: int) -> BenchmarkSpec:
     )
 
 
+def hopper_tries(trials: int, seed: int) -> BenchmarkSpec:
+    """Hopping, four times in a row: whether a policy does better for having tried before."""
+    return _tries(
+        "hopper-tries",
+        title="Hopper, four tries",
+        task="Hop forward without falling, in four tries in a row.",
+        environment="gym:Hopper-v5",
+        seeds=_trial_seeds(seed, trials),
+        trial_seconds=60.0,
+    )
+
+
+def darkpoint(trials: int, seed: int) -> BenchmarkSpec:
+    """Finding a goal that cannot be seen, four times in a row at the same place."""
+    return _tries(
+        "darkpoint",
+        title="Hidden goal, four tries",
+        task="Find the goal by what it earns to come near it; it stays where it is for four tries in a row.",
+        environment="offbook:darkpoint",
+        seeds=_trial_seeds(seed, trials),
+        trial_seconds=1.0,
+        # Each of 16 steps earns 1 at the goal, and nothing at a distance of 1 or more.
+        score_range=(0.0, 16.0),
+    )
+
+
+def _tries(name: str, *, environment: str, seeds: list[int], **words: Any) -> BenchmarkSpec:
+    """A benchmark of four trials in a row on a simulator.
+
+    The last trial, with the earlier ones in memory, and the first, without any, on the same seeds: never the best of
+    them, which luck alone raises. What the policy loses counts 0: the least of darkpoint's range, and about what a
+    hopper gets that falls at once, for its returns have no least.
+    """
+    return BenchmarkSpec(
+        name=name,
+        metric=f"return of one try, the last of {TRIES} or the first",
+        robot_class=f"{environment}@{TRIES}",
+        splits={
+            f"last-of-{TRIES}": [{"scene": {}, "seed": s} for s in seeds],
+            f"first-of-{TRIES}": [{"scene": {"trials": 1}, "seed": s} for s in seeds],
+        },
+        **words,
+    )
+
+
 def _trial_seeds(seed: int, trials: int) -> list[int]:
     """Evaluation seeds, each drawn by itself: who has seen some of them cannot tell the next."""
     roots = generator(seed, "trials").integers(2**62, size=trials)
     return [evaluation_seeds(int(root), 1)[0] for root in roots]
 
 
-SUITES: Mapping[str, Callable[[int, int], BenchmarkSpec]] = {"pour": pour, "pendulum": pendulum}
+SUITES: Mapping[str, Callable[[int, int], BenchmarkSpec]] = {
+    "pour": pour,
+    "pendulum": pendulum,
+    "darkpoint": darkpoint,
+    "hopper-tries": hopper_tries,
+}
 """By name, the function of the number of trials per split and a seed that describes the benchmark."""
 
 

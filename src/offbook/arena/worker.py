@@ -300,8 +300,9 @@ class _Worker:
             lease["scene"] or None,
             lease["seed"],
             sync=self.robot.spec.simulated,
-            # Neither scene nor seed can be read from it, and it is the same when the trial is attempted again.
-            session=f"trial-{lease['trial']}",
+            # Neither scene nor seed can be read from it, and it is the same when the trial is attempted again. Anchors
+            # are our own, and an expert of a hidden task knows it by the seed.
+            session=str(lease["seed"]) if lease["policy"]["kind"] == "anchor" else f"trial-{lease['trial']}",
             frame_every=FRAME_EVERY,
             heartbeat=heart.beat,
             on_frame=film.add,
@@ -312,11 +313,12 @@ class _Worker:
         if wanted["kind"] == "remote":
             return RemotePolicy(self.arena.url, self.arena.token, f"{lease['trial']}.{lease['fence']}")
         if wanted["kind"] == "anchor":
+            from offbook.robots import environment_of
             from offbook.sim.experts import RandomPolicy, make_expert
 
             if wanted["anchor"] == "random":
                 return RandomPolicy(self.robot.spec.action, lease["seed"])
-            return make_expert(self.robot.spec.name)
+            return make_expert(environment_of(self.robot.spec.name))
         sha256 = str(wanted["sha256"])
         if sha256 not in self.known:
             from offbook.learning.policies import load_policy

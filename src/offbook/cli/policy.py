@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -84,7 +85,8 @@ def check(
 
     Args:
         target: as for offbook policy serve.
-        robot: robot to try it on, such as pour; by default the world of the policy's recordings.
+        robot: robot to try it on, such as pour, or gym:Hopper-v5@4 for four trials in a row; by default the world of
+            the policy's recordings, with as many trials as it reads.
         task: the same by the name of an environment, such as offbook:pour or gym:Hopper-v5.
         seconds: longest duration.
         seed: of the episode, and of expert and random.
@@ -98,7 +100,7 @@ def check(
         raise ConfigError("--seconds", expected="a positive number", got=str(seconds), fix="allow some time")
     if robot and task:
         raise ConfigError("--robot and --task", expected="one of them", got="both", fix="drop one")
-    name = robot or task or recorded_in(target)
+    name = robot or task or _recorded_on(target)
     if name is None:
         fix = "add --robot pour, or --task ENVIRONMENT"
         raise ConfigError("--robot", expected="a robot to try it on", got="none", fix=fix)
@@ -190,12 +192,25 @@ def recorded_in(target: str) -> str | None:
     Raises:
         CheckpointError: the word means a checkpoint, and there is none or it cannot be used.
     """
+    environment = _record(target).get("environment")
+    return environment if isinstance(environment, str) and environment else None
+
+
+def _recorded_on(target: str) -> str | None:
+    """The robot that is like a checkpoint's recordings, with as many trials in a row as it has learnt to read."""
+    environment, network = recorded_in(target), _record(target).get("network")
+    if environment is None or not isinstance(network, Mapping) or "trials" not in network:
+        return environment
+    return f"{environment}@{network['trials']}"
+
+
+def _record(target: str) -> Mapping[str, Any]:
+    """What a checkpoint says of itself; empty for other policies."""
     if scripted(target) or _of_module(target):
-        return None
+        return {}
     with needs_extra("models"):
         from offbook.learning.policies import policy_file
-    environment = read_header(policy_file(run_and_role(target)[0])).record.get("environment")
-    return environment if isinstance(environment, str) and environment else None
+    return read_header(policy_file(run_and_role(target)[0])).record
 
 
 def _of_module(target: str) -> bool:
@@ -208,11 +223,11 @@ def _scripted(target: str, task: str | None, seed: int) -> Policy:
     if task is None:
         raise ConfigError("--task", expected="the world that it plays in", got="none", fix="add --task offbook:pour")
     with needs_extra("sim"):
-        from offbook.robots import ENVIRONMENTS
+        from offbook.robots import environment_of
         from offbook.sim.adapters import make
         from offbook.sim.experts import RandomPolicy, make_expert
         from offbook.sim.spaces import action_spec
-    env_id = ENVIRONMENTS.get(task, task)
+    env_id = environment_of(task)
     if target == "random":
         with closing(make(env_id)) as env:
             return RandomPolicy(action_spec(env.action_space), seed)

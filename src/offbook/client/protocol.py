@@ -234,7 +234,8 @@ def check_fit(policy: PolicyMeta, observation: ObservationSpec, action: ActionSp
 
     def refuse(expected: str, got: str) -> None:
         where = f"policy {policy.name!r} on {robot}"
-        raise ConfigError(where, expected=expected, got=got, fix="use a policy trained on recordings of this robot")
+        fix = "use a policy trained on recordings of this robot, or a robot that has it"
+        raise ConfigError(where, expected=expected, got=got, fix=fix)
 
     offered_parts = dict(observation.state)
     for part, length in policy.observation.state:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from offbook.client.protocol import Observation, PolicyMeta
 from offbook.data.chains import DONE, REWARD, TARGET, Trial
 from offbook.errors import ConfigError, PolicyError
 from offbook.learning.hindsight import ACTION, STATE, HindsightNetwork, HindsightSizes
-from offbook.learning.policies import check_meta
+from offbook.learning.policies import MAX_BYTES, check_meta
 from offbook.models.blockwise import KVCache
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.runs.seeding import generator
@@ -276,11 +277,18 @@ class HindsightPolicy:
         check_meta(meta)
         trials, steps, last = network["trials"], network["steps"], meta.observation.state[-1:]
         sound = all(type(n) is int and 1 <= n <= 1_000_000 for n in (trials, steps))
+        # What its first step would stumble over is refused here.
+        sound = sound and type(record["seed"]) is int and record["seed"] >= 0 and isfinite(record["target"])
+        fix, expected = "save the policy again", "a network from a state and a trial to an action"
         if not sound or meta.chunk != 1 or meta.observation.cameras or last != ((TRIAL, 3),):
-            fix, expected = "save the policy again", "a network from a state and a trial to an action"
             raise ConfigError("policy record", expected=expected, got="another", fix=fix)
         sizes = HindsightSizes(**{**network["sizes"], "values": tuple(network["sizes"]["values"])})
         module = HindsightNetwork(meta.observation.state_size - 3, meta.action, trials, steps, sizes)
+        # No tensor of the file vouches for the product, and a session's keys and values are as large from its start.
+        kept = trials * steps * module.stream.tokens * sizes.layers * sizes.width * 2 * 4
+        if kept > MAX_BYTES:
+            expected = f"trials of which a session keeps at most {MAX_BYTES} bytes"
+            raise ConfigError("policy record", expected=expected, got=f"{kept}", fix="train on fewer or shorter trials")
         return cls(module, meta, {key: of for key, of in record.items() if key not in ("meta", "network")})
 
 

@@ -18,13 +18,18 @@ _LONGEST = 1000
 class GymRobot:
     """A simulated world behind the robot interface.
 
+    With several trials one episode is so many of them in a row, see `offbook.sim.trials.Trials`: the robot decides how
+    many, counts their rewards, and scores the last one.
+
     Holding still sends the last command again where actions are positions (the limits name a posture), else zero or,
     for discrete actions, choice 0.
 
     Args:
         env_id: environment as `offbook.sim.adapters.make` takes it; discrete actions too.
         limits: what the guard enforces; the action range alone by default.
-        max_steps: longest episode; the environment's own limit by default, at most 1,000 steps where it has none.
+        max_steps: longest episode, all trials together; by default the environment's own limit for each trial, or
+            1,000 steps where it has none.
+        trials: in a row, as one episode; None for the bare environment.
         settings: further arguments of `make`.
 
     Example:
@@ -35,17 +40,24 @@ class GymRobot:
     """
 
     def __init__(
-        self, env_id: str, *, limits: SafetyLimits | None = None, max_steps: int | None = None, **settings: Any
+        self,
+        env_id: str,
+        *,
+        limits: SafetyLimits | None = None,
+        max_steps: int | None = None,
+        trials: int | None = None,
+        **settings: Any,
     ) -> None:
-        self._env = make(env_id, **settings)
+        self._env, self._trials = make(env_id, trials=trials, **settings), trials
         env = self._env
+        # The wrapper of several trials tells the limit of one.
         own_limit = env.spec.max_episode_steps if env.spec is not None else None
         self.spec = RobotSpec(
-            name=env_id,
+            name=env_id if trials is None else f"{env_id}@{trials}",
             observation=spaces.observation_spec(env.observation_space),
             action=spaces.action_spec(env.action_space),
             rate_hz=float(env.metadata.get("control_hz") or 10.0),
-            max_steps=max_steps or own_limit or _LONGEST,
+            max_steps=max_steps or (own_limit or _LONGEST) * (trials or 1),
             limits=limits or SafetyLimits(),
             simulated=True,
         )
@@ -60,9 +72,15 @@ class GymRobot:
         return str(getattr(self._env, "prompt", ""))
 
     def reset(self, scene: Mapping[str, Any] | None, seed: int) -> Observation:
-        """Begins an episode; a scene goes to the environment as `options={"scene": ...}`."""
-        options = None if scene is None else {"scene": dict(scene)}
-        observation, self._info = self._env.reset(seed=seed, options=options)
+        """Begins an episode; a scene goes to the environment as `options={"scene": ...}`.
+
+        Of a robot of several trials the scene may tell under `"trials"` after how many to stop.
+        """
+        world = dict(scene or {})
+        options = {} if self._trials is None else {"stop": world.pop("trials", self._trials)}
+        if world:
+            options["scene"] = world
+        observation, self._info = self._env.reset(seed=seed, options=options or None)
         self._leaves = spaces.flatten(self._env.observation_space, observation)
         self._steps, self._return, self._over = 0, 0.0, False
         self._last = self._still()
@@ -104,9 +122,20 @@ class GymRobot:
         return picture if isinstance(picture, np.ndarray) and picture.ndim == 3 else None
 
     def score(self) -> Score:
-        """The environment's own score where it has one, else success as 0 or 1, else the sum of rewards."""
+        """The environment's own score where it has one, else success as 0 or 1, else the sum of rewards.
+
+        Of several trials it is the last one's sum of rewards.
+
+        Raises:
+            RobotError: the last of several trials has not ended.
+        """
         success = self._info.get("success")
         value = self._info.get("score", self._return if success is None else float(success))
+        if self._trials is not None:
+            if "returns" not in self._info:
+                expected, fix = "an episode up to the end of its last trial", "give the robot a larger max_steps"
+                raise RobotError(self.spec.name, expected=expected, got=f"one of {self._steps} steps", fix=fix)
+            value = self._info["returns"][-1]
         return Score(value=float(value), success=None if success is None else bool(success))
 
     def stop(self, reason: str) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageDraw
 
@@ -65,6 +66,7 @@ class Darkpoint(gym.Env[Any, np.ndarray]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (gymnasium's)
     render_mode = "rgb_array"
+    spec = EnvSpec("offbook:darkpoint", max_episode_steps=STEPS)
     prompt = "find the goal on the circle, by what it earns to come near it, and stay there"
 
     def __init__(self, *, goal: str = "hidden") -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageDraw
 
@@ -58,6 +59,7 @@ class KeyedDoor(gym.Env[Any, Any]):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 4}  # noqa: RUF012 (gymnasium's)
     render_mode = "rgb_array"
+    spec = EnvSpec("offbook:keyed-door", max_episode_steps=STEPS)
     prompt = "find the key in one of the corners, then the door in the middle of one of the walls"
 
     def __init__(self) -> None:

@@ -67,22 +67,25 @@ class Trials(gym.Wrapper[Any, Any, Any, Any]):
 
         Args:
             seed: of the first trial.
-            options: `{"first": k}` begins with trial number k, as if those before it had been played; the others are
-                for the environment itself, at each of its resets.
+            options: `{"first": k}` begins with trial number k, as if those before it had been played; `{"stop": k}`
+                ends with the trial before number k; the others are for the environment itself, at each of its resets.
 
         Raises:
             ConfigError: there is no such trial.
         """
         options = dict(options or {})
-        first = options.pop("first", 0)
+        first, stop = options.pop("first", 0), options.pop("stop", self._trials)
         if not isinstance(first, int) or not 0 <= first < self._trials:
             expected, fix = f"a number from 0 to {self._trials - 1}", "begin with another trial"
             raise ConfigError("reset option 'first'", expected=expected, got=repr(first), fix=fix)
+        if isinstance(stop, bool) or not isinstance(stop, int) or not first < stop <= self._trials:
+            expected, fix = f"a number from {first + 1} to {self._trials}", "stop after another trial"
+            raise ConfigError("reset option 'stop'", expected=expected, got=repr(stop), fix=fix)
         self._options = options or None
         observation, info = self.env.reset(seed=seed, options=self._options)
         for _ in range(first):
             observation, info = self.env.reset(options=self._options)
-        self._trial, self._step, self._returns = first, 0, [0.0]
+        self._trial, self._step, self._stop, self._returns = first, 0, stop, [0.0]
         return self._seen(observation, 0.0), info
 
     def step(self, action: Any) -> tuple[dict[str, np.ndarray], Any, bool, bool, dict[str, Any]]:
@@ -90,7 +93,7 @@ class Trials(gym.Wrapper[Any, Any, Any, Any]):
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._step += 1
         self._returns[-1] += float(reward)
-        if (terminated or truncated) and self._trial == self._trials - 1:
+        if (terminated or truncated) and self._trial == self._stop - 1:
             info = {**info, "returns": [*self._returns]}
         elif terminated or truncated:
             observation, _ = self.env.reset(options=self._options)
