@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from operator import attrgetter
 
 
 class OffbookError(Exception):
@@ -95,6 +96,30 @@ def needs_extra(extra: str) -> Iterator[None]:
             got="an installation without them",
             fix=f"run: pip install 'offbook[{extra}]'",
         ) from None
+
+
+def check_settings(settings: object, checks: Mapping[str, tuple[bool, str]], prefix: str = "--") -> None:
+    """Refuses settings that are out of their range, the first one first.
+
+    Args:
+        settings: which has them as attributes; a dot in a name leads to one of an attribute.
+        checks: by name, whether it is right and what would be.
+        prefix: of the flags that set them, with dashes for underscores.
+
+    Raises:
+        ConfigError: one is not right.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_settings(SimpleNamespace(batch_size=0), {"batch_size": (False, "1 or more")})
+        Traceback (most recent call last):
+        offbook.errors.ConfigError: --batch-size: expected 1 or more, got 0; change --batch-size.
+    """
+    for name, (right, expected) in checks.items():
+        if not right:
+            flag = f"{prefix}{name.replace('_', '-')}"
+            got = str(attrgetter(name)(settings))
+            raise ConfigError(flag, expected=expected, got=got, fix=f"change {flag}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

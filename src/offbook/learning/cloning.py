@@ -17,7 +17,7 @@ from offbook.client.protocol import Observation, ObservationSpec, PolicyMeta
 from offbook.data.normalise import Normalizer
 from offbook.data.store import EpisodeStore
 from offbook.data.windows import Windows, WindowSampler
-from offbook.errors import ConfigError, DataError
+from offbook.errors import ConfigError, DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.networks import HEADS, Body, CloningNetwork, shift_images
 from offbook.learning.policies import check_meta
@@ -83,10 +83,7 @@ class CloningConfig:
             "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
             "validate_every": (self.validate_every >= 1, "1 or more"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(flag, expected=expected, got=str(getattr(self, name)), fix=f"change {flag}")
+        check_settings(self, checks)
 
 
 class ClonedPolicy:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from offbook.client.protocol import ActionSpec
 from offbook.data.chains import DONE, REWARD, TARGET
-from offbook.errors import ConfigError
+from offbook.errors import check_settings
 from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal
 from offbook.models.trajectory import Layout, TokenStream
@@ -72,10 +72,7 @@ class HindsightSizes:
             "head": (self.head in get_args(Head), " or ".join(get_args(Head))),
             "bins": (2 <= self.bins <= 65_536, "2 to 65536"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                flag = f"--model.{name}"
-                raise ConfigError(flag, expected=expected, got=str(getattr(self, name)), fix=f"change {flag}")
+        check_settings(self, checks, "--model.")
 
 
 class HindsightNetwork(nn.Module):

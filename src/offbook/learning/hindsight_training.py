@@ -16,7 +16,7 @@ from offbook.data.chains import DONE, REWARD, TARGET, Chains, ChainSampler
 from offbook.data.normalise import Normalizer
 from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
-from offbook.errors import ConfigError, DataError
+from offbook.errors import DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.hindsight import ACTION, STATE, HindsightNetwork, HindsightSizes
 from offbook.learning.hindsight import hindsight_loss as loss_of
@@ -80,10 +80,7 @@ class HindsightConfig:
             "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
             "validate_every": (self.validate_every >= 1, "1 or more"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(flag, expected=expected, got=str(getattr(self, name)), fix=f"change {flag}")
+        check_settings(self, checks)
 
 
 class ChainData:

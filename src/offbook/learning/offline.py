@@ -20,7 +20,7 @@ from offbook.data.normalise import Normalizer
 from offbook.data.returns import without_rewards
 from offbook.data.store import EpisodeStore
 from offbook.data.transitions import Transitions
-from offbook.errors import ConfigError, DataError
+from offbook.errors import ConfigError, DataError, check_settings
 from offbook.learning.actor_critic import Actor, ActorCritic, Algorithm, Loss, cql_loss, iql_loss, td3bc_loss
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.policies import check_meta
@@ -113,11 +113,7 @@ class OfflineConfig:
             # Target networks move, and actors wait, by calls of the loss.
             "fit.accumulate": (self.fit.accumulate == 1, "1"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                flag = f"--{name.replace('_', '-')}"
-                got = str(self.fit.accumulate if "." in name else getattr(self, name))
-                raise ConfigError(flag, expected=expected, got=got, fix=f"change {flag}")
+        check_settings(self, checks)
         for algorithm, names in _OWN.items():
             for each in fields(self):
                 if each.name in names and algorithm != self.algorithm and getattr(self, each.name) != each.default:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from offbook.client.protocol import ActionSpec, Observation, PolicyMeta
 from offbook.data.windows import Pad
-from offbook.errors import ConfigError, DataError
+from offbook.errors import ConfigError, DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.memory import Memory
 from offbook.learning.networks import INPUT_LIMIT, standard
@@ -67,9 +67,7 @@ class SpecialistConfig:
             "hidden": (1 <= self.hidden <= 65_536, "1 to 65536"),
             "depth": (1 <= self.depth <= 64, "1 to 64"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                raise ConfigError(name, expected=expected, got=str(getattr(self, name)), fix=f"change {name}")
+        check_settings(self, checks, "")
 
     @property
     def reads(self) -> tuple[Place, ...]:

@@ -1,15 +1,47 @@
-"""How much memory a process takes at its peak."""
+"""How much memory work takes at its peak, measured in a process of its own."""
 
 from __future__ import annotations
 
 import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
+
+from offbook.errors import OffbookError
+from offbook.runs.config import from_json, to_json
+
+R = TypeVar("R")
 
 _CURRENT_FUTURE_ON_FAULT = 7
 
 GIVE_BACK = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """Environment of a process that gives freed memory back at once, so that its peak is what it held and not what it once
 held."""
+
+
+def run_alone(module: str, given: object, kind: type[R], environment: Mapping[str, str], *, where: str) -> R:
+    """What a module, run as a program, makes of a dataclass; both as JSON, one an argument and one on stdout.
+
+    Args:
+        module: whose `__main__` does the work.
+        given: a dataclass.
+        kind: dataclass of the result.
+        environment: beside this process's.
+        where: names the work in a message.
+
+    Raises:
+        OffbookError: the process did not come to its end, for lack of memory for instance.
+    """
+    command = [sys.executable, "-m", module, json.dumps(to_json(given))]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise OffbookError(where, expected="to come to its end", got=last, fix="measure something smaller")
+    return from_json(kind, json.loads(done.stdout))
 
 
 class Resident:

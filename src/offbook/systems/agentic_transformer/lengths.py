@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -13,10 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offbook.client.protocol import ActionSpec
-from offbook.errors import OffbookError
 from offbook.learning.hindsight import HindsightNetwork, HindsightSizes, hindsight_loss
 from offbook.runs.config import from_json, to_json
-from offbook.runs.memory import GIVE_BACK, Resident
+from offbook.runs.memory import GIVE_BACK, Resident, run_alone
 
 _STATE = 2
 
@@ -59,14 +56,9 @@ def measure(step: LongStep) -> Taken:
     Raises:
         OffbookError: the process did not come to its end, for lack of memory for instance.
     """
-    command = [sys.executable, "-m", "offbook.systems.agentic_transformer.lengths", json.dumps(to_json(step))]
-    environment = {**os.environ, **GIVE_BACK, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        where, fix = f"a chain of {step.trials} trials of {step.steps} steps", "measure a shorter one"
-        raise OffbookError(where, expected="to come to its end", got=last, fix=fix)
-    return from_json(Taken, json.loads(done.stdout))
+    environment = {**GIVE_BACK, "OMP_NUM_THREADS": "1"}
+    where = f"a chain of {step.trials} trials of {step.steps} steps"
+    return run_alone("offbook.systems.agentic_transformer.lengths", step, Taken, environment, where=where)
 
 
 def _here(step: LongStep) -> Taken:

@@ -6,8 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,13 +19,13 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from offbook.errors import ConfigError, OffbookError
+from offbook.errors import ConfigError
 from offbook.models.blockwise import Backbone, BackboneConfig, Causal, LanguageModel, linear_cross_entropy
 from offbook.models.blockwise.layer import Pass
 from offbook.models.blockwise.masks import Kind, Mask
 from offbook.models.blockwise.positions import rope_tables
 from offbook.runs.config import from_json, to_json
-from offbook.runs.memory import GIVE_BACK, Resident
+from offbook.runs.memory import GIVE_BACK, Resident, run_alone
 
 _FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 _ATEN = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
@@ -202,16 +200,9 @@ def measure(step: Step) -> Measured:
     Raises:
         OffbookError: the process did not come to its end, for lack of memory for instance.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(step.threads)}
-    if step.goal == "memory":
-        environment |= GIVE_BACK
-    command = [sys.executable, "-m", "offbook.systems.bpt.measure", json.dumps(to_json(step))]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        where, fix = f"a step of {step.tokens} tokens ({step.arm})", "measure fewer tokens"
-        raise OffbookError(where, expected="to come to its end", got=last, fix=fix)
-    return from_json(Measured, json.loads(done.stdout))
+    environment = {"OMP_NUM_THREADS": str(step.threads)} | (GIVE_BACK if step.goal == "memory" else {})
+    where = f"a step of {step.tokens} tokens ({step.arm})"
+    return run_alone("offbook.systems.bpt.measure", step, Measured, environment, where=where)
 
 
 def _here(step: Step) -> Measured:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offbook.errors import ConfigError
+from offbook.errors import ConfigError, check_settings
 from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import STATE
 from offbook.models.blockwise import Backbone, BackboneConfig, Full, Segments
@@ -113,10 +113,7 @@ class Sizes:
             "decoder": (1 <= self.decoder <= 64, "1 to 64 layers"),
             "dropout": (0 <= self.dropout < 1, "a share in [0, 1)"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                fix = f"change --model.{name}"
-                raise ConfigError(f"--model.{name}", expected=expected, got=str(getattr(self, name)), fix=fix)
+        check_settings(self, checks, "--model.")
 
 
 class MaskedTrajectoryModel(nn.Module):

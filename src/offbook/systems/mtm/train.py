@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from offbook.client.protocol import ActionSpec, PolicyMeta
 from offbook.data.returns import ReturnSpec
 from offbook.data.store import EpisodeStore
-from offbook.errors import ConfigError
+from offbook.errors import check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.trajectories import ACTION, STATE, Statistics, Trajectories
 from offbook.runs.config import to_json
@@ -94,10 +94,7 @@ class MtmConfig:
             "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
             "validate_every": (self.validate_every >= 1, "1 or more"),
         }
-        for name, (right, expected) in checks.items():
-            if not right:
-                flag = f"--{name.replace('_', '-')}"
-                raise ConfigError(flag, expected=expected, got=str(getattr(self, name)), fix=f"change {flag}")
+        check_settings(self, checks)
 
 
 def trajectories(store: EpisodeStore, config: MtmConfig) -> Trajectories:
