@@ -40,7 +40,7 @@ SYSTEMS: dict[str, System] = {
         authors="Liu, Abbeel",
         venue="NeurIPS 2023",
         arxiv="2305.19370",
-        status="reproduced on a CPU but for the planner's worst case; on a GPU not yet",
+        status="reproduced on a CPU; on a GPU not yet",
         recipe="offbook.systems.bpt.recipe:run",
         commands=("offbook context plan", "offbook context bench", "offbook context check", "offbook reproduce bpt"),
     ),
