@@ -197,10 +197,9 @@ class HindsightPolicy:
         for (session, life), slot in zip(standing, free, strict=False):
             life.slot, life.cached, self._holders[slot] = slot, 0, session
         if self._cache is not None:
-            lengths = [0] * len(self._holders)
-            for slot, holder in enumerate(self._holders):
-                lengths[slot] = 0 if holder is None else self._lives[holder].cached
-            self._cache.crop(lengths)
+            lengths = tuple(0 if holder is None else self._lives[holder].cached for holder in self._holders)
+            if lengths != self._cache.lengths:
+                self._cache.crop(lengths)
 
     def _grow(self, more: int) -> None:
         """Makes room for more sessions."""
@@ -226,16 +225,21 @@ class HindsightPolicy:
         time = max(len(life) - life.cached // stream.tokens for life in lives) + more
         tokens = self.module.embed(self._windows(lives, time))
         width, end = max(new), (time - 1) * stream.tokens + stream.ready
-        counts = torch.tensor(new, device=self._device)
-        index = (end - counts[:, None] + torch.arange(width, device=self._device)).clamp(max=end - 1)
-        fresh = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
-        slots = torch.tensor([life.slot for life in lives], device=self._device)
-        x = tokens.new_zeros(len(self._holders), width, tokens.shape[2]).index_copy(0, slots, fresh)
-        lengths = torch.zeros(len(self._holders), dtype=torch.int64).index_copy(0, slots.cpu(), counts.cpu())
-        out, _ = self.module.backbone.prefill(x, cache=cache, lengths=lengths)
+        slots = [life.slot for life in lives]
+        if min(new) == width and slots == [*range(len(self._holders))]:  # all sessions go in step
+            out, _ = self.module.backbone.prefill(tokens[:, end - width : end], cache=cache)
+            told = out[:, -1]
+        else:
+            counts, places = (torch.tensor(of, device=self._device) for of in (new, slots))
+            index = (end - counts[:, None] + torch.arange(width, device=self._device)).clamp(max=end - 1)
+            fresh = tokens.gather(1, index[..., None].expand(-1, -1, tokens.shape[2]))
+            x = tokens.new_zeros(len(self._holders), width, tokens.shape[2]).index_copy(0, places, fresh)
+            lengths = counts.new_zeros(len(self._holders)).index_copy(0, places, counts)
+            out, _ = self.module.backbone.prefill(x, cache=cache, lengths=lengths)
+            told = out[places, counts - 1]
         for life, total in zip(lives, totals, strict=True):
             life.cached = total
-        return out[slots, counts - 1]
+        return told
 
     def _windows(self, lives: Sequence[_Life], time: int) -> dict[str, Tensor]:
         """The latest rows of each session, at the right of so many steps."""
