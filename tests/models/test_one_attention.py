@@ -26,6 +26,7 @@ PRODUCTS = {"baddbmm", "bmm", "einsum", "matmul", "mm"}
 # Where another one is named nevertheless, and why.
 ALLOWED = {
     ("learning/networks.py", "softmax times values"): "the mean place of a feature in a map: no queries, no keys",
+    ("systems/agentic_transformer/lengths.py", "torch.nn.attention"): "picks plain attention, to measure ours with",
     ("systems/bpt/measure.py", "torch.nn.attention"): "picks PyTorch's kernels for the arms that ours is measured with",
 }
 

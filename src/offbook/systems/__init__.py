@@ -67,7 +67,7 @@ SYSTEMS: dict[str, System] = {
         commands=(
             "offbook train agentic_transformer",
             "offbook train dt",
-            "offbook evaluate --trials",
+            "offbook evaluate",
             "offbook reproduce agentic_transformer",
         ),
     ),
