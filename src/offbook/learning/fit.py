@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -244,6 +245,11 @@ def _ahead(batch_at: BatchAt, indices: range) -> Iterator[Iterator[Mapping[str, 
         loader.shutdown(cancel_futures=True)
 
 
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class _Loop:
     """One training: the module, its optimiser, its moving average, and where their states are kept."""
 
@@ -259,6 +265,9 @@ class _Loop:
         self.config, self.run = config, run
         self.is_main = bool(self.accelerator.is_main_process)
         self.processes = int(self.accelerator.num_processes)
+        if self.processes > 1:
+            # Threads of the group that still run when the interpreter ends would abort a process that has done all.
+            atexit.register(_leave_group)
         self.averaged = copy.deepcopy(module).to(self.accelerator.device) if config.ema else None
         self.wrapped = self.accelerator.prepare_model(module.train())
         self.module = self.accelerator.unwrap_model(self.wrapped)
