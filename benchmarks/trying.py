@@ -1,7 +1,7 @@
 """What a step of a policy that reads its earlier trials costs, beside one that computes the whole context again.
 
 The network has the size of the paper (128 wide, 3 layers, 1 head), with one token a step or with five. A session has
-lived through a trial; then it is asked for a few more steps. The other way, that of replications, sends all tokens
+lived through a trial; then it is asked for 25 more steps. The other way, that of replications, sends all tokens
 through the network at each step. Both run by turns in a process, with one thread, and its processor time is counted;
 both must tell the same actions.
 """
@@ -22,7 +22,7 @@ from offbook.runs.benchmark import Options, median_metric, timed
 from offbook.runs.ledger import Claim, Metric
 
 RATIO = 30.0
-STATE, ACTION, STEPS = 17, 6, 5
+STATE, ACTION, STEPS = 17, 6, 25
 SIZES = HindsightSizes(width=128, layers=3, heads=1, head="mse")
 CASES: tuple[tuple[Layout, int], ...] = (("fused", 1_000), ("split", 1_000), ("fused", 4_000))
 
