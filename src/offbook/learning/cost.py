@@ -62,16 +62,19 @@ def measure_cost(data: ChainData, network: HindsightNetwork) -> Cost:
     # Causal: half of the pairs, and two products.
     attention = 2 * d * float((lengths.astype(float) ** 2).mean()) * backbone.layers
     flops = 3 * fit.batch_size * (dense * tokens + attention)
-    memory = _memory(network, longest, fit.batch_size)
-    state, began = {name: of.clone() for name, of in network.state_dict().items()}, 0.0
+    # Where training will run.
+    device = torch.device("cuda" if fit.device == "auto" and torch.cuda.is_available() else "cpu")
+    memory = _memory(network.to(device), longest, fit.batch_size, device)
+    began = 0.0
     for index in range(_TIMED + 1):
         if index == 1:  # the first one warms up
             began = time.perf_counter()
-        batch = data.batch(index)
+        batch = {name: of.to(device) for name, of in data.batch(index).items()}
         hindsight_loss(network, network(batch), batch, data.config.loss_trials).backward()  # type: ignore[no-untyped-call]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / _TIMED
-    network.zero_grad(set_to_none=True)
-    network.load_state_dict(state)
+    network.cpu().zero_grad(set_to_none=True)
     hours = seconds * fit.steps * fit.accumulate / 3600
     return Cost(tokens=tokens, longest=longest, flops=flops, memory=memory, seconds=seconds, hours=hours)
 
@@ -87,10 +90,10 @@ def check_cost(cost: Cost) -> None:
         raise ConfigError("training", expected=expected, got=f"about {cost.hours:.0f} hours: {cost}", fix=fix)
 
 
-def _memory(network: HindsightNetwork, tokens: int, batch: int) -> int:
+def _memory(network: HindsightNetwork, tokens: int, batch: int, device: torch.device) -> int:
     """Of a step whose layers compute again as they are told to, or as little as the memory allows."""
     config = network.backbone.config
     if config.remat == "auto":
-        remat = choose(config, tokens, batch, budget=available(torch.device("cpu")))
+        remat = choose(config, tokens, batch, budget=available(device))
         config = replace(config, remat=remat)
     return plan(config, tokens, batch).total

@@ -201,6 +201,10 @@ def train_hindsight(
     aims = data.targets()
     returns = {f"{q} %": float(np.quantile(data.sampler.returns, q / 100)) for q in (5, 50, 95, 100)}
     target = float(np.quantile(aims, config.target))
+    if short := data.sampler.short_groups:
+        note(
+            f"{short} of {len(data.sampler.groups)} groups have fewer than {config.n_trials[1]} trials: shorter chains"
+        )
     note(f"aims at a return of {target:.4g}; those of the recordings are {_listed(returns)}")
     state = ObservationSpec(state=(*data.observation.state, (TRIAL, 3)))
     meta = PolicyMeta(name=f"hindsight-{run.path.name}", observation=state, action=data.action)
