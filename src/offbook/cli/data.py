@@ -128,11 +128,13 @@ def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str])
 
     Args:
         store: folder of the store.
-        target: format and new name: minari:pour/expert-v0, minari:./FOLDER, or lerobot:FOLDER for LeRobotDataset v3.0.
+        target: format and new name: minari:pour/expert-v0, minari:./FOLDER, lerobot:FOLDER for LeRobotDataset v3.0, or
+            toto:FOLDER for joints, one camera and an amount at the end, as TOTO keeps its recordings.
 
     Examples:
         offbook data export stores/pour minari:pour/expert-v0
         offbook data export stores/pour lerobot:./pour-lerobot
+        offbook data export stores/pour toto:./pour-toto
     """
     from offbook.data.formats import export_dataset, left_out
     from offbook.data.store import EpisodeStore
