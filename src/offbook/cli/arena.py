@@ -26,7 +26,7 @@ _ANCHORS = ("expert", "random")
 def init(
     folder: tyro.conf.Positional[Path] = Path("arena"),
     *,
-    benchmarks: tuple[str, ...] = ("pour", "pendulum"),
+    benchmarks: tuple[str, ...] = ("pour", "scoop", "pendulum"),
     trials: int = 20,
     seed: int | None = None,
     database: str = "",
@@ -40,7 +40,8 @@ def init(
 
     Args:
         folder: where settings, the embedded database and recordings will stand.
-        benchmarks: what policies are tried on: pour, pendulum; and several trials in a row on darkpoint, hopper-tries.
+        benchmarks: what policies are tried on: pour, scoop, pendulum; and several trials in a row on darkpoint,
+            hopper-tries.
         trials: scenes in each split of a benchmark.
         seed: from which scenes and seeds follow; drawn in secret for a new arena, which keeps it in arena.json.
         database: address of a PostgreSQL database; SQLite in the folder when empty.
@@ -126,8 +127,8 @@ def worker(
     """Lends a robot, real or simulated, to an arena. The token (scope worker) comes from OFFBOOK_TOKEN.
 
     Args:
-        robot: pour, or a simulator as LIBRARY:NAME, such as gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four
-            trials in a row.
+        robot: pour, scoop, or a simulator as LIBRARY:NAME, such as gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of
+            four trials in a row.
         url: address of the arena.
         name: of this robot on the arena's pages; host and process by default.
         max_trials: end after so many trials.

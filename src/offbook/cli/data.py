@@ -44,7 +44,7 @@ def record(
         policy: the environment's scripted expert, random actions, or random ones that change slowly.
         grades: from 0 to 1 (flawless), given to the expert by turns: 1.0 0.5 makes every second episode a poor one.
         trials: how many episodes in a row are tries at one instance of the task.
-        split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
+        split: which arrangements of offbook:pour or offbook:scoop to draw: seen, position, object, lighting or all.
         image_size: width and height of the camera's picture; 0 for none.
         seed: seed of the recording.
         jobs: worker processes; the store does not depend on how many.

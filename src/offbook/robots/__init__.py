@@ -6,10 +6,10 @@ from importlib import import_module
 from offbook.errors import ConfigError, nearest
 from offbook.robots.base import Robot
 
-ROBOTS = {"pour": "offbook.robots.simulated:pour"}
+ROBOTS = {"pour": "offbook.robots.simulated:pouring", "scoop": "offbook.robots.simulated:scooping"}
 """Robots by name, each with the function that makes it."""
 
-ENVIRONMENTS = {"pour": "offbook:pour"}
+ENVIRONMENTS = {"pour": "offbook:pour", "scoop": "offbook:scoop"}
 """The environment of each robot that is a simulated one."""
 
 
