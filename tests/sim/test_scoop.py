@@ -52,6 +52,7 @@ def test_equal_seeds_give_bit_equal_episodes_whatever_was_played_before(env):
     policy = make_expert("offbook:scoop", 0.99)  # with noise, which is repeated too
     first = next(play([env], policy, [7], max_steps=50))
     list(play([env], policy, [8], max_steps=5))
+    list(play([env], policy, [7], max_steps=40))  # of the same scene: what was touched then is not awake still
     again = next(play([env], policy, [7], max_steps=50))
     other = Scoop(image_size=32)
     fresh = next(play([other], policy, [7], max_steps=50))

@@ -98,12 +98,14 @@ DATASETS: dict[str, Dataset] = {
         env_id="offbook:pour",
         size=300,
         grades=_A_QUARTER_IMPERFECT,
+        digest="b65182246896e0174b51b4ecf14abb2857c38337a42f32bd92977cc964c5ac6e",
     ),
     "toto-scoop": Dataset(
         about="TOTO's scooping task, likewise",
         env_id="offbook:scoop",
         size=300,
         grades=_A_QUARTER_IMPERFECT,
+        digest="0d76324af01d3f8ad2abd9be216b470a0bbf4702367d0034bc08506b1f34e8c3",
     ),
     "walker-explore": Dataset(
         about="a planar walker under slowly drifting random actions, without rewards; keeps the state of the physics",
