@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float
 
 from offbook.sim.tabletop.scene import SPLITS, Scene, scenes
-from offbook.sim.tabletop.world import CONTROL_HZ, GRIP, WALL, Tabletop, hand, numbers, upright, vessel, world
+from offbook.sim.tabletop.world import GRIP, WALL, Tabletop, hand, numbers, upright, vessel, world
 
-__all__ = ["CONTROL_HZ", "CUP_HEIGHT", "MAX_STEPS", "SPLITS", "START", "Pour", "Scene", "cup_frame", "scenes"]
+__all__ = ["CUP_HEIGHT", "MAX_STEPS", "SPLITS", "START", "Pour", "Scene", "cup_frame", "scenes"]
 
 MAX_STEPS = 160
 GRAINS = 20
