@@ -11,13 +11,13 @@ import numpy as np
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from offbook.arena.database import now
-from offbook.arena.pages import searched, sheet
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import mean_difference, success_interval
 from offbook.arena.submissions import find_benchmark, find_split, robot_spec
 from offbook.arena.tables import Benchmark, Result, Split, Submission, Trial, User
 from offbook.evaluate.stats import mcnemar_exact
+from offbook.service.database import now
+from offbook.service.pages import searched, sheet
+from offbook.service.refusal import RefusedError, unknown
 
 SEARCHED = ("name", "owner", "method", "kind", "imitates")
 
