@@ -114,6 +114,11 @@ class Vote:
         return {"left": self.left, "right": self.right}.get(self.choice)
 
     @property
+    def group(self) -> str:
+        """The cluster of the item, or the item itself where it stands alone."""
+        return self.cluster or self.item
+
+    @property
     def time(self) -> datetime:
         """When it was given."""
         return datetime.fromisoformat(self.created)
