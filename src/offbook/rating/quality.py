@@ -6,6 +6,7 @@ are shown with and without them.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -108,8 +109,9 @@ def streak_p(sides: Sequence[str]) -> float | None:
     tosses = len(sides) - 1
     if tosses < 1:
         return None
-    changes = sum(a != b for a, b in zip(sides, sides[1:], strict=False))
-    return sum(math.comb(tosses, i) for i in range(changes + 1)) / 2**tosses
+    changes = sum(a != b for a, b in itertools.pairwise(sides))
+    ways = sum(math.comb(tosses, i) for i in range(changes + 1))
+    return ways / (1 << tosses)
 
 
 def fit_z(votes: Sequence[Vote]) -> dict[str, float]:
@@ -132,7 +134,7 @@ def fit_z(votes: Sequence[Vote]) -> dict[str, float]:
     counts = tournament.counts(labels)
 
     def without(rows: slice) -> NDArray[np.float64]:
-        return tournament.weights[:, None] - np.asarray(counts[rows].toarray()).T
+        return np.asarray(tournament.weights[:, None] - counts[rows].toarray().T)
 
     found = {}
     params = tournament.refit(without, len(names))
