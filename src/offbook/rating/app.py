@@ -84,8 +84,8 @@ class Settings:
             record = json.loads(path.read_text(encoding="utf-8"))
             return cls(folder=folder, **record)
         except FileNotFoundError:
-            raise ConfigError(str(folder), expected=f"a folder with {FILE}", got="none",
-                              fix="make one with: offbook rating serve, or offbook rating import") from None  # fmt: skip
+            fix = "make one with: offbook rating serve, or offbook rating import"
+            raise ConfigError(str(folder), expected=f"a folder with {FILE}", got="none", fix=fix) from None
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(str(path), expected="settings of a rating service", got=str(error),
                               fix="mend the file") from error  # fmt: skip
