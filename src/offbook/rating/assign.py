@@ -28,7 +28,7 @@ class Plan:
 
     Attributes:
         seed: from which all lots follow.
-        raters_per_pair: answers that each real pair shall get; a skip is none.
+        raters_per_pair: answers that each real pair shall get from raters of one kind; a skip is none.
         gold_rate: share of pairs with a known answer among those that a rater is shown, 0 to below 1.
         repeat_rate: share of repeats among them.
         policy: `balanced` gives the real pair with the fewest answers; `greedy` draws two systems by how much one more
@@ -98,8 +98,8 @@ def choose(
         rater: number of the rater in the study.
         own: what this rater was shown, in order, without what expired.
         pairs: all pairs of the study.
-        answers: by id of a real pair, the answers it has or is about to get; none when missing.
-        tallies: by two systems in ascending order, what was answered; for `greedy`.
+        answers: by id of a real pair, the answers that it has or is about to get from raters of this one's kind.
+        tallies: by two systems in ascending order, what raters of this kind answered; for `greedy`.
 
     Returns:
         Id of the pair and the lot of the sides; None when nothing is left for this rater.

@@ -47,23 +47,23 @@ def export_votes(session: Session, study: Study) -> list[records.Vote]:
 
 def _exclusions(session: Session, study: Study) -> tuple[dict[int, set[str]], dict[int, set[str]]]:
     """The rules that leave out votes, and raters, by their ids."""
-    of_votes: dict[int, set[str]] = {}
-    of_raters: dict[int, set[str]] = {}
     votes = (
-        select(Exclusion.vote_id, Exclusion.rule)
-        .join(Vote, Vote.id == Exclusion.vote_id)
+        select(Vote.id, Exclusion.rule)
+        .join(Exclusion, Exclusion.vote_id == Vote.id)
         .join(Assignment, Assignment.id == Vote.assignment_id)
         .where(Assignment.study_id == study.id)
     )
     raters = (
-        select(Exclusion.rater_id, Exclusion.rule)
-        .join(Rater, Rater.id == Exclusion.rater_id)
+        select(Rater.id, Exclusion.rule)
+        .join(Exclusion, Exclusion.rater_id == Rater.id)
         .where(Rater.study_id == study.id)
     )
-    for found, query in ((of_votes, votes), (of_raters, raters)):
+    by_vote: dict[int, set[str]] = {}
+    by_rater: dict[int, set[str]] = {}
+    for found, query in ((by_vote, votes), (by_rater, raters)):
         for key, rule in session.execute(query):
             found.setdefault(key, set()).add(rule)
-    return of_votes, of_raters
+    return by_vote, by_rater
 
 
 def _vote(study: Study, row: Any, excluded: Sequence[str]) -> records.Vote:

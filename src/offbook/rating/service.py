@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection
 
+from offbook.rating import records
 from offbook.rating.analysis import Analysis, analyse
 from offbook.rating.exports import export_votes, votes_with_rules
 from offbook.rating.tables import Assignment, Exclusion, Study, Vote
@@ -71,9 +72,15 @@ def analysis_of(session: Session, study: Study) -> Analysis:
     return analyse(
         votes,
         anchor=study.anchor if study.anchor in seen else None,
-        features=sorted({name for vote in votes[:1] for name in vote.left_features}),
+        features=telling_features(votes),
         min_dwell_ms=study.prereg["rules"].get("min_dwell_ms"),
     )
+
+
+def telling_features(votes: Sequence[records.Vote]) -> list[str]:
+    """The features in which some two outputs differ; of the others nothing can be learnt."""
+    names = sorted(votes[0].left_features) if votes else []
+    return [name for name in names if any(vote.left_features[name] != vote.right_features[name] for vote in votes)]
 
 
 def _extent(session: Session, study: Study) -> tuple[int, int, int]:

@@ -77,7 +77,7 @@ class Design(BaseModel):
         reasons: what a rater may tick as reasons; words that fit the modality when None.
         min_dwell_s: seconds before the page takes an answer.
         min_watch: share of each video that the page wants played before it takes an answer.
-        raters_per_pair: answers that each real pair gets.
+        raters_per_pair: answers that each real pair gets from each kind of raters.
         gold_rate: share of pairs with a known answer among those that a rater is shown.
         repeat_rate: share of earlier pairs that come again with their sides swapped.
         per_rater_cap: most pairs that one rater is shown.
@@ -342,20 +342,31 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def counts(session: Session, study: Study) -> dict[str, int]:
-    """How far a study is, for its owner: pairs to be judged, answers wanted and given, raters."""
-    pairs = session.scalar(select(func.count(Pair.id)).where(Pair.study_id == study.id, Pair.kind == "real")) or 0
-    answered = (
-        select(func.count(Assignment.id))
+def counts(session: Session, study: Study) -> dict[str, Any]:
+    """How far a study is, for its owner.
+
+    Returns:
+        Numbers of `systems`, `outputs` and real `pairs`; `wanted`, the answers that each kind of raters is to give; and
+        by kind, the `raters` that were invited and the `answers` to real pairs.
+    """
+    sizes = {
+        "systems": select(func.count(System.id)).where(System.study_id == study.id),
+        "outputs": select(func.count(Output.id)).join(Item).where(Item.study_id == study.id),
+        "pairs": select(func.count(Pair.id)).where(Pair.study_id == study.id, Pair.kind == "real"),
+    }
+    found: dict[str, Any] = {name: session.scalar(query) or 0 for name, query in sizes.items()}
+    raters = select(Rater.kind, func.count(Rater.id)).where(Rater.study_id == study.id).group_by(Rater.kind)
+    answers = (
+        select(Rater.kind, func.count(Assignment.id))
+        .join(Rater, Rater.id == Assignment.rater_id)
         .join(Pair, Pair.id == Assignment.pair_id)
         .where(Assignment.study_id == study.id, Assignment.state == "voted", Pair.kind == "real")
+        .group_by(Rater.kind)
     )
-    raters = session.scalar(select(func.count(Rater.id)).where(Rater.study_id == study.id)) or 0
-    systems = session.scalar(select(func.count(System.id)).where(System.study_id == study.id)) or 0
-    return {
-        "pairs": pairs,
-        "wanted": pairs * study.raters_per_pair,
-        "answers": session.scalar(answered) or 0,
-        "raters": raters,
-        "systems": systems,
+    given = {row[0]: row[1] for row in session.execute(answers)}
+    invited = {row[0]: row[1] for row in session.execute(raters)}
+    return found | {
+        "wanted": found["pairs"] * study.raters_per_pair,
+        "raters": invited,
+        "answers": {kind: given.get(kind, 0) for kind in invited},
     }

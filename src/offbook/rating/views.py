@@ -6,15 +6,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from offbook.rating.routes import PREFIX
 from offbook.rating.service import Rating
 from offbook.rating.studies import counts, find
-from offbook.rating.tables import Item, Output, Rater, Study, System
+from offbook.rating.tables import Study, System
 from offbook.service.database import now
-from offbook.service.refusal import unknown
 
 RULES = {
     "gold": "failed too many pairs with a known answer",
@@ -49,11 +48,9 @@ def study(rating: Rating, session: Session, study_id: int, owner: str | None) ->
     """One study: its results when it is closed; before, for owners alone, what is to do and what was said so far.
 
     Raises:
-        RefusedError: 404, no such study, or a draft and a stranger asks.
+        RefusedError: 404, no such study.
     """
     found = find(session, study_id)
-    if found.state == "draft" and owner is None:
-        raise unknown("study", study_id, "come back when it is open")
     seen = owner is not None or found.state == "closed"
     view: dict[str, Any] = {
         "study": {name: getattr(found, name) for name in _PUBLIC},
@@ -63,16 +60,15 @@ def study(rating: Rating, session: Session, study_id: int, owner: str | None) ->
         "generated": session.scalar(select(now(session))),
     }
     if not seen:
+        if found.state == "draft":
+            view["study"]["question"] = "A study in preparation"
         return view
     view["study"] |= {"name": found.name, "anchor": found.anchor, "raters_per_pair": found.raters_per_pair}
     systems = {row.name: row.meta for row in session.scalars(select(System).where(System.study_id == found.id))}
     analysis = None if found.state == "draft" else rating.analysis(session, found).to_json()
-    raters = select(Rater.kind, func.count(Rater.id)).where(Rater.study_id == found.id).group_by(Rater.kind)
-    outputs = select(func.count(Output.id)).join(Item).where(Item.study_id == found.id)
     anchor = f" --anchor {shlex.quote(found.anchor)}" if found.anchor else ""
     return view | {
-        "counts": counts(session, found) | {"outputs": session.scalar(outputs)},
-        "raters": {row[0]: row[1] for row in session.execute(raters)},
+        "counts": counts(session, found),
         "systems": systems,
         "prereg": found.prereg,
         "kinds": [] if analysis is None else kinds(analysis["groups"]),

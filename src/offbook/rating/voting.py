@@ -150,8 +150,11 @@ def _choose(session: Session, study: Study, rater: Rater, shown: list[Shown]) ->
         .order_by(Pair.id)
     )
     pairs = [Candidate(pair, kind, (first, second), repeat) for pair, kind, first, second, repeat in found]
-    counted = select(Assignment.pair_id, func.count(Assignment.id)).where(
-        Assignment.study_id == study.id, Assignment.state.in_(("open", "voted"))
+    # Kinds are never pooled: each pair gets its answers from people, whatever machines said of it.
+    counted = (
+        select(Assignment.pair_id, func.count(Assignment.id))
+        .join(Rater, Rater.id == Assignment.rater_id)
+        .where(Assignment.study_id == study.id, Assignment.state.in_(("open", "voted")), Rater.kind == rater.kind)
     )
     answers = {row[0]: row[1] for row in session.execute(counted.group_by(Assignment.pair_id))}
     plan = Plan(
@@ -161,19 +164,20 @@ def _choose(session: Session, study: Study, rater: Rater, shown: list[Shown]) ->
         repeat_rate=study.repeat_rate,
         policy=study.policy,
     )
-    tallies = _tallies(session, study, pairs) if study.policy == "greedy" else None
+    tallies = _tallies(session, study, rater.kind, pairs) if study.policy == "greedy" else None
     return choose(plan, rater.n, shown, pairs, answers, tallies)
 
 
-def _tallies(session: Session, study: Study, pairs: list[Candidate]) -> dict[tuple[int, int], Tally]:
-    """What was answered about each two systems."""
+def _tallies(session: Session, study: Study, kind: str, pairs: list[Candidate]) -> dict[tuple[int, int], Tally]:
+    """What raters of a kind answered about each two systems."""
     favours_a = case((Vote.choice == "left", Assignment.left_is_a), else_=~Assignment.left_is_a)
     points = case((Vote.choice.in_(("tie", "both_bad")), 0.5), (favours_a, 1.0), else_=0.0)
     rows = session.execute(
         select(Assignment.pair_id, func.count(Vote.id), func.sum(points), func.sum(points * points))
         .join(Vote, Vote.assignment_id == Assignment.id)
         .join(Pair, Pair.id == Assignment.pair_id)
-        .where(Assignment.study_id == study.id, Vote.choice != "skip", Pair.kind == "real")
+        .join(Rater, Rater.id == Assignment.rater_id)
+        .where(Assignment.study_id == study.id, Vote.choice != "skip", Pair.kind == "real", Rater.kind == kind)
         .group_by(Assignment.pair_id)
     )
     systems = {pair.id: pair.systems for pair in pairs}
@@ -236,10 +240,11 @@ def vote(session: Session, rater: Rater, number: int, answer: Answer) -> dict[st
     taken = session.execute(
         update(Assignment)
         .where(Assignment.id == assignment.id, Assignment.state == "open", Assignment.expires > present)
-        .values(state="skipped" if answer.choice == "skip" else "voted"),
+        .values(state="skipped" if answer.choice == "skip" else "voted")
+        .returning(Assignment.id),
         execution_options={"synchronize_session": False},
-    )
-    if not taken.rowcount:
+    ).one_or_none()
+    if taken is None:
         session.refresh(assignment)
         if assignment.state in ("voted", "skipped"):
             return _repeated(session, assignment, answer)

@@ -51,7 +51,7 @@
     else tell("That did not work", `${error.message} ${error.hint}`, again);
   };
 
-  let study = null, pair = null, films = [], chosen = new Set(), shownAt = 0, dwell = 0, sending = false, watched = {}, tick = 0, playing = false;
+  let study = null, pair = null, films = [], shown = [], chosen = new Set(), shownAt = 0, dwell = 0, sending = false, playing = false;
 
   // Only time in which the page can be seen is time spent looking.
   const looked = () => dwell + (shownAt && !document.hidden ? performance.now() - shownAt : 0);
@@ -140,14 +140,19 @@
     place.append(element);
   });
   // One pixel of either side is as large as one of the other.
-  let shown = [];
   const size = (element) => [element.videoWidth || element.naturalWidth || 1, element.videoHeight || element.naturalHeight || 1];
   const scale = () => {
     const there = shown.filter(Boolean);
     if (!there.length) return;
     const stacked = matchMedia("(max-width: 48rem)").matches;
+    const box = (element) => element.getBoundingClientRect();
+    const frames = box($("panes")).height - shown.reduce((sum, one) => (stacked ? sum + (one ? box(one).height : 0) : Math.max(sum, one ? box(one).height : 0)), 0);
+    const answers = document.querySelector(".answers");
+    // On a wide page all is seen at once; on a phone both sides are, and the rest a thumb away.
+    const below = stacked ? 0 : box($("note-part")).bottom - box($("panes")).bottom + 16;
+    const room = innerHeight - (box($("panes")).top + scrollY) - frames - below - box(answers).height;
+    const height = Math.max(stacked ? 120 : 200, stacked ? room / 2 : room);
     const width = $("left-content").clientWidth - 16;
-    const height = Math.max(180, stacked ? innerHeight * 0.32 : innerHeight - 330);
     const by = Math.min(8, width / Math.max(...there.map((one) => size(one)[0])), height / Math.max(...there.map((one) => size(one)[1])));
     for (const one of there) { one.style.width = `${Math.floor(size(one)[0] * by)}px`; one.style.height = `${Math.floor(size(one)[1] * by)}px`; }
   };
@@ -270,6 +275,7 @@
   const prepare = (told) => {
     study = told;
     document.title = told.question;
+    $("noun").textContent = { text: "texts", image: "pictures", video: "videos", rollout: "videos of a robot" }[told.modality];
     $("asked").textContent = $("question").textContent = told.question;
     for (const part of document.querySelectorAll("[data-option]")) part.hidden = !told.options.includes(part.dataset.option);
     for (const part of document.querySelectorAll("[data-film]")) part.hidden = !["video", "rollout"].includes(told.modality);

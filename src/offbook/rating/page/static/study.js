@@ -15,7 +15,7 @@
     const answer = await fetch(path, { ...options, headers, cache: "no-store" });
     if (answer.ok) return answer;
     const record = await answer.json().catch(() => ({}));
-    if (answer.status === 401 || answer.status === 403) { token = ""; keep(""); }
+    if (answer.status === 401) { token = ""; keep(""); throw new Error("This token opens nothing here."); }
     throw new Error(record.detail ? `${record.detail} ${record.hint}` : `The service refused (${answer.status}).`);
   };
   const show = async () => {
