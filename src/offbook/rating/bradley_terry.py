@@ -42,7 +42,7 @@ LEFT, RIGHT, TIE = range(3)
 _OUTCOMES = {"left": LEFT, "right": RIGHT, "tie": TIE, "both_bad": TIE}
 _ROUNDS, _FEW_ROUNDS, _RENEWALS, _HALVINGS, _MEMORY = 40, 6, 60, 40, 8
 _TOGETHER = 32  # weightings fitted at once: their arrays stay in the processor's cache
-_EXACT, _NEAR = 1e-16, 1e-8  # squared distance from the optimum, in standard errors, where a fit ends
+_EXACT, _NEAR = 1e-16, 1e-12  # squared distance from the optimum, in standard errors, where a fit ends
 
 Slope = Callable[[Float64[np.ndarray, "p r"]], Float64[np.ndarray, "p r"]]
 
@@ -88,7 +88,7 @@ class Comparisons:
         systems = sorted({name for vote in votes for name in (vote.left, vote.right)})
         number = {name: i for i, name in enumerate(systems)}
         style = [
-            [normalised_difference(vote.left_features[name], vote.right_features[name]) for name in features]
+            [normalised_difference(float(vote.left_features[f]), float(vote.right_features[f])) for f in features]
             for vote in votes
         ]
         return cls(
