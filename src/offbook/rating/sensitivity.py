@@ -72,7 +72,7 @@ def _fewest(fit: Fit, contrasts: np.ndarray, units: Any, copies: np.ndarray) -> 
             np.put_along_axis(taken, order[:, which], part, axis=0)
             return np.asarray(tournament.weights[:, None] - units.T @ taken)
 
-        params = tournament.refit(weights, len(chosen))
+        params = tournament.refit(weights, len(chosen), exact=True)
         # Without any vote that tells them apart two systems are equal but for rounding, and that is no other order.
         return np.asarray((contrasts[chosen] * params.T).sum(axis=1) < -_EQUAL)
 
