@@ -117,7 +117,7 @@ def _with_interval(
     if count < 2 or spread == 0:
         # Equal numbers show no spread, which is not to say that there is none.
         return Interval(value=value, low=-math.inf, high=math.inf, n=n, method=method)
-    half = quantile(count - 1) * spread * math.sqrt(count / (count - 1))
+    half = quantile(count) * spread * math.sqrt(count / (count - 1))
     return Interval(value=value, low=max(least, value - half), high=min(1.0, value + half), n=n, method=method)
 
 

@@ -41,7 +41,8 @@ WEAK_PRIOR_SD = 100.0
 LEFT, RIGHT, TIE = range(3)
 _OUTCOMES = {"left": LEFT, "right": RIGHT, "tie": TIE, "both_bad": TIE}
 _ROUNDS, _FEW_ROUNDS, _RENEWALS, _HALVINGS, _MEMORY = 40, 6, 60, 40, 8
-_TOGETHER = 32  # weightings fitted at once: their arrays stay in the processor's cache
+_NUMBERS = 200_000  # in an array of weightings that are fitted at once: a few such stay in the processor's cache
+_FARTHEST = 300.0  # log-odds beyond which nothing changes, and below which nothing overflows
 _EXACT, _NEAR = 1e-16, 1e-8  # squared distance from the optimum, in standard errors, where a fit ends
 
 Slope = Callable[[Float64[np.ndarray, "p r"]], Float64[np.ndarray, "p r"]]
@@ -88,7 +89,7 @@ class Comparisons:
         systems = sorted({name for vote in votes for name in (vote.left, vote.right)})
         number = {name: i for i, name in enumerate(systems)}
         style = [
-            [normalised_difference(vote.left_features[name], vote.right_features[name]) for name in features]
+            [normalised_difference(float(vote.left_features[f]), float(vote.right_features[f])) for f in features]
             for vote in votes
         ]
         return cls(
@@ -201,12 +202,20 @@ class Tournament:
         total, sums = self.by_cell(weights), self._sums @ weights
 
         def at(params: np.ndarray) -> np.ndarray:
-            root, tie = np.exp(self._design @ params / 2), 2 * np.exp(params[self.log_nu])
-            other = 1 / root
-            share = total / (root + other + tie)
-            found = sums - self.precision[:, None] * (params - centre)
-            found -= self._transposed @ ((root - other) * share) / 2
-            found[self.log_nu] -= tie * share.sum(axis=0)
+            # In place, of (r^2 - 1) / (r^2 + 1 + tie r) with r = exp(d / 2): memory is what takes the time.
+            root = self._design @ params
+            root /= 2
+            np.exp(np.clip(root, -_FARTHEST, _FARTHEST, out=root), out=root)
+            square, tie = root * root, 2 * np.exp(np.minimum(params[self.log_nu], _FARTHEST))
+            share = tie * root
+            share += square
+            share += 1
+            np.divide(total, share, out=share)
+            root *= share
+            square -= 1
+            square *= share
+            found = sums - self.precision[:, None] * (params - centre) - self._transposed @ square / 2
+            found[self.log_nu] -= tie * root.sum(axis=0)
             return np.asarray(found)
 
         return at
@@ -232,7 +241,12 @@ class Tournament:
         raise ArithmeticError(f"a fit of {len(params)} parameters to {weights.sum():g} votes does not converge")
 
     def refit(
-        self, weights: Callable[[slice], np.ndarray], count: int, centre: Float64[np.ndarray, "p r"] | None = None
+        self,
+        weights: Callable[[slice], np.ndarray],
+        count: int,
+        centre: Float64[np.ndarray, "p r"] | None = None,
+        *,
+        exact: bool = False,
     ) -> Float64[np.ndarray, "p r"]:
         """The parameters under other weights of the triples.
 
@@ -240,23 +254,25 @@ class Tournament:
             weights: gives those of a range of the weightings, shape (t, length of the range).
             count: of the weightings, r.
             centre: of the priors, one column for each weighting; all 0 when not given.
+            exact: go on as long as for `fit`; else to a ten thousandth of a standard error.
         """
-        fit = self.fit
+        fit, together = self.fit, max(8, min(128, _NUMBERS // self._design.shape[0]))
         found = np.empty((len(self.precision), count))
         around = np.zeros_like(found) if centre is None else centre
+        end = _EXACT if exact else _NEAR
 
         def work(start: int) -> None:
-            rows = slice(start, min(start + _TOGETHER, count))
+            rows = slice(start, min(start + together, count))
             chosen = weights(rows)
             params = np.repeat(fit.params[:, None], chosen.shape[1], axis=1)
-            params, done = _maximise(self.slope(chosen, around[:, rows]), params, fit.inverse, _NEAR, _ROUNDS)
+            params, done = _maximise(self.slope(chosen, around[:, rows]), params, fit.inverse, end, _ROUNDS)
             # Where little of the whole is left, its curvature is no guide.
             for i in np.flatnonzero(~done):
-                params[:, i] = self._settle(chosen[:, i], around[:, start + i], params[:, i], _NEAR)
+                params[:, i] = self._settle(chosen[:, i], around[:, start + i], params[:, i], end)
             found[:, rows] = params
 
         with ThreadPoolExecutor(min(4, cpu_count() or 1)) as pool:
-            list(pool.map(work, range(0, count, _TOGETHER)))
+            list(pool.map(work, range(0, count, together)))
         return found
 
 
@@ -305,26 +321,24 @@ def _maximise(
         Hager and Zhang, "A New Conjugate Gradient Method with Guaranteed Descent" (2005), section 4.
     """
     kept: deque[tuple[np.ndarray, np.ndarray, np.ndarray]] = deque(maxlen=_MEMORY)
-    # A step that is much too long overflows, compares as no better, and is halved.
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        steep = slope(params)
-        for _ in range(rounds):
-            direction = _direction(steep, kept, inverse)
-            gain = (direction * steep).sum(axis=0)
-            size = (gain > tolerance).astype(float)
-            if not size.any():
+    steep = slope(params)
+    for _ in range(rounds):
+        direction = _direction(steep, kept, inverse)
+        gain = (direction * steep).sum(axis=0)
+        size = (gain > tolerance).astype(float)
+        if not size.any():
+            break
+        for _ in range(_HALVINGS):
+            after = slope(params + size * direction)
+            beyond = ~((direction * after).sum(axis=0) >= -0.8 * gain) & (size > 0)
+            if not beyond.any():
                 break
-            for _ in range(_HALVINGS):
-                after = slope(params + size * direction)
-                beyond = ~((direction * after).sum(axis=0) >= -0.8 * gain) & (size > 0)
-                if not beyond.any():
-                    break
-                size[beyond] /= 2
-            step, change = size * direction, steep - after
-            curvature = (step * change).sum(axis=0)
-            inverted = np.divide(1, curvature, out=np.zeros_like(curvature), where=curvature > 0)
-            kept.append((step, change, inverted))
-            params, steep = params + step, after
+            size[beyond] /= 2
+        step, change = size * direction, steep - after
+        curvature = (step * change).sum(axis=0)
+        inverted = np.divide(1, curvature, out=np.zeros_like(curvature), where=curvature > 0)
+        kept.append((step, change, inverted))
+        params, steep = params + step, after
     return params, size == 0
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -74,7 +75,7 @@ class Uncertainty:
         """How far the interval of each contrast reaches to either side; infinite where nothing is known."""
         if not self.spreads:
             return np.full(len(contrasts), np.inf)
-        widths = [quantile(spread.clusters - 1) * spread.error(contrasts) for spread in self.spreads]
+        widths = [quantile(spread.clusters) * spread.error(contrasts) for spread in self.spreads]
         return np.asarray(np.max(widths, axis=0))
 
     def p_value(self, value: float, contrast: Float64[np.ndarray, " p"]) -> float | None:
@@ -85,9 +86,9 @@ class Uncertainty:
         return max(2 * float(stdtr(degrees, -abs(value) / error)) for error, degrees in errors)
 
 
-def quantile(degrees: float) -> float:
+def quantile(clusters: int) -> float:
     """How many standard errors an interval of `LEVEL` reaches to either side, by Student's distribution."""
-    return float(stdtrit(degrees, (1 + LEVEL) / 2))
+    return float(stdtrit(clusters - 1, (1 + LEVEL) / 2))
 
 
 def uncertainty(
@@ -193,9 +194,9 @@ def clustered_share(
     ends = []
     for variance, clusters in ways:
         if variance > 0:
-            spread = quantile(clusters - 1) ** 2 / min(n, share * (1 - share) / variance)
+            spread = quantile(clusters) ** 2 / min(n, share * (1 - share) / variance)
         else:
-            spread = quantile(math.inf) ** 2 / clusters
+            spread = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2 / clusters
         centre, half = share + spread / 2, math.sqrt(spread * share * (1 - share) + spread**2 / 4)
         ends.append(((centre - half) / (1 + spread), (centre + half) / (1 + spread)))
     # Rounding must not push the estimate out of its own interval.

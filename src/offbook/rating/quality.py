@@ -15,10 +15,13 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
-from offbook.errors import check_settings
+from offbook.errors import check_settings, needs_extra
 from offbook.rating.agreement import repeated
 from offbook.rating.bradley_terry import Comparisons, Tournament
 from offbook.rating.records import Vote
+
+with needs_extra("arena"):
+    from scipy.special import bdtr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +113,7 @@ def streak_p(sides: Sequence[str]) -> float | None:
     if tosses < 1:
         return None
     changes = sum(a != b for a, b in itertools.pairwise(sides))
-    ways = sum(math.comb(tosses, i) for i in range(changes + 1))
-    return ways / (1 << tosses)
+    return float(bdtr(changes, tosses, 0.5))
 
 
 def fit_z(votes: Sequence[Vote]) -> dict[str, float]:

@@ -84,7 +84,7 @@ def _ranking_tables(ranking: Ranking, what: str) -> list[Table]:
             (f"{of.better} > {of.worse}", _text(of.difference), _count(of.votes), _count(of.raters))
             for of in ranking.steps
         )
-        title = "at most how many votes, or raters, turn an order when left out"
+        title = "at most how many votes, or raters, turn an order when left out (-: no number of them)"
         found.append(Table(title=title, head=("order", "difference", "votes", "raters"), rows=steps))
     terms = tuple((of.name, _text(of.value), _p(of.p_value)) for of in (ranking.left, *ranking.style))
     found.append(

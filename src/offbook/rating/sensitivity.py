@@ -21,6 +21,8 @@ from offbook.rating.bradley_terry import Fit
 with needs_extra("arena"):
     from scipy import sparse
 
+_EQUAL = 1e-5
+
 
 def votes_that_flip(fit: Fit, contrasts: Float64[np.ndarray, "q p"]) -> list[int | None]:
     """For each positive difference, at most how many votes have to go to make it negative; None where none suffice.
@@ -70,8 +72,9 @@ def _fewest(fit: Fit, contrasts: np.ndarray, units: Any, copies: np.ndarray) -> 
             np.put_along_axis(taken, order[:, which], part, axis=0)
             return np.asarray(tournament.weights[:, None] - units.T @ taken)
 
-        params = tournament.refit(weights, len(chosen))
-        return np.asarray((contrasts[chosen] * params.T).sum(axis=1) < 0)
+        params = tournament.refit(weights, len(chosen), exact=True)
+        # Without any vote that tells them apart two systems are equal but for rounding, and that is no other order.
+        return np.asarray((contrasts[chosen] * params.T).sum(axis=1) < -_EQUAL)
 
     # The answer is above `low` and, once one number is known to suffice, at most `high`.
     low, high = np.zeros_like(most), most + 1
