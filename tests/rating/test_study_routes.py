@@ -182,20 +182,25 @@ def test_a_vote_is_taken_once_in_time_and_from_whom_it_was_asked(slow_world: Wor
 def test_a_vote_in_80_ms_is_kept_flagged_and_shown_both_ways(slow_world: World, clock: Clock) -> None:
     world = slow_world
     study = world.study(texts(items=4), min_dwell_s=1.0, repeat_rate=0)
-    hasty, careful = world.invite(study, 2)
+    hasty, careful = world.invite(study, 2, kind="human")
+    (script,) = world.invite(study)
     # A page may say what it likes; nobody looks for longer than the pair was out.
     clock_step = {hasty: 0.08, careful: 4.0}
     for token in (hasty, careful):
+        world.ask("POST", "consent", token)
 
         def after_a_while(given, seconds=clock_step[token]):
             clock.seconds += seconds
             return by_number(given)
 
         world.judge(token, after_a_while, dwell_ms=9000)
+    world.judge(script, by_number)
+    kept = {"r0": (80, ["dwell"]), "r1": (4000, []), "r2": (0, [])}
     for vote in world.votes(study):
-        assert (vote["dwell_ms"], vote["excluded"]) == ((80, ["dwell"]) if vote["rater"] == "r0" else (4000, []))
+        assert (vote["dwell_ms"], vote["excluded"]) == kept[vote["rater"]]
     world.own("POST", f"studies/{study}/close")
-    counted, everything = world.ask("GET", f"studies/{study}/stats").json()["groups"]
+    counted, everything, scripts = world.ask("GET", f"studies/{study}/stats").json()["groups"]
+    assert (scripts["kind"], scripts["votes"], scripts["excluded"]) == ("script", 4, {})
     assert (counted["votes"], everything["votes"], counted["excluded"]) == (4, 8, {"dwell": 4})
     page = world.ask("GET", f"/studies/{study}").text
     assert "answered faster than anybody can look" in page

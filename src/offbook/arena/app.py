@@ -17,11 +17,16 @@ from offbook import __version__
 from offbook.arena import trials
 from offbook.arena.database import Database
 from offbook.arena.events import Feed
-from offbook.arena.pages import render
+from offbook.arena.pages import BRAND, NAVIGATION, render
 from offbook.arena.routes import ROUTERS
+from offbook.arena.routes.doors import identify_operator
 from offbook.arena.service import Arena, Settings
+from offbook.rating import page as rating_pages
+from offbook.rating import routes as rating_routes
+from offbook.rating.routes import body_limit
+from offbook.rating.service import Rating
 from offbook.service.pages import static_files
-from offbook.service.web import BODY_LIMIT, RESPONSES, dress
+from offbook.service.web import RESPONSES, dress
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +68,17 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         responses=RESPONSES,
     )
     app.state.arena, app.state.feed = arena, feed
-    for router in ROUTERS:
+    app.state.rating = Rating(
+        database=arena.database,
+        blobs=arena.blobs,
+        identify_owner=identify_operator,
+        brand=BRAND,
+        navigation=NAVIGATION,
+        turnstile=arena.turnstile,
+    )
+    for router in (*ROUTERS, rating_routes.router, rating_pages.router):
         app.include_router(router)
-    app.mount("/static", static_files("offbook.arena.pages"), name="static")
+    app.mount("/static", static_files("offbook.arena.pages", "offbook.rating.page"), name="static")
 
     def count(scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
@@ -94,7 +107,7 @@ async def _tick(arena: Arena, feed: Feed) -> None:
 
 
 def _limit(scope: Scope) -> int | None:
-    return None if scope["method"] == "PUT" else BODY_LIMIT
+    return None if scope["method"] == "PUT" else body_limit(scope)
 
 
 def openapi(settings: Settings) -> str:

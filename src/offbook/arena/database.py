@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from offbook.arena.tables import Table
+from offbook.rating.tables import SCHEMA
 from offbook.service import database
 
 
 class Database(database.Database):
-    """A database with the arena's schema.
+    """A database with the schema of the arena and that of studies.
 
     Example:
         >>> import tempfile
@@ -18,4 +19,4 @@ class Database(database.Database):
         >>> database.close()
     """
 
-    schemas = (database.Schema(metadata=Table.metadata, migrations=Path(__file__).parent / "migrations"),)
+    schemas = (database.Schema(metadata=Table.metadata, migrations=Path(__file__).parent / "migrations"), SCHEMA)

@@ -97,11 +97,19 @@ def _vote(study: Study, row: Any, excluded: Sequence[str]) -> records.Vote:
 
 
 def votes_with_rules(study: Study, votes: Sequence[records.Vote]) -> list[records.Vote]:
-    """The votes with those marked that the study's rules leave out: as it will be when it is closed."""
-    found = apply_rules(votes, Preregistration.model_validate(study.prereg).as_rules())
+    """The votes with those marked that the study's rules leave out: as it will be when it is closed.
+
+    How long somebody looks is asked of people alone: a script is no worse for being fast.
+    """
+    rules = Preregistration.model_validate(study.prereg).as_rules()
+    by_id = {}
+    for people, chosen in ((True, rules), (False, replace(rules, min_dwell_ms=None, max_hasty=None))):
+        of = [vote for vote in votes if (vote.rater_kind == "human") is people]
+        by_id |= {vote.id: vote for vote in apply_rules(of, chosen)}
+    found = [by_id[vote.id] for vote in votes]
     return [
         replace(vote, excluded=(*vote.excluded, "watched"))
-        if study.min_watch and vote.watched is not None and vote.watched < study.min_watch
+        if vote.rater_kind == "human" and vote.watched is not None and vote.watched < study.min_watch
         else vote
         for vote in found
     ]

@@ -1,11 +1,10 @@
-"""Pictures and films that tell nothing of where they come from, and figures of how an output looks.
+"""Pictures and films that tell nothing of where they come from.
 
 A name, a date, a camera or an encoder inside a file would tell a rater what is on which side.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -143,23 +142,6 @@ def _film_features(path: Path) -> dict[str, float]:
     if last is None:
         raise _refusal(path, "a film", "no frame that can be decoded")
     return {"seconds": round(count / rate, 3), "motion": round(total / max(1, count - 1) * rate, 6)}
-
-
-def text_features(text: str) -> dict[str, float]:
-    r"""What gives style away in a text: characters, list entries, headings, words in bold.
-
-    Source: the style control of Chatbot Arena, which counts these in Markdown.
-
-    Example:
-        >>> text_features("# Tea\n- **hot** water\n- leaves")
-        {'characters': 31.0, 'list_entries': 2.0, 'headings': 1.0, 'bold': 1.0}
-    """
-    return {
-        "characters": float(len(text)),
-        "list_entries": float(len(re.findall(r"(?m)^[ \t]{0,12}(?:[-*+]|\d{1,9}[.)])[ \t]", text))),
-        "headings": float(len(re.findall(r"(?m)^ {0,3}#{1,6}[ \t]", text))),
-        "bold": float(len(re.findall(r"\*\*[^*\n]{1,200}\*\*", text))),
-    }
 
 
 def _refusal(source: Path, expected: str, got: str) -> DataError:

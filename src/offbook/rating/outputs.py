@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 
 from offbook.errors import DataError
 from offbook.rating import media
+from offbook.rating.features import text_features
 from offbook.rating.studies import Name, require
 from offbook.rating.tables import Item, Output, Study, System
 from offbook.service.fields import SmallRecord, Text
@@ -133,7 +134,7 @@ def prepare(record: OutputRecord, modality: str, blobs: BlobStore, file: Path | 
                            fix="give what the study compares")  # fmt: skip
     if record.text is not None:
         source = hashlib.sha256(record.text.encode()).hexdigest()
-        features = media.text_features(record.text) | record.features
+        features = text_features(record.text) | record.features
         return Content(text=record.text, media_type="text/plain", size=len(record.text), source=source,
                        features=features)  # fmt: skip
     if file is None:

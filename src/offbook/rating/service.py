@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection
 
-from offbook.rating import records
 from offbook.rating.analysis import Analysis, analyse
 from offbook.rating.exports import export_votes, votes_with_rules
+from offbook.rating.features import telling_features
 from offbook.rating.tables import Assignment, Exclusion, Study, Vote
 from offbook.service.database import Database
 from offbook.service.pages import Navigation
@@ -75,12 +75,6 @@ def analysis_of(session: Session, study: Study) -> Analysis:
         features=telling_features(votes),
         min_dwell_ms=study.prereg["rules"].get("min_dwell_ms"),
     )
-
-
-def telling_features(votes: Sequence[records.Vote]) -> list[str]:
-    """The features in which some two outputs differ; of the others nothing can be learnt."""
-    names = sorted(votes[0].left_features) if votes else []
-    return [name for name in names if any(vote.left_features[name] != vote.right_features[name] for vote in votes)]
 
 
 def _extent(session: Session, study: Study) -> tuple[int, int, int]:

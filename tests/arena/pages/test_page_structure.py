@@ -23,6 +23,7 @@ ROUTES = [
     r"/(submissions|runs|robots)/[^/]+",
     r"/queue",
     r"/submit",
+    r"/studies",
     r"/static/[\w.]+",
     r"/v1/(benchmarks|leaderboard/[^/]+|submissions/[^/]+|blobs/\w+)",
     r"",

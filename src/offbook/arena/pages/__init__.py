@@ -16,7 +16,12 @@ from jinja2 import Environment
 from offbook.service.pages import environment, words
 
 BRAND = "arena"
-NAVIGATION = (("/", "Benchmarks", "index"), ("/queue", "Queue", "queue"), ("/submit", "Take part", "submit"))
+NAVIGATION = (
+    ("/", "Benchmarks", "index"),
+    ("/queue", "Queue", "queue"),
+    ("/studies", "Studies", "studies"),
+    ("/submit", "Take part", "submit"),
+)
 
 
 def render(name: str, view: Mapping[str, Any], **context: Any) -> str:

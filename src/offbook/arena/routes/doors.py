@@ -50,3 +50,10 @@ def needs(scope: str) -> Callable[[Principal], Principal]:
         return who
 
     return check
+
+
+async def identify_operator(connection: HTTPConnection) -> str:
+    """The operator's name: who makes studies of runs and sees those that are open."""
+    who = await identify(connection)
+    who.require("admin")
+    return who.user
