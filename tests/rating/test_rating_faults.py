@@ -133,10 +133,12 @@ def soak(folder: Path, cli, *, items: int, judges: int, kills: int, every: float
         for _ in range(kills):
             time.sleep(every)
             served.kill()
+            before = sum(len(judge.acknowledged) for judge in crew)
             served.start()
         for judge in crew:
             judge.join(240)
     assert served.kills == kills + 1
+    assert 0 < before < sum(len(judge.acknowledged) for judge in crew), "nobody voted before or after the last kill"
     assert [judge.complaint for judge in crew if judge.complaint] == []
     return crew
 
