@@ -185,8 +185,13 @@ def test_parts_that_nothing_links_are_named_and_not_ordered(votes):
 def test_names_that_nobody_knows_are_refused(votes):
     with pytest.raises(ConfigError, match="anchor: expected a system of the study, got 's01'; did you mean 's001'"):
         analyse(votes, anchor="s01")
-    with pytest.raises(ConfigError, match="features: expected names that the votes have, got 'length'"):
+    with pytest.raises(ConfigError, match="got vote '000000' without 'length'; measure all outputs"):
         analyse(votes, features=("length",))
+    some = [replace(vote, left_features={"words": 1}, right_features={"words": 2}) for vote in votes[:9]]
+    with pytest.raises(ConfigError, match="without 'word'; did you mean 'words'"):
+        analyse(some, features=("word",))
+    with pytest.raises(ConfigError, match="got vote '000009' without 'words'; measure all outputs"):
+        analyse([*some, *votes[9:]], features=("words",))
     with pytest.raises(DataError, match="study"):
         analyse([votes[0], replace(votes[1], study="t")])
 

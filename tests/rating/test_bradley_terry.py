@@ -99,6 +99,6 @@ def test_a_thousand_refits_take_ten_seconds_at_most():
     drawn = rng.multinomial(15, np.full(15, 1 / 15), size=1000).astype(float)
     began = time.process_time()
     params = field.refit(lambda rows: counts @ drawn[rows].T, 1000)
-    # Processor time of all threads; two cores take half.
-    assert time.process_time() - began < 20
+    # Processor time of all threads, so that a busy machine tells the same.
+    assert time.process_time() - began < 10
     assert np.isfinite(params).all()

@@ -181,11 +181,14 @@ def _check_names(votes: Sequence[Vote], anchor: str | None, features: Sequence[s
     systems = {name for vote in votes for name in (vote.left, vote.right)}
     if anchor is not None and votes and anchor not in systems:
         raise ConfigError("anchor", expected="a system of the study", got=repr(anchor), fix=nearest(anchor, systems))
-    known = set(votes[0].left_features) if votes else set(features)
+    ranked = [vote for vote in votes if vote.pair_kind == "real" and vote.choice != "skip"]
+    known = {name for vote in ranked for name in vote.left_features}
     for name in features:
-        if name not in known:
-            fix = nearest(name, known) if known else "export the votes with the features of their outputs"
-            raise ConfigError("features", expected="names that the votes have", got=repr(name), fix=fix)
+        lacking = next((vote.id for vote in ranked if name not in vote.left_features), None)
+        if lacking is not None:
+            fix = "measure all outputs" if name in known or not known else nearest(name, known)
+            got = f"vote {lacking!r} without {name!r}"
+            raise ConfigError("features", expected="names that all votes on real pairs have", got=got, fix=fix)
 
 
 def _group(

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from offbook.errors import needs_extra
+from offbook.errors import DataError, needs_extra
 from offbook.rating.records import Vote
 
 with needs_extra("arena"):
@@ -238,7 +238,8 @@ class Tournament:
             params = found[:, 0]
             if done.all():
                 return params
-        raise ArithmeticError(f"a fit of {len(params)} parameters to {weights.sum():g} votes does not converge")
+        got = f"{len(params)} parameters for {weights.sum():g} votes on which it does not"
+        raise DataError("ratings", expected="a fit that comes to an end", got=got, fix="leave out features or systems")
 
     def refit(
         self,

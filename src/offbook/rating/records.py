@@ -6,7 +6,6 @@ A file has one JSON object a line: the fields of `Vote`, and `schema`, the versi
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ RaterKind = Literal["human", "llm", "script"]
 Choice = Literal["left", "right", "tie", "both_bad", "skip"]
 
 SCHEMA = 1
+_MOST = 1e300
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,7 +148,8 @@ def _is_utc(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # Comparing copes with integers that no float holds, and leaves NaN out.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST <= value <= _MOST
 
 
 def _are_features(value: Any) -> bool:
@@ -177,7 +178,10 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "pair_kind": _among(get_args(PairKind)),
     "rater_kind": _among(get_args(RaterKind)),
     "choice": _among(get_args(Choice)),
-    "dwell_ms": (lambda value: value is None or (type(value) is int and value >= 0), "milliseconds >= 0, or null"),
+    "dwell_ms": (
+        lambda value: value is None or (type(value) is int and 0 <= value < 2**53),
+        "milliseconds >= 0, or null",
+    ),
     "watched": (lambda value: value is None or (_is_number(value) and 0 <= value <= 1), "a share in [0, 1], or null"),
     "created": (_is_utc, 'a time in UTC such as "2026-01-31T12:00:00+00:00"'),
 }
@@ -251,7 +255,7 @@ def check_votes(votes: Sequence[Vote], places: Sequence[str] | None = None) -> N
     """Refuses votes that contradict one another.
 
     One study; each id once; a rater of one kind and cohort; an item in one cluster; a pair of one kind about one item
-    and two systems; the same names of features throughout.
+    and two systems.
 
     Args:
         votes: in any order.
@@ -283,7 +287,6 @@ def check_votes(votes: Sequence[Vote], places: Sequence[str] | None = None) -> N
         agree("item", vote.item, vote.cluster, place)
         about = (vote.pair_kind, vote.item, *sorted((vote.left, vote.right)), vote.expected, vote.repeat_of)
         agree("pair", vote.pair, about, place)
-        agree("features", "", tuple(sorted(vote.left_features)), place)
 
 
 def write_votes(path: Path | str, votes: Iterable[Vote]) -> None:
