@@ -120,7 +120,9 @@ def test_somebody_elses_votes_are_shown_like_ones_own(tmp_path: Path, cli, world
         world.judge(token, by_number, note="n", reasons=["clear"])
     world.own("POST", f"studies/{study}/close")
     votes = tmp_path / "votes.jsonl"
-    votes.write_text("".join(json.dumps(vote) + "\n" for vote in world.votes(study)))
+    given = world.votes(study)
+    given[0]["left_features"] = given[0]["right_features"] = {"characters": 6.0}  # others have more
+    votes.write_text("".join(json.dumps(vote) + "\n" for vote in given))
     folder = tmp_path / "rating"
     made = cli(["rating", "import", str(votes), "--folder", str(folder), "--name", "theirs", "--json"])
     assert json.loads(made.stdout)["state"] == "closed", made.stderr

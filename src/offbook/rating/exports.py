@@ -102,7 +102,7 @@ def votes_with_rules(study: Study, votes: Sequence[records.Vote]) -> list[record
     How long somebody looks is asked of people alone: a script is no worse for being fast.
     """
     rules = Preregistration.model_validate(study.prereg).as_rules()
-    by_id = {}
+    by_id: dict[str, records.Vote] = {}
     for people, chosen in ((True, rules), (False, replace(rules, min_dwell_ms=None, max_hasty=None))):
         of = [vote for vote in votes if (vote.rater_kind == "human") is people]
         by_id |= {vote.id: vote for vote in apply_rules(of, chosen)}
@@ -153,6 +153,7 @@ class _Import:
         self._made: dict[tuple[int, int, str], Pair] = {}
         self._raters: dict[str, Rater] = {}
         self._shown: dict[str, int] = {}
+        self._features: set[str] = set()
 
     def take(self, votes: Sequence[records.Vote]) -> None:
         """Adds all of them."""
@@ -161,6 +162,8 @@ class _Import:
             if any(len(name) > 200 for name in names) or "\0" in "".join((*names, *vote.reasons, vote.note)):
                 raise RefusedError(422, "bad_vote", f"vote {vote.id!r}", expected="names of at most 200 characters",
                                    got="a longer one, or one with a NUL", fix="shorten it")  # fmt: skip
+        # A feature that some outputs lack is of no use for comparing.
+        self._features = set.intersection(*(set(vote.left_features) for vote in votes))
         # What is repeated comes before its repeats.
         for vote in sorted(votes, key=lambda vote: vote.pair_kind == "repeat"):
             self._pairs[vote.pair] = self._pair(vote, vote.pair_kind)
@@ -211,7 +214,8 @@ class _Import:
                 system = self._systems[name] = self._keep(System(study_id=self._study.id, name=name, meta={}))
             output = Output(
                 item_id=item.id, system_id=system.id, gold=None, text="", opaque=None, sha256=None,
-                media_type="text/plain", size=0, source="", features=dict(features),
+                media_type="text/plain", size=0, source="",
+                features={key: features[key] for key in self._features},
             )  # fmt: skip
             self._outputs[vote.item, name] = self._keep(output)
         return self._outputs[vote.item, name]

@@ -26,6 +26,9 @@ def text_features(text: str) -> dict[str, float]:
 
 
 def telling_features(votes: Sequence[Vote]) -> list[str]:
-    """The features in which some two outputs differ; of the others nothing can be learnt."""
-    names = sorted(votes[0].left_features) if votes else []
-    return [name for name in names if any(vote.left_features[name] != vote.right_features[name] for vote in votes)]
+    """The features that all votes on real pairs have and in which some outputs differ: those that can explain them."""
+    ranked = [vote for vote in votes if vote.pair_kind == "real" and vote.choice != "skip"]
+    names = set.intersection(*(set(vote.left_features) for vote in ranked)) if ranked else set()
+    return [
+        name for name in sorted(names) if any(vote.left_features[name] != vote.right_features[name] for vote in ranked)
+    ]

@@ -28,7 +28,7 @@ MOST_OUTPUTS = 50_000
 FILE_BYTES = 64 << 20
 LONGEST_TEXT = 1_000_000
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e300, le=1e300)]
 
 
 class OutputRecord(BaseModel):

@@ -201,7 +201,7 @@ class Vote(Table):
     choice: Mapped[str]
     reasons: Mapped[list[Any]]
     note: Mapped[str] = mapped_column(Text)
-    dwell_ms: Mapped[int | None]
+    dwell_ms: Mapped[int | None] = mapped_column(BigInteger)
     watched: Mapped[float | None]
     client_ms: Mapped[int | None] = mapped_column(BigInteger)
     created: Mapped[float]

@@ -135,7 +135,7 @@ def _judgements() -> None:
         _word("choice"),
         _json("reasons"),
         _text("note"),
-        sa.Column("dwell_ms", sa.Integer()),
+        sa.Column("dwell_ms", sa.BigInteger()),
         _real("watched", nullable=True),
         sa.Column("client_ms", sa.BigInteger()),
         _real("created"),
