@@ -5,7 +5,7 @@ Real pairs go round evenly, or where a vote tells most; known answers and repeat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,7 +87,7 @@ def choose(
     plan: Plan,
     rater: int,
     own: Sequence[Shown],
-    pairs: Iterable[Candidate],
+    pairs: Sequence[Candidate],
     answers: Mapping[int, int],
     tallies: Mapping[tuple[int, int], Tally] | None = None,
 ) -> tuple[int, bool] | None:
@@ -109,8 +109,8 @@ def choose(
         >>> choose(Plan(seed=0), 0, [Shown(1, True, "voted")], pairs, {1: 3})[0]
         2
     """
-    pairs, seen = list(pairs), {shown.pair for shown in own}
-    k, kinds = len(own), {pair.id: pair.kind for pair in pairs}
+    k, seen = len(own), {shown.pair for shown in own}
+    kinds = {pair.id: pair.kind for pair in pairs if pair.id in seen}
     real = [pair for pair in pairs if pair.kind == "real" and pair.id not in seen]
     if plan.policy == "balanced":
         real = [pair for pair in real if answers.get(pair.id, 0) < plan.raters_per_pair]

@@ -34,6 +34,7 @@ from offbook.service.web import BODY_LIMIT
 
 PREFIX = "/api/rating/v1"
 UPLOAD_BYTES = 512 << 20
+RECORD_BYTES = 64 << 20
 MOST_FILES = 1000
 
 router = APIRouter(prefix=PREFIX, tags=["rating"])
@@ -181,8 +182,11 @@ async def add_outputs(request: Request, study: str, owner: Owner) -> dict[str, i
             return found.modality
 
     modality = await run_in_threadpool(look)
-    async with request.form(max_files=MOST_FILES, max_part_size=UPLOAD_BYTES) as form:
+    async with request.form(max_files=MOST_FILES, max_part_size=RECORD_BYTES) as form:
         head = form.get("records")
+        if isinstance(head, UploadFile) and (head.size or 0) > RECORD_BYTES:
+            raise RefusedError(413, "too_large", "records", expected=f"at most {RECORD_BYTES} bytes",
+                               got=str(head.size), fix="send them in several parts")  # fmt: skip
         lines = await head.read() if isinstance(head, UploadFile) else (head or "").encode(errors="replace")
         files = [part for part in form.getlist("files") if isinstance(part, UploadFile)]
         async with rating.cleaning:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,16 +141,7 @@ def _require_open(study: Study) -> None:
 
 
 def _choose(session: Session, study: Study, rater: Rater, shown: list[Shown]) -> tuple[int, bool] | None:
-    a, b, twin = aliased(Output), aliased(Output), aliased(Pair)
-    found = session.execute(
-        select(Pair.id, Pair.kind, a.system_id, b.system_id, twin.id)
-        .join(a, a.id == Pair.a_id)
-        .join(b, b.id == Pair.b_id)
-        .outerjoin(twin, twin.repeat_of == Pair.id)
-        .where(Pair.study_id == study.id)
-        .order_by(Pair.id)
-    )
-    pairs = [Candidate(pair, kind, (first, second), repeat) for pair, kind, first, second, repeat in found]
+    pairs = _pairs(session, study)
     # Kinds are never pooled: each pair gets its answers from people, whatever machines said of it.
     counted = (
         select(Assignment.pair_id, func.count(Assignment.id))
@@ -168,7 +160,31 @@ def _choose(session: Session, study: Study, rater: Rater, shown: list[Shown]) ->
     return choose(plan, rater.n, shown, pairs, answers, tallies)
 
 
-def _tallies(session: Session, study: Study, kind: str, pairs: list[Candidate]) -> dict[tuple[int, int], Tally]:
+_remembered: OrderedDict[tuple[Any, ...], tuple[Candidate, ...]] = OrderedDict()
+
+
+def _pairs(session: Session, study: Study) -> tuple[Candidate, ...]:
+    """The pairs of a study, which never change once it is open, and which every rater asks for each time."""
+    key = (session.get_bind().engine.url, study.id, study.opened)
+    pairs = _remembered.get(key)
+    if pairs is None:
+        a, b, twin = aliased(Output), aliased(Output), aliased(Pair)
+        found = session.execute(
+            select(Pair.id, Pair.kind, a.system_id, b.system_id, twin.id)
+            .join(a, a.id == Pair.a_id)
+            .join(b, b.id == Pair.b_id)
+            .outerjoin(twin, twin.repeat_of == Pair.id)
+            .where(Pair.study_id == study.id)
+            .order_by(Pair.id)
+        )
+        pairs = tuple(Candidate(pair, kind, (one, two), repeat) for pair, kind, one, two, repeat in found)
+        _remembered[key] = pairs
+        while len(_remembered) > 8:
+            _remembered.popitem(last=False)
+    return pairs
+
+
+def _tallies(session: Session, study: Study, kind: str, pairs: Sequence[Candidate]) -> dict[tuple[int, int], Tally]:
     """What raters of a kind answered about each two systems."""
     favours_a = case((Vote.choice == "left", Assignment.left_is_a), else_=~Assignment.left_is_a)
     points = case((Vote.choice.in_(("tie", "both_bad")), 0.5), (favours_a, 1.0), else_=0.0)
