@@ -89,7 +89,7 @@ def test_a_person_judges_texts_by_keyboard(world: World, page: Page) -> None:
             page.get_by_text("Add a note").click()
             page.get_by_label("Note").fill("b s 1 ←")
             page.keyboard.press("ArrowDown")  # inside the note it is only a key
-            page.locator("#question").focus()
+            page.locator("#title").focus()
         page.keyboard.press(key)
         until(page, f"document.getElementById('count').textContent !== '{number}'")
     expect(page.get_by_role("heading", name="Thank you")).to_be_visible()
@@ -125,12 +125,12 @@ def test_films_run_together_and_must_be_watched(world: World, page: Page, tmp_pa
         assert not any(word in source for word in ("quick", "slow", "scene", ".mp4"))
     page.keyboard.press("ArrowLeft")
     page.locator("#scrub").fill("900")  # jumping is not watching
-    page.locator("#question").focus()
+    page.locator("#title").focus()
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#status")).to_contain_text("Watch both videos")
     page.locator("#scrub").fill("0")
     page.locator('[data-speed="2"]').click()
-    page.locator("#question").focus()
+    page.locator("#title").focus()
     page.keyboard.press("Space")
     until(page, "Math.max(...[...document.querySelectorAll('video')].map(film => film.currentTime)) > 0.5")
     first, second = page.locator("video").evaluate_all("films => films.map(film => film.currentTime)")

@@ -30,14 +30,17 @@
     return record;
   };
 
-  const only = (part) => { for (const id of ["message", "welcome", "pair"]) $(id).hidden = id !== part; };
+  const only = (part, title) => {
+    for (const id of ["message", "welcome", "pair"]) $(id).hidden = id !== part;
+    $("main").dataset.part = part;
+    $("title").textContent = title;
+    $("title").focus({ preventScroll: true });
+  };
   const tell = (title, text, again) => {
-    only("message");
-    $("message-title").textContent = title;
+    only("message", title);
     $("message-text").textContent = text;
     $("again").hidden = !again;
     $("again").onclick = again || null;
-    $("message-title").focus();
   };
   const say = (text, wrong) => {
     if ($("status").textContent !== text) $("status").textContent = text;
@@ -176,7 +179,7 @@
 
   const show = async (given) => {
     pair = given;
-    only("pair");
+    only("pair", study.question);
     [films, shown, dwell, shownAt, sending] = [[], [], 0, 0, false];
     chosen = new Set();
     $("note").value = "";
@@ -200,7 +203,6 @@
       old.replaceWith(place);
       if (text) showText(place, given[side].text);
     }
-    $("question").focus({ preventScroll: true });
     scrollTo(0, 0);
     watch();
     if (!text) {
@@ -276,7 +278,6 @@
     study = told;
     document.title = told.question;
     $("noun").textContent = { text: "texts", image: "pictures", video: "videos", rollout: "videos of a robot" }[told.modality];
-    $("asked").textContent = $("question").textContent = told.question;
     for (const part of document.querySelectorAll("[data-option]")) part.hidden = !told.options.includes(part.dataset.option);
     for (const part of document.querySelectorAll("[data-film]")) part.hidden = !["video", "rollout"].includes(told.modality);
     for (const part of document.querySelectorAll("[data-reasons]")) part.hidden = !told.reasons.length;
@@ -310,7 +311,7 @@
       prepare(await ask("invitation"));
       if (study.state === "closed") stumble(new Refusal(410, { error: "study_closed" }));
       else if (study.consented) await advance();
-      else { only("welcome"); $("asked").focus(); }
+      else only("welcome", study.question);
     } catch (error) {
       stumble(error, start);
     }
