@@ -17,7 +17,7 @@ BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MODULES = sorted(
     info.name
     for info in pkgutil.walk_packages(offbook.__path__, "offbook.")
-    if not info.name.startswith("offbook.arena.migrations")
+    if ".migrations" not in info.name
 )
 
 

@@ -208,6 +208,8 @@ def test_wrong_use_is_one_sentence(tmp_path: Path, cli, monkeypatch, words, code
     assert (outcome.exit_code, outcome.stdout) == (code, "")
     assert named in outcome.stderr
     assert outcome.stderr.strip().splitlines()[-1].startswith("offbook: ")
+    # Only outputs that can be read make a new folder.
+    assert (tmp_path / "rating").exists() == (named in ("the file '../secret.png'", "a text in a study of images"))
 
 
 def test_serve_makes_a_folder_tells_the_token_once_and_answers(tmp_path: Path, cli) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from offbook.rating.outputs import OutputRecord
+    from offbook.rating.records import Vote
+    from offbook.rating.studies import Design
     from offbook.rating.tables import Study
     from offbook.service.database import Database
     from offbook.service.storage import BlobStore
+
+    _Bring = Callable[[Database, BlobStore], dict[str, Any]]
 
 _FOLDER, _URL = Path("rating"), "http://127.0.0.1:8001"
 _KINDS = {
@@ -121,29 +126,30 @@ def import_outputs(
     """
     with needs_extra("arena"):
         from offbook.rating import studies
-    if (source is None) == (runs is None):
-        got = "neither" if source is None else "both"
-        raise ConfigError("source", expected="a source, or --runs", got=got, fix="give one of them")
+    if not 0 <= raters <= studies.MOST_RATERS:
+        expected = f"0 to {studies.MOST_RATERS}"
+        raise ConfigError("--raters", expected=expected, got=str(raters), fix="change --raters")
+    wanted = {"question": question, "name": name, "modality": modality, "anchor": anchor, **_design(design)}
+    # What cannot be read leaves no new folder behind.
+    bring = _reading(source, runs, folder, wanted)
     with _opened(folder, make=True) as (database, blobs):
-        if runs is not None:
-            done = _import_runs(folder, database, blobs, runs, question=question, name=name)
-        elif source is not None and _holds_votes(source):
-            done = _import_votes(database, source, question=question, name=name, anchor=anchor)
-        elif source is not None:
-            chosen = {"question": question, "name": name, "modality": modality, "anchor": anchor, **_design(design)}
-            done = _import_outputs(database, blobs, source, chosen)
+        done = bring(database, blobs)
         with database.write() as session:
             study = studies.find(session, done["study"], lock=True)
             if open and study.state == "draft":
                 done["pairs"] = studies.open_study(session, study)["real"]
-            links = [f"{url.rstrip('/')}/rate#{row['token']}" for row in _invite(session, study, raters, kind)]
+            made = studies.invite(session, study, raters, kind) if raters else []
+            links = [f"{url.rstrip('/')}/rate#{row['token']}" for row in made]
             done |= {"state": study.state, "name": study.name}
-    text = f"Study {done['study']} ({done['name']}) is {done['state']}: " + ", ".join(
-        f"{count} {what}" for what, count in done.items() if isinstance(count, int) and what != "study"
-    )
+    return Report(text=_told(done, links), data=done | {"invitations": links})
+
+
+def _told(done: Mapping[str, Any], links: list[str]) -> str:
+    parts = [f"{count} {what}" for what, count in done.items() if isinstance(count, int) and what != "study"]
+    text = f"Study {done['study']} ({done['name']}) is {done['state']}: {', '.join(parts)}"
     if links:
         text += "\n\nOne link for each rater, shown this once:\n\n" + "\n".join(f"  {link}" for link in links)
-    return Report(text=text, data=done | {"invitations": links})
+    return text
 
 
 def export(
@@ -272,15 +278,6 @@ def _find(session: Any, wanted: str) -> Study:
     return studies.find(session, int(wanted) if named is None else named)
 
 
-def _invite(session: Any, study: Study, count: int, kind: str) -> list[dict[str, Any]]:
-    from offbook.rating import studies
-
-    if not 0 <= count <= studies.MOST_RATERS:
-        got, expected = str(count), f"0 to {studies.MOST_RATERS}"
-        raise ConfigError("--raters", expected=expected, got=got, fix="change --raters")
-    return studies.invite(session, study, count, kind) if count else []
-
-
 def _design(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -305,40 +302,54 @@ def _holds_votes(source: Path) -> bool:
     return isinstance(first, dict) and {"choice", "left", "right"} <= first.keys()
 
 
-def _import_votes(database: Database, source: Path, *, question: str, name: str, anchor: str) -> dict[str, Any]:
+def _reading(source: Path | None, runs: tuple[int, int] | None, folder: Path, wanted: dict[str, Any]) -> _Bring:
+    """Reads what is brought, and gives what takes it into a service."""
+    if (source is None) == (runs is None):
+        got = "neither" if source is None else "both"
+        raise ConfigError("source", expected="a source, or --runs", got=got, fix="give one of them")
+    if source is None and not (folder / "arena.json").exists():
+        raise ConfigError("--runs", expected="--folder of an arena", got=str(folder), fix="name the arena's folder")
+    if source is None:
+        return partial(_take_runs, folder / "cache", runs, wanted)
+    if _holds_votes(source):
+        from offbook.rating.records import read_votes
+
+        return partial(_take_votes, read_votes(source), wanted)
+    from offbook.rating import studies
+
+    base, records = _read_outputs(source)
+    wanted["name"] = wanted["name"] or source.resolve().stem
+    wanted["modality"] = wanted["modality"] or _modality(records)
+    return partial(_take_outputs, base, records, studies.design(**wanted))
+
+
+def _take_runs(cache: Path, runs: Any, wanted: dict[str, Any], database: Database, blobs: BlobStore) -> dict[str, Any]:
+    from offbook.arena.comparisons import study_of_runs
+
+    chosen = {"question": wanted["question"], "name": wanted["name"]}
+    return study_of_runs(database, blobs, cache, "operator", *runs, **chosen)
+
+
+def _take_votes(votes: Sequence[Vote], wanted: dict[str, Any], database: Database, blobs: BlobStore) -> dict[str, Any]:
     from dataclasses import replace
 
     from offbook.rating.exports import import_votes
-    from offbook.rating.records import read_votes
 
-    votes = read_votes(source)
-    if name:
-        votes = [replace(vote, study=name) for vote in votes]
+    if wanted["name"]:
+        votes = [replace(vote, study=wanted["name"]) for vote in votes]
     with database.write() as session:
-        study = import_votes(session, "import", votes, question=question, anchor=anchor)
+        study = import_votes(session, "import", votes, question=wanted["question"], anchor=wanted["anchor"])
         return {"study": study.id, "votes": len(votes)}
 
 
-def _import_runs(
-    folder: Path, database: Database, blobs: BlobStore, runs: tuple[int, int], *, question: str, name: str
+def _take_outputs(
+    base: Path, records: Sequence[OutputRecord], design: Design, database: Database, blobs: BlobStore
 ) -> dict[str, Any]:
-    if not (folder / "arena.json").exists():
-        raise ConfigError("--runs", expected="--folder of an arena", got=str(folder), fix="name the arena's folder")
-    from offbook.arena.comparisons import study_of_runs
-
-    return study_of_runs(database, blobs, folder / "cache", "operator", *runs, question=question, name=name)
-
-
-def _import_outputs(database: Database, blobs: BlobStore, source: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     from sqlalchemy import select
 
     from offbook.rating import outputs, studies
     from offbook.rating.tables import Study
 
-    base, records = _read_outputs(source)
-    wanted["name"] = wanted["name"] or source.resolve().stem
-    wanted["modality"] = wanted["modality"] or _modality(records)
-    design = studies.design(**wanted)
     prepared = [
         (record, outputs.prepare(record, design.modality, blobs, _file(base, record)))
         for record in track(records, "outputs")

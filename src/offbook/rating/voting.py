@@ -247,7 +247,8 @@ def vote(session: Session, rater: Rater, number: int, answer: Answer) -> dict[st
     if assignment.rater_id != rater.id or assignment.n != number:
         raise RefusedError(403, "not_yours", f"assignment {number}", expected="one that was given to you",
                            got="the nonce of another", fix="ask for the next pair")  # fmt: skip
-    study = session.get_one(Study, assignment.study_id)
+    # Many may vote at once, but nobody while the study is being closed.
+    study = session.get_one(Study, assignment.study_id, with_for_update={"read": True})
     _check_offered(study, answer)
     if assignment.state in ("voted", "skipped"):
         return _repeated(session, assignment, answer)
