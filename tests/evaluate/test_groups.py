@@ -73,7 +73,7 @@ class Guesser(Scripted):
 
     def __init__(self):
         super().__init__()
-        self.rngs = {}
+        self.rngs, self.dropped = {}, 0
 
     def reset(self, sessions, prompts):
         super().reset(sessions, prompts)
@@ -275,6 +275,25 @@ def test_retry_value_is_of_the_same_groups():
     ):
         with pytest.raises(ConfigError, match=f"retry value of 'x' over 'single': expected the same {what}"):
             retry_value(made(), made(single.returns, policy="single", **changed))
+
+
+class Cramped(Searcher):
+    """Has room for two trials."""
+
+    def press(self, session, state):
+        self.dropped += int(state[1] >= 2 and state[2] == 0)
+        return super().press(session, state)
+
+
+def test_trials_that_went_out_of_view_are_counted():
+    policy = Cramped()
+    policy.dropped = 100
+    found = evaluate_trials(NAME, policy, trials=4, groups=3, foreign=True)
+    assert found.dropped == 2 * 3
+    assert ["trials that went out of view", "6", "0"] in group_rows({"cramped": found, "made": made()})[1]
+    again = Groups.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.to_json() == found.to_json()
+    assert "trials that went out of view" not in dict(map(tuple, (row[:2] for row in group_rows({"m": made()})[1])))
 
 
 def test_rows_tell_of_how_many_the_maximum_is():
