@@ -73,7 +73,7 @@ class Guesser(Scripted):
 
     def __init__(self):
         super().__init__()
-        self.rngs, self.dropped = {}, 0
+        self.rngs, self.dropped, self.cut = {}, 0, 0
 
     def reset(self, sessions, prompts):
         super().reset(sessions, prompts)
@@ -282,6 +282,7 @@ class Cramped(Searcher):
 
     def press(self, session, state):
         self.dropped += int(state[1] >= 2 and state[2] == 0)
+        self.cut += int(state[1] == 1)
         return super().press(session, state)
 
 
@@ -289,11 +290,12 @@ def test_trials_that_went_out_of_view_are_counted():
     policy = Cramped()
     policy.dropped = 100
     found = evaluate_trials(NAME, policy, trials=4, groups=3, foreign=True)
-    assert found.dropped == 2 * 3
-    assert ["trials that went out of view", "6", "0"] in group_rows({"cramped": found, "made": made()})[1]
+    assert (found.dropped, found.cut) == (2 * 3, 3 * 3)
+    rows = group_rows({"cramped": found, "made": made()})[1]
+    assert rows[-2:] == [["trials that went out of view", "6", "0"], ["steps that went out of view", "9", "0"]]
     again = Groups.from_json(json.loads(json.dumps(found.to_json())))
     assert again.to_json() == found.to_json()
-    assert "trials that went out of view" not in dict(map(tuple, (row[:2] for row in group_rows({"m": made()})[1])))
+    assert not any("out of view" in row[0] for row in group_rows({"made": made()})[1])
 
 
 def test_rows_tell_of_how_many_the_maximum_is():

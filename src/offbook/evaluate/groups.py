@@ -50,9 +50,11 @@ class RecallingPolicy(Policy, Protocol):
 
     Attributes:
         dropped: whole trials that went out of its view so far, since it had no room for more.
+        cut: steps that did so, of trials longer than all its room.
     """
 
     dropped: int
+    cut: int
 
     def recall(self, session: str, trials: Sequence[Trial]) -> None:
         """Takes earlier trials, the oldest first, as if it had lived them in this session, which was just reset."""
@@ -89,6 +91,7 @@ class Groups:
     foreign: Float64[np.ndarray, " groups"] | None = None
     fresh: Float64[np.ndarray, "groups fresh"] | None = None
     dropped: int = 0
+    cut: int = 0
     summary: Mapping[str, Interval] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +118,7 @@ class Groups:
             "foreign": None if self.foreign is None else self.foreign.tolist(),
             "fresh": None if self.fresh is None else self.fresh.tolist(),
             "dropped": self.dropped,
+            "cut": self.cut,
         }
 
     @classmethod
@@ -129,6 +133,7 @@ class Groups:
             seeds=tuple(record["seeds"]), returns=np.asarray(record["returns"], np.float64),
             steps=np.asarray(record["steps"], np.int64), foreign=array("foreign"), fresh=array("fresh"),
             successes=None if record["successes"] is None else tuple(record["successes"]), dropped=record["dropped"],
+            cut=record["cut"],
         )  # fmt: skip
 
 
@@ -235,8 +240,10 @@ def group_rows(groups: Mapping[str, Groups]) -> tuple[list[str], list[list[str]]
             shown = [some.summary.get(measure) if n in (None, some.trials) else None for some in groups.values()]
             if any(shown):
                 rows.append([label.format(n=n), *("-" if interval is None else str(interval) for interval in shown)])
-    if any(some.dropped for some in groups.values()):
-        rows.append(["trials that went out of view", *(str(some.dropped) for some in groups.values())])
+    for what, name in (("trials", "dropped"), ("steps", "cut")):
+        lost = [getattr(some, name) for some in groups.values()]
+        if any(lost):
+            rows.append([f"{what} that went out of view", *map(str, lost)])
     return ["return", *groups], rows
 
 
@@ -290,9 +297,9 @@ def evaluate_trials(
         max_steps=max_steps,
         observation=policy.meta.observation,
     )
-    before = _dropped(policy)
+    before = _out_of_view(policy)
     own, successes = rounds.play(policy, range(trials), f"evaluating {policy.meta.name}")
-    dropped = _dropped(policy) - before
+    dropped, cut = (now - then for now, then in zip(_out_of_view(policy), before, strict=True))
     again = None
     if isinstance(policy, RecallingPolicy) and foreign:
         earlier = {str(seed): own[(i + 1) % groups][:-1] for i, seed in enumerate(rounds.seeds)}
@@ -312,11 +319,12 @@ def evaluate_trials(
         foreign=None if again is None else _returns(again)[:, 0],
         fresh=None if apart is None else _returns(apart),
         dropped=dropped,
+        cut=cut,
     )
 
 
-def _dropped(policy: Policy) -> int:
-    return policy.dropped if isinstance(policy, RecallingPolicy) else 0
+def _out_of_view(policy: Policy) -> tuple[int, int]:
+    return (policy.dropped, policy.cut) if isinstance(policy, RecallingPolicy) else (0, 0)
 
 
 def _check_counts(**counts: int) -> None:
