@@ -1,4 +1,4 @@
-"""`offbook policy serve` and `policy check`: a policy that plays for an arena, and its dry run at home."""
+"""`offbook policy serve`, `bridge` and `check`: a policy that plays for an arena, and its dry run at home."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -17,6 +17,9 @@ from offbook.cli.report import Report, table
 from offbook.client.protocol import Policy
 from offbook.errors import ConfigError, OffbookError, needs_extra
 from offbook.runs.checkpoint import read_header
+
+if TYPE_CHECKING:
+    from offbook.robots.base import Robot
 
 _POLICIES = "a run folder or checkpoint, perhaps with :ROLE, expert, expert:GRADE, random, or MODULE:NAME"
 
@@ -54,10 +57,13 @@ def serve(
         offbook policy serve my_policies:make_policy --url https://arena.example --submission 3f9c2a
         offbook policy serve expert:0.5 --task offbook:pour --submission 3f9c2a --once
     """
+    return play(find_policy(target, task, seed), url, read_token(token_file), submission, images, once)
+
+
+def play(policy: Policy, url: str, token: str, submission: str, images: str | None, once: bool) -> Report:
+    """Plays the trials of a submission, with a line on stderr for each thing that happens."""
     from offbook.client.serve import serve_policy
 
-    token = read_token(token_file)
-    policy = find_policy(target, task, seed)
     lines: list[str] = []
 
     def report(line: str) -> None:
@@ -106,10 +112,15 @@ def check(
         raise ConfigError("--robot", expected="a robot to try it on", got="none", fix=fix)
     with needs_extra("sim"):
         from offbook.robots import make_robot
-        from offbook.robots.rehearsal import rehearse
     with closing(make_robot(name)) as machine:
-        policy = find_policy(target, name, seed)
-        rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
+        return rehearsed(find_policy(target, name, seed), machine, name, seed, seconds)
+
+
+def rehearsed(policy: Policy, machine: Robot, name: str, seed: int, seconds: float) -> Report:
+    """The report of a dry run."""
+    with needs_extra("sim"):
+        from offbook.robots.rehearsal import rehearse
+    rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
     rows = [[item.name, item.verdict, item.words] for item in rehearsal.checks]
     verdict = "fine" if rehearsal.ok else "NOT FIT for an arena: " + "; ".join(rehearsal.failures)
     lines = [f"{policy.meta.name} on {name}: {verdict}", "", table(["check", "verdict", ""], rows)]

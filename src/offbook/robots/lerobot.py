@@ -96,11 +96,15 @@ def _device(settings: Mapping[str, Any]) -> Any:
         import draccus
         from lerobot.robots import RobotConfig, make_robot_from_config
     kind = settings.get("type")
-    # A type is known once its module was imported, and some modules want hardware libraries of their own.
-    for package in ("lerobot.robots", "lerobot.cameras"):
+    # A type is known once its module was imported; some want hardware libraries of their own, or are broken.
+    for package in ("lerobot.cameras", "lerobot.robots"):
         for module in pkgutil.iter_modules(import_module(package).__path__, f"{package}."):
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception):
                 import_module(module.name)
+    with contextlib.suppress(ImportError):
+        from lerobot.utils.import_utils import register_third_party_plugins
+
+        register_third_party_plugins()
     known = RobotConfig.get_known_choices()
     if kind not in known:
         fix = nearest(str(kind), known)

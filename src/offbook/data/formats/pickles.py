@@ -10,6 +10,7 @@ again and again, but copied only until the copies come to some times the file.
 """
 
 import codecs
+import io
 import mmap
 import pickletools
 import re
@@ -17,7 +18,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def load(path: Path) -> Any:
 
 
 def read(
-    stream: BinaryIO,
+    stream: io.BytesIO,
     size: int,
     names: Mapping[tuple[str, str], Callable[..., Any]],
     persistent: Callable[[Any], Any] | None = None,
@@ -110,7 +111,7 @@ def read(
     """The value of the next pickle in a stream, in which some further names are admitted.
 
     Args:
-        stream: of bytes; it is left where the pickle ends.
+        stream: it is left where the pickle ends.
         size: of all of it; no more than some times as much is copied.
         names: by module and name, what is called in their place; a class is called without arguments where an object
             of it is made, and gives a `Record`.
@@ -229,8 +230,8 @@ class _Machine:
                     raise _ForeignError("an object that is no plain data")
                 stack.append(made)
             case "BUILD":
-                if isinstance(stack[-1], dict) and isinstance(stack[-2], Record):
-                    stack[-2].fields = stack.pop()
+                if isinstance(stack[-1], dict):
+                    self.describe(stack.pop())
                     return
                 if not isinstance(stack[-1], tuple):
                     raise _ForeignError("an object with a state of its own")
@@ -270,6 +271,12 @@ class _Machine:
         self.copies -= len(arguments) + sum(map(len, parts))
         if self.copies < 0:
             raise _ForeignError("one that copies the same values again and again")
+
+    def describe(self, attributes: dict[Any, Any]) -> None:
+        """Gives a record its attributes."""
+        if not isinstance(self.stack[-1], Record):
+            raise _ForeignError("an object with a state of its own")
+        self.stack[-1].fields = attributes
 
     def build(self, state: tuple[Any, ...]) -> None:
         """Gives an array or a dtype its state."""
