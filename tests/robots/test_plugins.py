@@ -1,5 +1,6 @@
 """Robots of other packages: a distribution that is only files on the path, as installers leave them."""
 
+import subprocess
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ from offbook.robots import make_robot
 from offbook.robots.gym import GymRobot
 
 MODULE = '''
+import dataclasses
+
 from offbook.robots.gym import GymRobot
 
 def bench(max_steps=7):
@@ -21,6 +24,11 @@ def broken():
 def no_robot():
     return 7
 
+def real():
+    robot = bench()
+    robot.spec = dataclasses.replace(robot.spec, simulated=False)
+    return robot
+
 number = 7
 '''
 NAMES = {
@@ -28,6 +36,7 @@ NAMES = {
     "broken": "acme_cells:broken",
     "wrong": "acme_cells:no_robot",
     "number": "acme_cells:number",
+    "real": "acme_cells:real",
     "sdk": "acme_sdk_cells:bench [arm]",
     "bare": "acme_sdk_cells:bench",
     "gone": "acme_cells:gone",
@@ -113,3 +122,31 @@ def test_a_worker_takes_settings_from_a_file(acme, cli, monkeypatch):
         assert words in stderr
     settings.unlink()
     assert "No such file" in cli(worker).stderr
+
+
+def test_a_dry_run_takes_a_robot_of_another_package_but_no_real_one(acme, cli, monkeypatch):
+    monkeypatch.chdir(acme)
+    (acme / "still_policy.py").write_text(
+        "import numpy as np\nfrom offbook.client import *\n"
+        "M = PolicyMeta(name='still', observation=ObservationSpec(state=(('observation', 3),)),\n"
+        "               action=ActionSpec(size=1, low=(-2.0,), high=(2.0,)))\n"
+        "policy = FunctionPolicy(M, lambda state, images: np.zeros(1))\n"
+    )
+    (acme / "cell.json").write_text('{"max_steps": 5}')
+    check = ["policy", "check", "still_policy:policy", "--robot"]
+    code, stdout, stderr = cli([*check, "bench", "--settings", str(acme / "cell.json")])
+    assert code == 0, stderr
+    assert "5 steps, 5 answers" in stdout
+    code, _, stderr = cli([*check, "real"])
+    assert code == 2
+    assert "got real, a real one; try the policy on a simulated robot" in stderr
+
+
+def test_nothing_of_a_robot_is_imported_before_it_is_asked_for():
+    code = (
+        "import sys, offbook.robots; before = set(sys.modules)\n"
+        "assert not before & {'offbook.robots.franka', 'offbook.robots.lerobot', 'offbook.robots.gym', 'offbook.sim'}\n"
+        "import offbook.robots.franka, offbook.robots.lerobot\n"
+        "assert not set(sys.modules) & {'franky', 'lerobot', 'draccus', 'torch', 'mujoco', 'gymnasium', 'fastapi'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from offbook.cli.access import URL, read_token
+from offbook.cli.access import URL, read_settings, read_token
 from offbook.cli.report import Report, table
 from offbook.client.protocol import Policy
 from offbook.errors import ConfigError, OffbookError, needs_extra
@@ -80,6 +80,7 @@ def check(
     target: tyro.conf.Positional[str],
     *,
     robot: str | None = None,
+    settings: Path | None = None,
     task: str | None = None,
     seconds: float = 20.0,
     seed: int = 0,
@@ -93,6 +94,7 @@ def check(
         target: as for offbook policy serve.
         robot: robot to try it on, such as pour, or gym:Hopper-v5@4 for four trials in a row; by default the world of
             the policy's recordings, with as many trials as it reads.
+        settings: JSON file with that robot's settings.
         task: the same by the name of an environment, such as offbook:pour or gym:Hopper-v5.
         seconds: longest duration.
         seed: of the episode, and of expert and random.
@@ -112,12 +114,15 @@ def check(
         raise ConfigError("--robot", expected="a robot to try it on", got="none", fix=fix)
     with needs_extra("sim"):
         from offbook.robots import make_robot
-    with closing(make_robot(name)) as machine:
+    with closing(make_robot(name, read_settings(settings))) as machine:
         return rehearsed(find_policy(target, name, seed), machine, name, seed, seconds)
 
 
 def rehearsed(policy: Policy, machine: Robot, name: str, seed: int, seconds: float) -> Report:
     """The report of a dry run."""
+    if not machine.spec.simulated:
+        fix = "try the policy on a simulated robot, such as pour"
+        raise ConfigError("--robot", expected="a robot that waits for the policy", got=f"{name}, a real one", fix=fix)
     with needs_extra("sim"):
         from offbook.robots.rehearsal import rehearse
     rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
