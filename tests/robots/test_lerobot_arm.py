@@ -57,8 +57,8 @@ def test_a_trial_speaks_the_librarys_dictionaries_within_the_limits(cell):
     way = np.diff([fake_lerobot.RECORDED[0], *device.sent[:4]], axis=0)
     assert np.abs(way).max() <= 30 / 50 + 1e-4
     assert record.frames[0].shape == (48, 64, 3)
-    # To come to rest it is sent the place where it is.
-    assert device.sent[4:] == [device.sent[3]]
+    # To come to rest it is sent the place where it was seen last, before the last command.
+    assert device.sent[4:] == [device.sent[2]]
 
 
 def test_what_the_robots_own_settings_lessen_is_what_counts(cell):

@@ -8,7 +8,7 @@ Source: the documentation of franky 2.0 ("Robot", "Trajectory control", "Real-ti
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from offbook.errors import ConfigError, NeedsHumanError, RobotError, nearest, ne
 from offbook.robots.attendant import make_attendant
 from offbook.robots.base import Action, RobotSpec, SafetyLimits
 from offbook.robots.cameras import CameraSettings, camera_settings, open_cameras
-from offbook.robots.real import WATCHDOG_S, RealRobot
+from offbook.robots.real import WATCHDOG_S, RealRobot, told
 
 # Ends of the joints' ranges (rad) and their largest speeds (rad/s).
 _JOINTS = {
@@ -142,13 +142,12 @@ class FrankaArm:
             if self._robot.has_errors and not self._robot.recover_from_errors():
                 errors = str(self._robot.state.current_errors)
                 raise NeedsHumanError(self._where, expected="an arm without errors", got=errors, fix=_CLEAR)
-        try:
-            self._robot.move(self._franky.JointMotion(self._start))
-        except self._franky.ControlException as error:
-            got = str(error)
-            raise NeedsHumanError(self._where, expected="a free way to the start", got=got, fix=_CLEAR) from error
-        except Exception as error:  # the library's errors have no common ancestor
-            raise self._fault("to move to the start", error) from error
+        with self._told("to move to the start"):
+            try:
+                self._robot.move(self._franky.JointMotion(self._start))
+            except self._franky.ControlException as error:
+                got = str(error)
+                raise NeedsHumanError(self._where, expected="a free way to the start", got=got, fix=_CLEAR) from error
 
     def read(self) -> tuple[NDArray[np.float32], Mapping[str, NDArray[np.uint8]]]:
         """Joint angles (7,) in radians, and the cameras' newest pictures."""
@@ -199,14 +198,8 @@ class FrankaArm:
             if not self._robot.join_motion(timeout=2.0):
                 self._robot.stop()
 
-    @contextlib.contextmanager
-    def _told(self, expected: str) -> Iterator[None]:
-        try:
-            yield
-        except RobotError:
-            raise
-        except Exception as error:  # the library's errors have no common ancestor
-            raise self._fault(expected, error) from error
+    def _told(self, expected: str) -> contextlib.AbstractContextManager[None]:
+        return told(lambda error: self._fault(expected, error))
 
     def _fault(self, expected: str, error: Exception) -> RobotError:
         kind, words = type(error).__name__, " ".join(str(error).split())

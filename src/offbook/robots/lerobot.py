@@ -11,7 +11,7 @@ import contextlib
 import math
 import pkgutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +22,7 @@ from offbook.client.protocol import ActionSpec, ObservationSpec
 from offbook.errors import ConfigError, NeedsHumanError, RobotError, nearest, needs_extra
 from offbook.robots.attendant import make_attendant
 from offbook.robots.base import Action, RobotSpec, SafetyLimits
-from offbook.robots.real import WATCHDOG_S, RealRobot
+from offbook.robots.real import WATCHDOG_S, RealRobot, told
 
 _CHECK = "check its power and cables, then start its worker again"
 _LONGEST_WAY_S = 30.0
@@ -136,6 +136,7 @@ class LeRobotArm:
     ) -> None:
         self._device, self._name, self._start, self._step, self._period_s = device, name, start, step, period_s
         shown: Mapping[str, Any] = device.observation_features
+        self._last: NDArray[np.float32] | None = None
         self._actions = list(device.action_features)
         self._numbers = [key for key, kind in shown.items() if not isinstance(kind, tuple)]
         cameras = {key: shape for key, shape in shown.items() if isinstance(shape, tuple) and shape[-1] == 3}
@@ -188,10 +189,9 @@ class LeRobotArm:
             return np.array([sent.get(key, asked[key]) for key in self._actions], np.float32)
 
     def halt(self) -> None:
-        """Commands the posture in which it is now."""
-        if self._device.is_connected:
-            posture, _ = self._seen()
-            self.send(posture)
+        """Commands the posture in which it was seen last, a control step ago: to look again would wait for cameras."""
+        if self._device.is_connected and self._last is not None:
+            self.send(self._last)
 
     def close(self) -> None:
         """Disconnects; most of LeRobot's robots then let their motors go, so support an arm that would fall."""
@@ -203,7 +203,7 @@ class LeRobotArm:
         """The posture (A,) and the whole observation."""
         with self._told("its positions"):
             seen: Mapping[str, Any] = self._device.get_observation()
-            posture = np.array([seen[key] for key in self._actions], np.float32)
+            self._last = posture = np.array([seen[key] for key in self._actions], np.float32)
         return posture, seen
 
     def _picture(self, camera: str, frame: Any) -> NDArray[np.uint8]:
@@ -213,12 +213,9 @@ class LeRobotArm:
             raise RobotError(where, expected=f"a picture uint8 {wanted}", got=got, fix=_CHECK)
         return picture
 
-    @contextlib.contextmanager
-    def _told(self, expected: str) -> Iterator[None]:
-        try:
-            yield
-        except RobotError:
-            raise
-        except Exception as error:  # each robot fails in ways of its own
+    def _told(self, expected: str) -> contextlib.AbstractContextManager[None]:
+        def fault(error: Exception) -> RobotError:
             got = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise RobotError(self._name, expected=expected, got=got, fix=_CHECK) from error
+            return RobotError(self._name, expected=expected, got=got, fix=_CHECK)
+
+        return told(fault)

@@ -3,7 +3,7 @@
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +41,17 @@ class Arm(Protocol):
 
     def close(self) -> None:
         """Lets go of the hardware; may be called twice."""
+
+
+@contextlib.contextmanager
+def told(fault: Callable[[Exception], RobotError]) -> Iterator[None]:
+    """Whatever a driver's library raises inside the block, told as a fault of the robot's."""
+    try:
+        yield
+    except RobotError:
+        raise
+    except Exception as error:  # such libraries have no common error
+        raise fault(error) from error
 
 
 class RealRobot:
