@@ -11,9 +11,10 @@ from alembic.migration import MigrationContext
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from offbook.arena.database import Database, now
+from offbook.arena.database import Database
 from offbook.arena.tables import Table, User
 from offbook.errors import ConfigError
+from offbook.service.database import now
 
 pytestmark = pytest.mark.service
 

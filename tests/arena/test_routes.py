@@ -10,9 +10,9 @@ import pytest
 from arena_world import open_arena
 from sqlalchemy import select
 
-from offbook.arena.refusal import RefusedError
 from offbook.arena.routes import blobs
 from offbook.arena.tables import Audit, Submission, Trial
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 

@@ -6,6 +6,7 @@ import json
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,6 +14,7 @@ from jinja2 import UndefinedError
 from page_views import HOSTILE, VIEWS, big_leaderboard, hostile, leaderboard, run, submission
 
 from offbook.arena import pages
+from offbook.service import pages as shared
 
 VOID = {"meta", "link", "input", "br", "img", "hr", "path", "line", "circle", "rect"}
 ROUTES = [
@@ -21,6 +23,7 @@ ROUTES = [
     r"/(submissions|runs|robots)/[^/]+",
     r"/queue",
     r"/submit",
+    r"/studies",
     r"/static/[\w.]+",
     r"/v1/(benchmarks|leaderboard/[^/]+|submissions/[^/]+|blobs/\w+)",
     r"",
@@ -235,7 +238,7 @@ def _contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 def test_contrast_of_both_themes(theme):
-    css = (pages.STATIC_DIR / "style.css").read_text()
+    css = (Path(shared.__file__).parent / "static" / "style.css").read_text()
     tokens = {name: pair[theme] for name, *pair in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", css)}
     for ground in ("paper", "surface", "band"):
         for text in ("ink", "muted", "accent", "warn"):
