@@ -118,6 +118,7 @@ ROUTES = [
     ("POST", "/v1/trials/1/result", "worker"),
     ("POST", "/v1/trials/1/fault", "worker"),
     ("POST", "/v1/trials/1/requeue", "admin"),
+    ("POST", "/v1/studies", "admin"),
     ("PUT", f"/v1/blobs/{'0' * 64}", "worker"),
 ]
 
@@ -138,7 +139,7 @@ def test_the_table_above_misses_no_route(client) -> None:
         (method.upper(), re.sub(r"\{(\w+)\}", lambda m: "0" * 64 if m[1] == "sha256" else "1", path))
         for path, methods in described.items()
         for method in methods
-        if method != "get"
+        if method != "get" and path.startswith("/v1/")  # those of ratings have a table of their own
     }
     assert writing - {(method, path) for method, path, _ in ROUTES} == {("DELETE", "/v1/tokens/1")}
 

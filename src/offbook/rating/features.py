@@ -15,7 +15,7 @@ def text_features(text: str) -> dict[str, float]:
 
     Example:
         >>> text_features("# Tea\n- **hot** water\n- leaves")
-        {'characters': 31.0, 'list_entries': 2.0, 'headings': 1.0, 'bold': 1.0}
+        {'characters': 30.0, 'list_entries': 2.0, 'headings': 1.0, 'bold': 1.0}
     """
     return {
         "characters": float(len(text)),
