@@ -53,6 +53,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "arena submit": ("offbook.cli.arena:submit", "submit a policy for trials"),
     "arena status": ("offbook.cli.arena:status", "how far a submission is"),
     "policy serve": ("offbook.cli.policy:serve", "let a policy dial out to an arena and play its trials"),
+    "policy bridge": ("offbook.cli.bridge:bridge", "let a policy of openpi's, RoboArena's or LeRobot's server play"),
     "policy check": ("offbook.cli.policy:check", "dry run of a policy: shapes, ranges, speed"),
     "rating serve": ("offbook.cli.rating:serve", "run a service in which people compare pairs, blind"),
     "rating import": ("offbook.cli.rating:import_outputs", "make a study of outputs, of runs, or of given votes"),
