@@ -126,7 +126,7 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
                 "again",
                 "--wait",
                 "--timeout",
-                "30",
+                "120",
             ]
             second = cli([*words, *url, "--json"])
         finally:
@@ -134,7 +134,14 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
             thread.join(20)
         assert json.loads(second.stdout)["state"] == "done"
         assert "Done: 4 trials" in second.stderr
-        assert "score" in cli(["arena", "status", "1", *url]).stdout
+        told = cli(["arena", "status", "1", *url]).stdout
+        assert "score" in told
+        assert "ran in the order that was promised: " in told
+        compared = cli(["arena", "submit", "random", "--against", "expert", "--benchmark", "reach", *url, "--json"])
+        names = [(entry["name"], entry["rival"]["name"]) for entry in json.loads(compared.stdout)["entries"]]
+        assert names == [("random", "expert"), ("expert", "random")]
+        nameless = cli(["arena", "submit", "random", "--against", "remote", "--benchmark", "reach", *url])
+        assert (nameless.exit_code, "--against-name" in nameless.stderr) == (2, True)
         assert "over 2 pairs" in cli(["arena", "status", "1", "--compare", "2", *url]).stdout
         board = cli(["arena", "status", "--benchmark", "reach", *url])
         assert "random" in board.stdout

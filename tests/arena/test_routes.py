@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from arena_world import open_arena
@@ -118,7 +119,11 @@ ROUTES = [
     ("POST", "/v1/trials/1/result", "worker"),
     ("POST", "/v1/trials/1/fault", "worker"),
     ("POST", "/v1/trials/1/requeue", "admin"),
+    ("POST", "/v1/trials/1/frame", "worker"),
     ("PUT", f"/v1/blobs/{'0' * 64}", "worker"),
+    ("POST", "/v1/pairs", "submit"),
+    ("POST", "/v1/robots/1/stop", "admin"),
+    ("POST", "/v1/robots/1/resume", "admin"),
 ]
 
 
@@ -332,6 +337,13 @@ def test_uploads_have_a_cap_a_hash_and_a_type(make_sqlite, tmp_path) -> None:
         assert put(client, "lab", b"x" * 6000, "video/mp4").status_code == 413
         assert put(client, "lab", MP4, "video/mp4", sha256="../../../etc/passwd").status_code in (404, 405)
         assert [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()] == []
+
+
+def test_the_same_file_from_many_workers_at_once_is_taken_from_each(both_clients) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for content in (MP4, MP4 + b"1", MP4 + b"2"):
+            answers = pool.map(lambda _, c=content: put(both_clients, "lab", c, "video/mp4").status_code, range(6))
+            assert set(answers) == {201}
 
 
 def test_health_readiness_and_counters(client) -> None:

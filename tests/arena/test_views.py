@@ -190,12 +190,12 @@ def test_a_robot_shows_what_it_did(database: Database) -> None:
         submit(session, kind="anchor", anchor="expert")
         for report in (FAULT, trials.Report(outcome="done", score=1.0), LEFT):
             play(session, lease(session), report)
-        view = views.robot(session, "arm-1")
+        view = views.robot(session, "arm-1", "http://here")
     assert (view["trials_done"], view["faults"], view["state"], view["current"]) == (2, 1, "idle", None)
     with database.write() as session:
         session.scalars(select(Robot)).one().seen -= 600
     with database.read() as session:
-        assert views.robot(session, "arm-1")["words"] == "offline: not heard of for 10 min"
+        assert views.robot(session, "arm-1", "http://here")["words"] == "offline: not heard of for 10 min"
 
 
 PAGES = [

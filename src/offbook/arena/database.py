@@ -75,8 +75,21 @@ class Database:
         with Session(self._writing, info=self._info, expire_on_commit=False) as session, session.begin():
             yield session
 
-    def migrate(self) -> None:
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """A session that only looks, and sees one and the same moment until its end."""
+        engine = self.engine
+        if engine.dialect.name == "postgresql":
+            # SQLite's reading transactions are of this kind anyway.
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with Session(engine, info=self._info, autoflush=False) as session:
+            yield session
+
+    def migrate(self, revision: str = "head") -> None:
         """Brings the schema to this version's; nothing happens when it is there already.
+
+        Args:
+            revision: an earlier schema, for rows that were copied from it.
 
         Raises:
             ConfigError: the database cannot be reached or opened.
@@ -85,7 +98,10 @@ class Database:
 
         try:
             with self._writing.begin() as connection:
-                command.upgrade(_alembic(connection), "head")
+                if connection.dialect.name == "postgresql":
+                    # Several servers may start at once: one migrates, the others wait and find it done.
+                    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('offbook arena migrations'))")
+                command.upgrade(_alembic(connection), revision)
         except SQLAlchemyError as error:
             raise ConfigError(
                 f"database {self.engine.url.render_as_string()}",

@@ -5,20 +5,21 @@ start tag of the attempt that was leased last and F the finish tag of this user'
 F = S + cost / weight, with weight = 1 / (1 + hours of robot time used in the last 7 days). The smallest S is
 served. A newcomer starts at V: neither behind those who queue for days, nor with credit for time not asked for.
 
+Which trials may run at all is told in `pairs`.
+
 Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1997), section 2; for several robots at once Jin, Chase and
 Kaur, "Interposed proportional sharing for a storage service utility" (2004), which takes V as we do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, case, exists, func, or_, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, case, func, select
+from sqlalchemy.orm import Session
 
 from offbook.arena.database import now
-from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Trial, User
+from offbook.arena.tables import Attempt, Submission, User
 
 WEEK = 7 * 86400.0
 
@@ -30,18 +31,6 @@ class Turn:
     user_id: int
     start_tag: float
     submission_id: int
-
-
-def ready(robot_class: str, connected: Collection[int]) -> ColumnElement[bool]:
-    """Which submissions could be served now: open, queued trials, none in flight, the policy there if it is remote."""
-    trial, running = aliased(Trial), aliased(Trial)
-    return and_(
-        Submission.state == "open",
-        Submission.robot_class == robot_class,
-        or_(Submission.kind != "remote", Submission.id.in_(sorted(connected))),
-        exists().where(trial.submission_id == Submission.id, trial.state == "queued"),
-        ~exists().where(running.submission_id == Submission.id, running.state.in_(IN_FLIGHT)),
-    )
 
 
 def turns(session: Session, robot_class: str, condition: ColumnElement[bool]) -> list[Turn]:

@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 
 from offbook.arena.app import create_app
+from offbook.arena.sandbox import prove
 from offbook.arena.service import Settings
 from offbook.arena.sockets import protocols
 from offbook.client.wire import RAW_FRAME_LIMIT
@@ -25,19 +26,28 @@ class Server(uvicorn.Server):
         announce: called once with the address.
         host: to listen on.
         port: to listen on; 0 for any free one.
+        advertise: where workers reach this server itself, when several share the database; `"here"` for its own port.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port cannot be had, or the sandbox that the settings want does not hold.
     """
 
     def __init__(
-        self, settings: Settings, announce: Callable[[str], None], *, host: str = "127.0.0.1", port: int = 0
+        self,
+        settings: Settings,
+        announce: Callable[[str], None],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        advertise: str = "",
     ) -> None:
+        if settings.sandbox:
+            prove()
         self._announce = announce
         self._socket = _listen(host, port)
         port = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._app = create_app(settings)
+        self._app = create_app(settings, url=self.url if advertise == "here" else advertise)
         http, websocket = protocols(settings.connections_per_address)
         super().__init__(
             uvicorn.Config(
@@ -78,14 +88,19 @@ class Server(uvicorn.Server):
 
 
 def serve_arena(
-    settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, announce: Callable[[str], None]
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    advertise: str = "",
+    announce: Callable[[str], None],
 ) -> str:
     """Serves an arena until it is interrupted; returns the address at which it was open.
 
     Raises:
         ConfigError: the port cannot be had, or the database cannot be used.
     """
-    server = Server(settings, announce, host=host, port=port)
+    server = Server(settings, announce, host=host, port=port, advertise=advertise)
     server.serve_here()
     if not server.started:
         raise ConfigError(f"arena in {settings.folder}", expected="to start", got="a failure that is told above",

@@ -15,7 +15,7 @@ import tyro
 from offbook.cli.access import TOKEN, URL, read_token
 from offbook.cli.policy import find_policy, run_and_role
 from offbook.cli.report import Report, interval_text, table
-from offbook.client.submit import ArenaClient
+from offbook.client.submit import ArenaClient, kept_promise
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.checkpoint import read_header
 from offbook.runs.directory import RunDirectory
@@ -90,13 +90,23 @@ def init(
     return Report(text=text, data={"folder": str(folder), "benchmarks": names, "user": operator, "token": token})
 
 
-def serve(folder: tyro.conf.Positional[Path] = Path("arena"), *, host: str = "127.0.0.1", port: int = 8000) -> Report:
+def serve(
+    folder: tyro.conf.Positional[Path] = Path("arena"),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    advertise: str = "",
+) -> Report:
     """Runs an arena's service and pages until it is interrupted.
+
+    Several may serve one arena on PostgreSQL, each from its own folder with the same arena.json and one blob store.
 
     Args:
         folder: of the arena.
         host: address to listen on. Beyond this machine put a server with TLS in front; tokens travel in headers.
         port: 0 for any free one.
+        advertise: where several serve one arena, the address at which workers of the others reach this one; here for
+            the address that it listens on.
 
     Examples:
         offbook arena serve
@@ -110,7 +120,7 @@ def serve(folder: tyro.conf.Positional[Path] = Path("arena"), *, host: str = "12
     def announce(url: str) -> None:
         print(f"The arena is open at {url} (interrupt to close it).", file=sys.stderr, flush=True)
 
-    url = serve_arena(settings, host=host, port=port, announce=announce)
+    url = serve_arena(settings, host=host, port=port, advertise=advertise, announce=announce)
     return Report(text=f"The arena at {url} is closed.", data={"url": url})
 
 
@@ -121,6 +131,7 @@ def worker(
     name: str | None = None,
     max_trials: int | None = None,
     idle_exit: float | None = None,
+    sandbox: bool = False,
     token_file: Path | None = None,
 ) -> Report:
     """Lends a robot, real or simulated, to an arena. The token (scope worker) comes from OFFBOOK_TOKEN.
@@ -132,6 +143,7 @@ def worker(
         name: of this robot on the arena's pages; host and process by default.
         max_trials: end after so many trials.
         idle_exit: end after so many seconds without work.
+        sandbox: play uploaded checkpoints in a sandbox (bubblewrap), without network and files; it must prove itself.
         token_file: file that holds the token, instead of OFFBOOK_TOKEN.
 
     Examples:
@@ -147,6 +159,7 @@ def worker(
         name=name,
         max_trials=max_trials,
         idle_exit=idle_exit,
+        sandbox=sandbox,
         on_event=lambda line: print(line, file=sys.stderr, flush=True),
     )
     played = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.trials.items())) or "none"
@@ -218,6 +231,8 @@ def submit(
     method: str = "",
     imitates: str = "",
     trials: int | None = None,
+    against: str | None = None,
+    against_name: str | None = None,
     url: str = URL,
     wait: bool = False,
     timeout: float = 3600.0,
@@ -235,6 +250,9 @@ def submit(
         method: how it was made, in a few words.
         imitates: whose behaviour it learned, in a few words.
         trials: only the first so many scenes.
+        against: a second policy, given like the first: on each scene one runs right after the other, which of them
+            first is drawn by lot, and raters see them as policy A and policy B.
+        against_name: its label on the leaderboard.
         url: address of the arena.
         wait: stay until all trials are done.
         timeout: longest time to wait, seconds.
@@ -244,29 +262,36 @@ def submit(
         offbook arena submit runs/bc --benchmark pour --split position --wait
         offbook arena submit runs/mtm:rcbc:0.9 --name "MTM, return-conditioned"
         offbook arena submit remote --name my-policy --benchmark pour
+        offbook arena submit runs/new --against runs/old --benchmark pour
     """
     token = read_token(token_file)
-    if policy == "remote" and name is None:
-        raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
+    common = {"benchmark": benchmark, "split": split, "trials": trials, "method": method, "imitates": imitates}
     with ExitStack() as stack:
-        given = policy in ("remote", *_ANCHORS)
-        file = None if given else stack.enter_context(_upload(policy))
         arena = stack.enter_context(ArenaClient(url, token))
-        entry = arena.submit(
-            benchmark,
-            name or (policy if given else Path(run_and_role(policy)[0]).resolve().stem),
-            checkpoint=file,
-            anchor=policy if policy in _ANCHORS else None,
-            split=split,
-            trials=trials,
-            method=method,
-            imitates=imitates,
-            progress=_show_upload,
-        )
+        given = {key: value for key, value in common.items() if value is not None}
+        records = [given | _record(arena, stack, policy, name, "--name")]
+        if against is not None:
+            records.append(given | _record(arena, stack, against, against_name, "--against-name"))
+        if against is None:
+            entries = [arena.request("POST", "/v1/submissions", json=records[0])]
+        else:
+            entries = arena.submit_pair(*records)
         if wait:
-            entry = arena.wait(entry["id"], timeout_s=timeout, progress=_show_progress)
+            entries = [arena.wait(each["id"], timeout_s=timeout, progress=_show_progress) for each in entries]
             print(file=sys.stderr)
-    return Report(text=_entry_text(entry, url), data=entry)
+    text = "\n\n".join(_entry_text(each, url) for each in entries)
+    return Report(text=text, data=entries[0] if against is None else {"entries": entries})
+
+
+def _record(arena: ArenaClient, stack: ExitStack, policy: str, name: str | None, flag: str) -> dict[str, Any]:
+    """Label and policy of a submission, with its checkpoint uploaded."""
+    if policy == "remote" and name is None:
+        raise ConfigError(flag, expected="a label for the leaderboard", got="none", fix=f"give {flag}")
+    given = policy in ("remote", *_ANCHORS)
+    file = None if given else stack.enter_context(_upload(policy))
+    label = name or (policy if given else Path(run_and_role(policy)[0]).resolve().stem)
+    anchor = policy if policy in _ANCHORS else None
+    return {"name": label} | arena.policy(checkpoint=file, anchor=anchor, progress=_show_upload)
 
 
 @contextmanager
@@ -345,6 +370,9 @@ def _entry_text(entry: Mapping[str, Any], url: str) -> str:
         lines.append(f"score {interval_text(entry['score'])} over {entry['n']} of {entry['wanted']} trials")
     if entry["success"]:
         lines.append(f"success {interval_text(entry['success'])}")
+    kept = kept_promise(entry)
+    if kept is not None:
+        lines.append(f"the trials ran in the order that was promised{'' if kept else ', NOT'}: {entry['commitment']}")
     lines += [f"trial {trial['slot']}: {trial['fault']}" for trial in entry["trials"] if trial["fault"]][:10]
     lines.append(f"{url}/submissions/{entry['id']}")
     if entry["kind"] == "remote" and entry["state"] == "open" and not entry["connected"]:

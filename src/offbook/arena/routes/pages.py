@@ -77,7 +77,7 @@ def queue(request: Request) -> HTMLResponse:
 @router.get("/robots/{robot}")
 def robot(request: Request, robot: str) -> HTMLResponse:
     """Is the robot healthy."""
-    return _page(request, "robot", lambda session: views.robot(session, robot))
+    return _page(request, "robot", lambda session: views.robot(session, robot, base_url(request)))
 
 
 @router.get("/submit")

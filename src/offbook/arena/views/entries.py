@@ -43,7 +43,8 @@ def submission(session: Session, entry: int, present: Collection[int], base_url:
         select(Event.time, Event.text).where(Event.submission_id == entry).order_by(Event.id.desc()).limit(500)
     ).all()
     success = success_interval(found.successes or 0, found.judged) if found.judged else None
-    ended = found.state != "open"
+    both = _compared(session, found)
+    ended = all(each.state != "open" for each in both)
     return {
         "id": str(found.id),
         "name": found.name,
@@ -71,7 +72,8 @@ def submission(session: Session, entry: int, present: Collection[int], base_url:
         "command": _command(found, base_url),
         "commitment": found.commitment,
         # Given away once it can no longer help anybody to choose: now the promise can be checked.
-        "opened": {"order": _order(session, found), "nonce": found.nonce} if ended else None,
+        "opened": {"order": _order(session, both), "nonce": found.nonce} if ended else None,
+        "rival": next(({"submission": str(each.id), "name": each.name} for each in both if each is not found), None),
         "quota": {"used": used_today(session, found.user_id), "limit": found.user.daily_trials},
         "generated": session.scalar(select(now(session))),
     }
@@ -122,8 +124,50 @@ def _fault(state: str, last_outcome: str | None, reason: str | None) -> str | No
     return (reason or None) if told else None
 
 
-def _order(session: Session, found: Submission) -> list[int]:
-    return list(session.scalars(select(Trial.slot).where(Trial.submission_id == found.id).order_by(Trial.position)))
+def _compared(session: Session, found: Submission) -> list[Submission]:
+    """A submission with the one that it is compared to, in the order in which they were sent; or it alone."""
+    if found.pairing_id is None:
+        return [found]
+    query = select(Submission).where(Submission.pairing_id == found.pairing_id).order_by(Submission.id)
+    return list(session.scalars(query))
+
+
+def _order(session: Session, both: list[Submission]) -> list[Any]:
+    """What was promised: the order of the slots or, of a comparison, `[slot, side, letter]` of each trial."""
+    sides = {each.id: side for side, each in enumerate(both)}
+    rows = session.execute(
+        select(Trial.slot, Trial.submission_id, Trial.blind_label)
+        .where(Trial.submission_id.in_(sides))
+        .order_by(Trial.position)
+    ).all()
+    if len(both) == 1:
+        return [row.slot for row in rows]
+    return [[row.slot, sides[row.submission_id], row.blind_label[-1]] for row in rows]
+
+
+def pairs(session: Session, entry: int) -> dict[str, Any]:
+    """What raters may see of a comparison: of each scene that both have played the films of `policy A` and `policy B`.
+
+    No name, no submission, no score and no order is in it, and the letters were drawn anew for each scene.
+
+    Raises:
+        RefusedError: 404, no such submission, or it is not compared to another.
+    """
+    found = session.get(Submission, entry)
+    if found is None or found.pairing_id is None:
+        raise unknown("comparison", entry, "use a submission that was sent as one of a pair")
+    rows = session.execute(
+        select(Trial.slot, Trial.blind_label, Result.files)
+        .join(Result, Result.trial_id == Trial.id)
+        .join(Submission, Submission.id == Trial.submission_id)
+        .where(Submission.pairing_id == found.pairing_id)
+        .order_by(Trial.slot, Trial.blind_label)
+    )
+    scenes: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        scenes.setdefault(row.slot, {})[row.blind_label] = {"videos": videos(row.files)}
+    whole = [{"scene": slot, "outputs": sides} for slot, sides in scenes.items() if len(sides) == 2]
+    return {"task": found.split.benchmark.task, "pairs": whole}
 
 
 def _state_words(session: Session, found: Submission, trials: list[dict[str, Any]], present: Collection[int]) -> str:
@@ -147,7 +191,7 @@ def _state_words(session: Session, found: Submission, trials: list[dict[str, Any
     if states["queued"]:
         return f"{_queue_words(session, found, present)}{so_far}"
     if states["needs_storage"]:
-        return f"Paused, the arena's disk is full{so_far}"
+        return f"Paused, the arena's store is full or away{so_far}"
     return f"{states['needs_human']} trials failed on the robot three times over and wait for its operator{so_far}"
 
 

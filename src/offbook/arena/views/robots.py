@@ -67,6 +67,9 @@ def _flying(session: Session) -> dict[int, Any]:
 
 def _state(session: Session, robot: Robot, trial: Any) -> dict[str, Any]:
     age = max(0.0, float(session.execute(select(now(session) - robot.seen)).scalar_one()))
+    if robot.stopped is not None:
+        words = "stopped by its operator" if trial is None else "is being stopped by its operator"
+        return {"state": "stopped", "words": words, "trial": trial and trial.id, "progress": None, "age": age}
     if trial is not None:
         words = f"runs trial {trial.position + 1} of {trial.wanted} of {trial.name}"
         return {"state": "running", "words": words, "trial": trial.id, "progress": trial.progress, "age": age}
@@ -137,8 +140,13 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
     return waiting
 
 
-def robot(session: Session, name: str) -> dict[str, Any]:
+def robot(session: Session, name: str, base_url: str) -> dict[str, Any]:
     """One robot.
+
+    Args:
+        session: any session.
+        name: of the robot.
+        base_url: the arena's address, for the command that stops the robot.
 
     Raises:
         RefusedError: 404, no such robot.
@@ -154,6 +162,7 @@ def robot(session: Session, name: str) -> dict[str, Any]:
     rate = found.spec.get("rate_hz")
     return {
         "name": found.name,
+        "base_url": base_url,
         "kind": str(found.spec.get("kind", found.robot_class)),
         "state": state["state"],
         "words": state["words"],
