@@ -1,4 +1,4 @@
-"""Connections that are cut: of one address too many at once, or with a request's head that does not come to an end."""
+"""Connections that are cut: of one address too many at once, or with a head or a frame that does not come to an end."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ from typing import Any, cast
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
 
 HEAD_SECONDS = 10.0
 """How long the head of a request may take, from its connection or its first byte on."""
+
+FRAME_SECONDS = 10.0
+"""How long a websocket message may take from its first bytes to its last."""
+
+FRAGMENTS = 64
+"""Into how many pieces a websocket message may be cut: empty ones would cost memory without end."""
 
 
 class Door:
@@ -90,14 +97,46 @@ def protocols(limit: int) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol
 
     class WebSocket(WebSocketsSansIOProtocol):
         address: str | None = None
+        alarm: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             self.address = door.enter(transport)
             super().connection_made(transport)
 
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if not (self.conn.reader.buffer or self.frames):
+                self._disarm()
+            elif self.alarm is None:
+                self.alarm = self.loop.call_later(FRAME_SECONDS, self._cut)
+
+        def handle_cont(self, event: Frame) -> None:
+            super().handle_cont(event)
+            if len(self.frames) > FRAGMENTS:
+                self.frames = []
+                self.transport.abort()
+
+        def send_receive_event_to_app(self) -> None:
+            # A message is whole; of the next one there may be some bytes already, whose time begins now.
+            self._disarm()
+            super().send_receive_event_to_app()
+
         def connection_lost(self, exc: Exception | None) -> None:
+            self._disarm()
             door.leave(self.address)
             self.address = None
             super().connection_lost(exc)
+
+        def _cut(self) -> None:
+            self.alarm = None
+            if self.read_paused:  # the arena has not come to read the rest
+                self.alarm = self.loop.call_later(FRAME_SECONDS, self._cut)
+            else:
+                self.transport.abort()
+
+        def _disarm(self) -> None:
+            if self.alarm is not None:
+                self.alarm.cancel()
+                self.alarm = None
 
     return Http, cast("type[asyncio.Protocol]", WebSocket)
