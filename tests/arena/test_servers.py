@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from arena_server import META, Walker, until
 from arena_world import BENCHMARK, VirtualClock, submit
-from server_processes import found_arena, serving
+from server_processes import found_arena
 from sqlalchemy import func, select
 
 from offbook.arena import submissions
 from offbook.arena.database import Database
 from offbook.arena.seats import VALID_SECONDS, SeatBook
+from offbook.arena.serving import served_apart
 from offbook.arena.storage import BlobStore
 from offbook.arena.tables import Attempt, Result, Submission, Trial
 from offbook.arena.verify import verify_store
@@ -66,8 +67,8 @@ def test_two_servers_on_one_database_never_give_a_trial_twice_and_relay_for_one_
     replace(settings, folder=tmp_path / "b", blobs=str(shared)).save()
     stop, reports, policies = threading.Event(), [], []
     with (
-        serving(tmp_path / "a", "--advertise", "here") as (first, _),
-        serving(tmp_path / "b", "--advertise", "here") as (second, _),
+        served_apart(tmp_path / "a", "--advertise", "here") as (first, _),
+        served_apart(tmp_path / "b", "--advertise", "here") as (second, _),
     ):
         with ArenaClient(first, tokens["root"]) as client:
             for i in range(4):

@@ -81,7 +81,9 @@ class Outbox:
             while self._frames:
                 _, frame = self._frames.popleft()
                 try:
-                    await asyncio.wait_for(self._socket.send_bytes(frame), SEND_SECONDS)
+                    # No `wait_for`, which makes a task of each frame.
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await self._socket.send_bytes(frame)
                 except Exception as error:
                     # The server's websocket layers each raise their own kinds here; all mean the same.
                     raise GoneError(type(error).__name__) from error

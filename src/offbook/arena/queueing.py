@@ -64,12 +64,21 @@ def virtual_time(session: Session, robot_class: str) -> float:
     return session.scalar(select(func.max(Attempt.start_tag)).where(Attempt.robot_class == robot_class)) or 0.0
 
 
-def robot_seconds(session: Session, user_id: int) -> float:
-    """Robot time that a user's attempts took in the last 7 days, on all robots, with what runs now."""
+def robot_seconds(session: Session, user_id: int | None = None) -> dict[int, float]:
+    """Robot time that users' attempts took in the last 7 days, on all robots, with what runs now.
+
+    Args:
+        session: any session.
+        user_id: of one user; of all who used any when None.
+
+    Returns:
+        Seconds by user; who is not in it has used none.
+    """
     present = now(session)
     spent = case((Attempt.ended.is_(None), present), else_=Attempt.ended) - Attempt.leased
-    query = select(func.sum(spent)).where(Attempt.user_id == user_id, Attempt.leased > present - WEEK)
-    return max(0.0, float(session.scalar(query) or 0.0))
+    query = select(Attempt.user_id, func.sum(spent)).where(Attempt.leased > present - WEEK).group_by(Attempt.user_id)
+    rows = session.execute(query if user_id is None else query.where(Attempt.user_id == user_id))
+    return {user: max(0.0, float(seconds or 0.0)) for user, seconds in rows}
 
 
 def finish_tag(turn: Turn, cost: float, used: float) -> float:

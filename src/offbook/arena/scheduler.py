@@ -180,7 +180,7 @@ def _lease_trial(
         with session.begin_nested():
             if not move(session, trial.id, old, ("queued",), values, alive=False):
                 return None
-            used = queueing.robot_seconds(session, submission.user_id)
+            used = queueing.robot_seconds(session, submission.user_id).get(submission.user_id, 0.0)
             session.add(
                 Attempt(
                     trial_id=trial.id,

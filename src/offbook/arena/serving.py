@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import re
 import socket
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -106,6 +112,43 @@ def serve_arena(
         raise ConfigError(f"arena in {settings.folder}", expected="to start", got="a failure that is told above",
                           fix="check database and blob store in arena.json")  # fmt: skip
     return server.url
+
+
+@contextlib.contextmanager
+def served_apart(
+    folder: Path, *words: str, prefix: Sequence[str] = ()
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """An arena's server in a process of its own, for measurements and tests; its log is `server.log` in the folder.
+
+    Args:
+        folder: of the arena.
+        words: further flags of `offbook arena serve`, such as `--port`, which is any free one by default.
+        prefix: a command in front, such as one that enters a network namespace.
+
+    Yields:
+        The address at which it is open, and the process.
+
+    Raises:
+        ConfigError: it did not start.
+    """
+    log = folder / "server.log"
+    start = [*prefix, sys.executable, "-m", "offbook.cli.main", "arena", "serve", str(folder), "--port", "0", *words]
+    with log.open("wb") as file:
+        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        while (found := re.search(rb"open at (\S+)", log.read_bytes())) is None:
+            if process.poll() is not None:
+                said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+                raise ConfigError(f"arena in {folder}", expected="to start", got=said[-1], fix=f"read {log}")
+            time.sleep(0.05)
+        yield found[1].decode(), process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def _listen(host: str, port: int) -> socket.socket:

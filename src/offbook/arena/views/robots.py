@@ -106,6 +106,7 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
         .order_by(Submission.id)
     ).all()  # fmt: skip
     waiting: list[dict[str, Any]] = []
+    used = queueing.robot_seconds(session) if rows else {}
     for robot_class in dict.fromkeys(row.robot_class for row in rows):
         condition = (Submission.robot_class == robot_class) & (Submission.state == "open")
         queued = exists().where(Trial.submission_id == Submission.id, Trial.state == "queued")
@@ -113,11 +114,10 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
         tags = {user: turn.start_tag for user, turn in turns.items()}
         # Who had something queued in the first look may have nothing left in the second.
         own = [row for row in rows if row.robot_class == robot_class and row.user_id in tags]
-        used = {user: queueing.robot_seconds(session, user) for user in tags}
         places = []
         for row in own:
             places.append((tags[row.user_id], row))
-            tags[row.user_id] += row.trial_seconds * (1 + used[row.user_id] / 3600)
+            tags[row.user_id] += row.trial_seconds * (1 + used.get(row.user_id, 0.0) / 3600)
         alive = session.scalar(
             select(func.count(Robot.id)).where(
                 Robot.robot_class == robot_class, Robot.seen > now(session) - ALIVE_SECONDS
