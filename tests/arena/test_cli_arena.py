@@ -11,7 +11,13 @@ import threading
 
 import pytest
 from arena_server import Walker, running
+from sqlalchemy import select
 
+from offbook.arena import views
+from offbook.arena.database import Database
+from offbook.arena.pages import render
+from offbook.arena.service import Settings
+from offbook.arena.tables import Split
 from offbook.arena.worker import run_worker
 
 pytestmark = pytest.mark.service
@@ -44,6 +50,24 @@ def test_init_makes_an_arena_and_prints_the_token_once(tmp_path, cli) -> None:
     given = cli(["arena", "init", str(tmp_path / "b"), "--benchmarks", "pendulum", "--seed", "0"])
     assert given.exit_code == 0
     assert json.loads((tmp_path / "b" / "arena.json").read_text())["seed"] == 0
+
+
+def test_init_puts_a_simulated_stage_before_real_robots(tmp_path, cli) -> None:
+    words = ["arena", "init", str(tmp_path / "arena"), "--benchmarks", "pour", "--trials", "2", "--seed", "5"]
+    made = cli([*words, "--real", "franka", "--pass-score", "0.6", "--json"])
+    assert made.exit_code == 0, made.stderr
+    told = json.loads(made.stdout)["benchmarks"]
+    assert [(each["name"], each["robot"]) for each in told] == [("pour", "pour"), ("pour-real", "franka")]
+    database = Database(Settings.load(tmp_path / "arena").database_url)
+    with database.read() as session:
+        page = render("submit", views.submit(session, "pour-real", "http://here"))
+        scenes = {split.benchmark.name: split.cases for split in session.scalars(select(Split)) if split.name == "seen"}
+    database.close()
+    assert "mean score of 0.60 on" in page
+    assert scenes["pour"] != scenes["pour-real"]
+    for wrong, named in ((["--real", "franka"], "both or neither"),
+                         (["--real", "franka", "--pass-score", "2"], "0 to 1, the range of pour")):  # fmt: skip
+        assert named in cli([*words, *wrong]).stderr
 
 
 @pytest.mark.parametrize(

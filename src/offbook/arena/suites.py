@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from offbook.arena.submissions import BenchmarkSpec
@@ -73,6 +75,31 @@ def darkpoint(trials: int, seed: int) -> BenchmarkSpec:
         trial_seconds=1.0,
         # Each of 16 steps earns 1 at the goal, and nothing at a distance of 1 or more.
         score_range=(0.0, 16.0),
+    )
+
+
+def on_real_robots(spec: BenchmarkSpec, robot_class: str, pass_score: float) -> BenchmarkSpec:
+    """The same task on real robots: named `NAME-real`, for policies that have passed the simulated one.
+
+    Args:
+        spec: the simulated benchmark, with scenes of its own.
+        robot_class: what the workers beside the real robots are started with as `--robot`.
+        pass_score: mean score on the whole of a split of the simulated benchmark from which on it is passed.
+
+    Raises:
+        ConfigError: the score lies outside the benchmark's range.
+    """
+    least, most = spec.score_range or (-math.inf, math.inf)
+    if not least <= pass_score <= most:
+        raise ConfigError("--pass-score", expected=f"{least:g} to {most:g}, the range of {spec.name}",
+                          got=f"{pass_score:g}", fix="choose a score within it")  # fmt: skip
+    return replace(
+        spec,
+        name=f"{spec.name}-real",
+        title=f"{spec.title}, on a real robot",
+        robot_class=robot_class,
+        prestage=spec.name,
+        prestage_score=pass_score,
     )
 
 

@@ -28,6 +28,8 @@ def init(
     *,
     benchmarks: tuple[str, ...] = ("pour", "pendulum"),
     trials: int = 20,
+    real: str | None = None,
+    pass_score: float | None = None,
     seed: int | None = None,
     database: str = "",
     blobs: str = "",
@@ -42,6 +44,8 @@ def init(
         folder: where settings, the embedded database and recordings will stand.
         benchmarks: what policies are tried on: pour, pendulum; and several trials in a row on darkpoint, hopper-tries.
         trials: scenes in each split of a benchmark.
+        real: also adds each benchmark for real robots as NAME-real; their workers are started with this as --robot.
+        pass_score: mean score on the simulated benchmark that a policy needs before it may run on real robots.
         seed: from which scenes and seeds follow; drawn in secret for a new arena, which keeps it in arena.json.
         database: address of a PostgreSQL database; SQLite in the folder when empty.
         blobs: folder or fsspec address for recordings and checkpoints; in the folder when empty.
@@ -50,12 +54,13 @@ def init(
     Examples:
         offbook arena init
         offbook arena init /srv/arena --database postgresql+psycopg://arena@localhost/arena --trials 40
+        offbook arena init lab --benchmarks pour --real franka --pass-score 0.6
     """
     with needs_extra("arena"):
         from offbook.arena import accounts, submissions
         from offbook.arena.database import Database
         from offbook.arena.service import Settings
-        from offbook.arena.suites import make_suite
+        from offbook.arena.suites import make_suite, on_real_robots
     fresh = not (folder / "arena.json").exists()
     if not fresh and (database or blobs):
         raise ConfigError(
@@ -65,7 +70,13 @@ def init(
         raise ConfigError(str(folder), expected="a new or empty folder", got="something else", fix="choose another")
     drawn = secrets.randbits(63) if seed is None else seed
     settings = Settings(folder=folder, database=database, blobs=blobs, seed=drawn) if fresh else Settings.load(folder)
-    specs = [make_suite(name, trials, settings.seed if seed is None else seed) for name in benchmarks]
+    root = settings.seed if seed is None else seed
+    specs = [make_suite(name, trials, root) for name in benchmarks]
+    if (real is None) != (pass_score is None):
+        raise ConfigError("--real and --pass-score", expected="both or neither", got="one of them", fix="give both")
+    if real is not None and pass_score is not None:
+        # Scenes of their own: those of the simulated benchmark are known to whoever has passed it.
+        specs += [on_real_robots(make_suite(name, trials, root + 1), real, pass_score) for name in benchmarks]
     store = Database(settings.database_url)
     try:
         folder.mkdir(parents=True, exist_ok=True)

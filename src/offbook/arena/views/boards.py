@@ -38,6 +38,7 @@ def benchmark_view(session: Session, benchmark: Benchmark) -> dict[str, Any]:
         "metric": benchmark.metric,
         "range": None if benchmark.least is None else [benchmark.least, benchmark.most],
         "robot": benchmark.robot_class,
+        "prestage": {"name": benchmark.prestage, "score": benchmark.prestage_score} if benchmark.prestage else None,
         "splits": list(splits),
     }
 
