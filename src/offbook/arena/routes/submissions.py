@@ -174,6 +174,14 @@ def show_submission(request: Request, entry: str) -> dict[str, Any]:
         return views.submission(session, number("submission", entry), arena.gateway.present(), base_url(request))
 
 
+@router.get("/v1/runs/{trial}")
+def show_run(request: Request, trial: str) -> dict[str, Any]:
+    """A trial with its attempts, its traces and the addresses of what was recorded of it."""
+    arena = arena_of(request)
+    with arena.database.read() as session:
+        return views.run(session, number("trial", trial), arena.blobs)
+
+
 @router.post("/v1/submissions/{entry}/cancel")
 def cancel(request: Request, entry: str, who: Annotated[Principal, Depends(needs("submit"))]) -> dict[str, Any]:
     """Withdraws a submission: what waits is not run, what runs is finished."""

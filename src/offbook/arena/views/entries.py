@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from offbook.arena.database import now
+from offbook.arena.recordings import MANIFEST
 from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import success_interval
 from offbook.arena.storage import BlobStore
@@ -19,7 +20,6 @@ from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Event, Result, Robot
 from offbook.arena.views.boards import anchors, benchmark_view, interval, trial_outcome, videos
 from offbook.arena.views.robots import ALIVE_SECONDS, positions
 
-MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 4 * 2**20
 
 
