@@ -8,11 +8,11 @@ import time
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import select
+from sqlalchemy import MetaData, func, select, text
 from sqlalchemy.exc import IntegrityError
 
 from offbook.arena.database import Database, now
-from offbook.arena.tables import Table, User
+from offbook.arena.tables import Benchmark, Submission, Table, User
 from offbook.errors import ConfigError
 
 pytestmark = pytest.mark.service
@@ -65,6 +65,49 @@ def test_writers_wait_for_one_another_and_lose_nothing(make_database) -> None:
         thread.join()
     with database.read() as session:
         assert session.scalar(select(User.daily_trials)) == 80
+
+
+def test_an_arena_of_an_earlier_version_keeps_its_rows(tmp_path, empty_database) -> None:
+    for revision in ("0001", "0002"):
+        database = Database(empty_database())
+        database.migrate(revision)
+        schema = MetaData()
+        schema.reflect(database.engine)
+        with database.write() as session:
+            for table in schema.sorted_tables:
+                if table.name != "alembic_version":
+                    session.execute(table.insert(), {c.name: _value(c) for c in table.columns})
+        database.migrate()
+        with database.read() as session:
+            for table in Table.metadata.sorted_tables:
+                wanted = 1 if table.name in schema.tables else 0
+                assert session.scalar(select(func.count()).select_from(table)) == wanted, table.name
+            assert session.scalars(select(Submission)).one().pairing_id is None
+            assert session.scalars(select(Benchmark)).one().prestage == ""
+        with database.engine.connect() as connection:
+            context = MigrationContext.configure(connection, opts={"compare_type": True})
+            assert compare_metadata(context, Table.metadata) == []
+        database.close()
+
+
+def _value(column) -> object:
+    """Something that a column takes, and that its constraints and links allow in a first row."""
+    if column.name in ("state", "kind"):
+        return {"submissions": {"state": "open", "kind": "remote"}}.get(column.table.name, {}).get(
+            column.name, "queued"
+        )
+    kinds = {float: 1.5, str: "x", int: 1, bool: True, object: {}, dict: {}}
+    return None if column.nullable else kinds[column.type.python_type]
+
+
+def test_a_database_of_a_newer_version_is_said_to_be_one(tmp_path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/arena.db")
+    database.migrate()
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    with pytest.raises(ConfigError, match="or a newer one"):
+        database.migrate()
+    database.close()
 
 
 @pytest.mark.parametrize("url", ["mysql://h/db", "nonsense", "sqlite", ""])

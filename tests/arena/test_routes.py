@@ -353,7 +353,8 @@ def test_health_readiness_and_counters(client) -> None:
     text = client.ask("GET", "/metrics").text
     assert 'offbook_trials{state="queued"} 4' in text
     assert 'offbook_requests_total{method="POST",route="/v1/submissions",status="201"} 1.0' in text
-    assert "offbook_policies 0" in text
+    for line in ("policies 0", "robots 0", "robots_stopped 0", "storage_ready 1"):
+        assert f"offbook_{line}\n" in text
 
 
 def test_readiness_without_a_database(client, monkeypatch) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
 import pytest
 from arena_world import BENCHMARK, DONE, lease, play, submit
@@ -26,23 +25,6 @@ from offbook.errors import ConfigError, DataError
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 
 FILM = b"film" * 1000
-
-
-@pytest.fixture
-def empty(request: pytest.FixtureRequest) -> Iterator[Callable[[str], str]]:
-    """Gives the addresses of empty databases: "" for SQLite in an arena's own folder."""
-    names: list[str] = []
-
-    def make(kind: str) -> str:
-        if kind == "sqlite":
-            return ""
-        names.append(f"empty_{uuid4().hex}")
-        request.getfixturevalue("execute")(f"CREATE DATABASE {names[-1]}")
-        return request.getfixturevalue("postgres_address").format(name=names[-1])
-
-    yield make
-    for name in names:
-        request.getfixturevalue("execute")(f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def keep(database: Database, store: BlobStore, content: bytes, *, private: bool = False) -> str:

@@ -16,7 +16,6 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +106,8 @@ def restore(
     for name, about in manifest["tables"].items():
         _check_table(part / f"{name}.jsonl", about)
     kept = json.loads((folder / "arena.json").read_text())
-    settings = replace(settings, **kept)
+    places = {"database": settings.database, "blobs": settings.blobs}
+    settings = Settings.from_record(kept | places, settings.folder, str(folder / "arena.json"))
     if settings.folder.exists() and any(settings.folder.iterdir()):
         raise ConfigError(str(settings.folder), expected="a new or empty folder", got="something else",
                           fix="choose another")  # fmt: skip

@@ -92,9 +92,10 @@ class Database:
             revision: an earlier schema, for rows that were copied from it.
 
         Raises:
-            ConfigError: the database cannot be reached or opened.
+            ConfigError: the database cannot be reached or opened, or a newer offbook made it.
         """
         from alembic import command
+        from alembic.util import CommandError
 
         try:
             with self._writing.begin() as connection:
@@ -102,6 +103,10 @@ class Database:
                     # Several servers may start at once: one migrates, the others wait and find it done.
                     connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('offbook arena migrations'))")
                 command.upgrade(_alembic(connection), revision)
+        except CommandError as error:
+            raise ConfigError(f"database {self.engine.url.render_as_string()}",
+                              expected="a schema that this offbook knows", got=str(error),
+                              fix="install the offbook that made it, or a newer one") from error  # fmt: skip
         except SQLAlchemyError as error:
             raise ConfigError(
                 f"database {self.engine.url.render_as_string()}",

@@ -119,6 +119,20 @@ class Settings:
             ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(str(path), expected="readable JSON", got=str(error), fix="mend the file") from error
+        return cls.from_record(record, Path(folder), str(path))
+
+    @classmethod
+    def from_record(cls, record: Any, folder: Path, path: str) -> Settings:
+        """Settings from plain data, checked.
+
+        Args:
+            record: by name.
+            folder: of the arena.
+            path: where the record stands, for messages.
+
+        Raises:
+            ConfigError: an unknown name, or a value of another kind.
+        """
         types = {each.name: type(each.default) for each in fields(cls) if each.name != "folder"}
         for name, value in record.items() if isinstance(record, dict) else [("file", record)]:
             if name not in types:
@@ -127,7 +141,7 @@ class Settings:
                 raise ConfigError(
                     f"{path}: {name}", expected=f"a {types[name].__name__}", got=repr(value), fix="correct the value"
                 )
-        return cls(folder=Path(folder), **record)
+        return cls(folder=folder, **record)
 
 
 @dataclass

@@ -64,7 +64,7 @@ def submission(request: Request, entry: str) -> HTMLResponse:
 def run(request: Request, trial: str) -> HTMLResponse:
     """Why did this trial end as it did."""
     blobs = arena_of(request).blobs
-    return _page(request, "run", lambda session: views.run(session, number("trial", trial), blobs))
+    return _page(request, "run", lambda session: views.run(session, number("trial", trial), blobs, base_url(request)))
 
 
 @router.get("/queue")

@@ -179,7 +179,7 @@ def show_run(request: Request, trial: str) -> dict[str, Any]:
     """A trial with its attempts, its traces and the addresses of what was recorded of it."""
     arena = arena_of(request)
     with arena.database.read() as session:
-        return views.run(session, number("trial", trial), arena.blobs)
+        return views.run(session, number("trial", trial), arena.blobs, base_url(request))
 
 
 @router.post("/v1/submissions/{entry}/cancel")

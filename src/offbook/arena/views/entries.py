@@ -219,8 +219,14 @@ def _command(found: Submission, base_url: str) -> str:
     return f"offbook arena submit RUN {where}"
 
 
-def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
+def run(session: Session, entry: int, blobs: BlobStore, base_url: str) -> dict[str, Any]:
     """One trial: what was seen, how fast the answers came, what went wrong, and every attempt at it.
+
+    Args:
+        session: any session.
+        entry: its id.
+        blobs: where its recording is.
+        base_url: the arena's address, for the command that puts it back into the queue.
 
     Raises:
         RefusedError: 404, no such trial.
@@ -240,6 +246,7 @@ def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
     ended = [attempt for attempt, _ in attempts if attempt.ended is not None]
     return {
         "id": trial.id,
+        "base_url": base_url,
         "submission": {"id": str(trial.submission_id), "name": trial.submission.name},
         "slot": trial.slot,
         **_case(trial),
