@@ -311,9 +311,9 @@ def _judge(folder: Path, journal: Path, plan: Plan, history: History) -> None:
     from sqlalchemy import select
 
     from offbook.arena.service import Settings
-    from offbook.arena.storage import BlobStore
     from offbook.arena.tables import Attempt, Event, Result, Trial, Worker
     from offbook.arena.verify import verify_store
+    from offbook.service.storage import BlobStore
 
     database = _database(folder)
     stored = verify_store(database, BlobStore(Settings.load(folder).blobs_url))

@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session
 from offbook.arena import submissions, trials, views
 from offbook.arena.database import Database
 from offbook.arena.pairs import KEPT_SECONDS
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import Blob, Robot, Submission, Trial
 from offbook.client.submit import kept_promise
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 

@@ -21,13 +21,13 @@ from offbook.arena import submissions
 from offbook.arena.database import Database
 from offbook.arena.seats import VALID_SECONDS, SeatBook
 from offbook.arena.serving import served_apart
-from offbook.arena.storage import BlobStore
 from offbook.arena.tables import Attempt, Result, Submission, Trial
 from offbook.arena.verify import verify_store
 from offbook.arena.worker import run_worker
 from offbook.client.protocol import FunctionPolicy
 from offbook.client.serve import serve_policy
 from offbook.client.submit import ArenaClient
+from offbook.service.storage import BlobStore
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 

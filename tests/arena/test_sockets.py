@@ -14,8 +14,8 @@ import pytest
 from arena_server import META, running, until
 from websockets.sync.client import connect
 
-from offbook.arena import sockets
 from offbook.client import wire
+from offbook.service import sockets
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 

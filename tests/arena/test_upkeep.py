@@ -15,12 +15,15 @@ from sqlalchemy import func, inspect, select
 from offbook.arena import accounts, submissions, trials
 from offbook.arena.backup import FENCE_STEP, back_up, restore
 from offbook.arena.database import Database
-from offbook.arena.refusal import RefusedError
 from offbook.arena.service import Settings
-from offbook.arena.storage import BlobStore
-from offbook.arena.tables import Attempt, Blob, Result, Submission, Table, Token, Trial, User
+from offbook.arena.tables import Attempt, Blob, Result, Submission, Token, Trial, User
 from offbook.arena.verify import verify_store
 from offbook.errors import ConfigError, DataError
+from offbook.rating import outputs, studies, voting
+from offbook.rating.outputs import Content, OutputRecord
+from offbook.rating.tables import SCHEMA, Rater
+from offbook.service.refusal import RefusedError
+from offbook.service.storage import BlobStore
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 
@@ -37,8 +40,29 @@ def keep(database: Database, store: BlobStore, content: bytes, *, private: bool 
     return sha256
 
 
+def rated(database: Database, store: BlobStore) -> None:
+    """A study of two films and a vote on them."""
+    films = {name: store.put(f"clean film of {name}".encode()) for name in ("one", "two")}
+    shown = [
+        (
+            OutputRecord(item="scene 0", system=name, file="film.mp4"),
+            Content(sha256=sha256, media_type="video/mp4", size=17, source="0" * 64, features={"seconds": 1.5}),
+        )
+        for name, sha256 in films.items()
+    ]
+    with database.write() as session:
+        study = studies.create(session, "root", studies.design(name="runs", question="Which?", modality="rollout"))
+        outputs.add(session, study, shown)
+        studies.open_study(session, study)
+        studies.invite(session, study, 1, "script")
+        rater = session.scalars(select(Rater)).one()
+        given = voting.next_pair(session, rater)
+        answer = voting.Answer(nonce=given["nonce"], choice="left", watched=1.0)
+        voting.vote(session, rater, given["assignment"], answer)
+
+
 def populated(settings: Settings) -> tuple[Database, BlobStore]:
-    """An arena with a result that has a film, a checkpoint, a trial that runs and trials that wait."""
+    """An arena with a result that has a film, a checkpoint, a trial that runs, trials that wait, and a study."""
     database, store = Database(settings.database_url), BlobStore(settings.blobs_url)
     database.migrate()
     film = keep(database, store, FILM)
@@ -55,6 +79,7 @@ def populated(settings: Settings) -> tuple[Database, BlobStore]:
         play(session, lease(session), DONE)
         given = lease(session)
         trials.start(session, given["trial"], given["fence"])
+    rated(database, store)
     return database, store
 
 
@@ -62,7 +87,8 @@ def rows_of(database: Database) -> dict[str, list[tuple]]:
     with database.read() as session:
         return {
             table.name: [tuple(row) for row in session.execute(select(table).order_by(*table.primary_key.columns))]
-            for table in Table.metadata.sorted_tables
+            for schema in Database.schemas
+            for table in schema.metadata.sorted_tables
         }
 
 
@@ -79,7 +105,7 @@ def test_a_sound_store_is_said_to_be_sound_and_every_trouble_is_told_apart(arena
     settings, database, store = arena
     folder = str(settings.folder)
     found = verify_store(database, store)
-    assert (found.sound, found.rows, found.files) == (True, 2, 2)
+    assert (found.sound, found.rows, found.files) == (True, 4, 4)
     assert cli(["arena", "verify-store", folder]).exit_code == 0
 
     forgotten = store.put(b"an upload whose server died")
@@ -149,7 +175,8 @@ def test_a_copy_taken_while_the_arena_runs_makes_the_same_arena_on_the_other_dat
     assert verified.unreferenced == []
     after = rows_of(again)
     assert len(after["results"]) == manifest["tables"]["results"]["rows"] >= len(before["results"])
-    for name in ("users", "tokens", "benchmarks", "splits", "results", "blobs"):
+    assert len(after["votes"]) == 1
+    for name in ("users", "tokens", "benchmarks", "splits", "results", "blobs", *SCHEMA.metadata.tables):
         former = {row[0]: row for row in before[name]}
         assert {row[0]: row for row in after[name] if row[0] in former} == former, name
     with again.write() as session:

@@ -90,7 +90,9 @@ def test_all_learn_from_equally_many_trials():
         for config in kinds(STUDY, name).values():
             assert config.n_trials[1] * config.fit.batch_size == 4 * kinds(STUDY, name)["AT"].fit.batch_size
             assert config.fit.steps == kinds(STUDY, name)["AT"].fit.steps
-    assert {config.algorithm for config in learners(STUDY).values()} == {"iql", "td3bc"}
+    others = learners(STUDY)
+    assert list(others) == ["10 % BC", "IQL", "TD3+BC"]
+    assert {(config.fit.steps, config.fit.batch_size) for config in others.values()} == {(STUDY.offline_steps, 256)}
 
 
 def test_a_long_chain_takes_less_by_blocks_and_has_the_same_loss():
@@ -111,7 +113,7 @@ def test_smoke_runs_from_the_command_line_and_goes_on_from_its_folder(cli, tmp_p
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert (out / "agentic_transformer.png").stat().st_size > 20_000
     weights = {path: path.stat().st_mtime_ns for path in Path(out).rglob("last.safetensors")}
-    assert len(weights) == sum(len(kinds(smoke(), name)) for name in (claims.HIDDEN, claims.FIXED, claims.HOPPER)) + 2
+    assert len(weights) == sum(len(kinds(smoke(), name)) for name in (claims.HIDDEN, claims.FIXED, claims.HOPPER)) + 3
     again = cli([*words, "--resume"])
     assert again.exit_code == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in weights} == weights

@@ -2,7 +2,7 @@
 
     manifest.json            what the copy holds; written last, so that half a copy is none
     arena.json               the operator's settings, without addresses: they are the next arena's own
-    tables-NAME/TABLE.jsonl  every row of one snapshot of the database
+    tables-NAME/TABLE.jsonl  every row of one snapshot of the database, of the arena's tables and those of studies
     blobs/sha256/ab/cdef...  the files that these rows name
 
 The rows are read in one transaction that sees one moment. A blob's file stands before its row and is never changed, so
@@ -22,13 +22,15 @@ from typing import Any
 import sqlalchemy as sa
 
 from offbook.arena import trials
-from offbook.arena.database import Database, now
-from offbook.arena.refusal import RefusedError
+from offbook.arena.database import Database
 from offbook.arena.service import Settings
-from offbook.arena.storage import BlobStore
-from offbook.arena.tables import FINAL, IN_FLIGHT, Table, Trial
+from offbook.arena.tables import FINAL, IN_FLIGHT, Trial
+from offbook.arena.verify import kept_files
 from offbook.errors import ConfigError, DataError
 from offbook.runs.directory import write_atomic
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError
+from offbook.service.storage import BlobStore
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -48,7 +50,7 @@ def back_up(settings: Settings, folder: Path, progress: Progress = lambda done, 
         progress: called with the number of blobs that are copied, and of all.
 
     Returns:
-        The manifest: `{format, revision, made, tables: {name: {rows, sha256}}, folder, blobs, bytes}`.
+        The manifest: `{format, revisions, made, tables: {name: {rows, sha256}}, folder, blobs, bytes}`.
 
     Raises:
         ConfigError: the folder holds something else.
@@ -62,17 +64,16 @@ def back_up(settings: Settings, folder: Path, progress: Progress = lambda done, 
     part.mkdir(mode=0o700)
     database = Database(settings.database_url)
     try:
-        manifest = _copy_rows(database, part) | {"format": FORMAT, "folder": part.name}
+        manifest, sizes = _copy_rows(database, part)
     finally:
         database.close()
     source, target = BlobStore(settings.blobs_url), BlobStore(str(folder.resolve()))
-    sizes = {row["sha256"]: row["size"] for row in _rows(part / "blobs.jsonl")}
     for done, (sha256, size) in enumerate(sorted(sizes.items()), start=1):
         if not target.holds(sha256) or target.size(sha256) != size:
             _copy_blob(source, target, sha256)
         progress(done, len(sizes))
     target.clear_unfinished(0.0)
-    manifest |= {"blobs": len(sizes), "bytes": sum(sizes.values())}
+    manifest |= {"format": FORMAT, "folder": part.name, "blobs": len(sizes), "bytes": sum(sizes.values())}
     write_atomic(folder / "arena.json", json.dumps(settings.portable(), indent=2) + "\n", mode=0o600)
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n", mode=0o600)
     for other in folder.glob("tables-*"):
@@ -117,10 +118,11 @@ def restore(
         _insert_rows(database, part, manifest)
         database.migrate()
         _end_leases(database)
+        with database.read() as session:
+            hashes = sorted(kept_files(session))
     finally:
         database.close()
     source, target = BlobStore(str(folder.resolve())), BlobStore(settings.blobs_url)
-    hashes = [row["sha256"] for row in _rows(part / "blobs.jsonl")]
     for done, sha256 in enumerate(hashes, start=1):
         _copy_blob(source, target, sha256)
         progress(done, len(hashes))
@@ -131,12 +133,16 @@ def restore(
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _copy_rows(database: Database, part: Path) -> dict[str, Any]:
+def _copy_rows(database: Database, part: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Writes all rows of one moment; returns what the manifest says of them, and the files that they name."""
     tables: dict[str, dict[str, Any]] = {}
+    revisions: dict[str, str] = {}
     with database.snapshot() as session:
         made = float(session.execute(sa.select(now(session))).scalar_one())
-        revision = session.execute(sa.text("SELECT version_num FROM alembic_version")).scalar_one()
-        for table in Table.metadata.sorted_tables:
+        for schema in database.schemas:
+            version = sa.text(f"SELECT version_num FROM {schema.version_table}")
+            revisions[schema.version_table] = str(session.execute(version).scalar_one())
+        for table in (table for schema in database.schemas for table in schema.metadata.sorted_tables):
             digest, count = hashlib.sha256(), 0
             order = sa.select(table).order_by(*table.primary_key.columns)
             with (part / f"{table.name}.jsonl").open("wb") as file:
@@ -146,7 +152,7 @@ def _copy_rows(database: Database, part: Path) -> dict[str, Any]:
                     file.write(line)
                     count += 1
             tables[table.name] = {"rows": count, "sha256": digest.hexdigest()}
-    return {"revision": revision, "made": made, "tables": tables}
+        return {"revisions": revisions, "made": made, "tables": tables}, kept_files(session)
 
 
 def _insert_rows(database: Database, part: Path, manifest: Mapping[str, Any]) -> None:
@@ -154,7 +160,7 @@ def _insert_rows(database: Database, part: Path, manifest: Mapping[str, Any]) ->
     if sa.inspect(database.engine).get_table_names():
         raise ConfigError(f"database {database.engine.url.render_as_string()}", expected="an empty database",
                           got="one with tables", fix="make a new one")  # fmt: skip
-    database.migrate(manifest["revision"])
+    database.migrate(manifest["revisions"])
     with database.write() as session:
         connection = session.connection()
         schema = sa.MetaData()

@@ -15,8 +15,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, literal, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from offbook.arena.database import now
 from offbook.arena.tables import IN_FLIGHT, Robot, Submission, Trial
+from offbook.service.database import now
 
 KEPT_SECONDS = 30.0
 """How long after its last sign of life the other half of a pair is kept for the robot that played the first."""

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, case, func, select
 from sqlalchemy.orm import Session
 
-from offbook.arena.database import now
 from offbook.arena.tables import Attempt, Submission, User
+from offbook.service.database import now
 
 WEEK = 7 * 86400.0
 

@@ -9,8 +9,9 @@ from collections.abc import Collection
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
-from offbook.arena.database import Database, now
+from offbook.arena.database import Database
 from offbook.arena.tables import Seat
+from offbook.service.database import now
 
 RENEW_SECONDS, VALID_SECONDS = 5.0, 20.0
 

@@ -10,9 +10,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from offbook.arena.database import Database
-from offbook.arena.refusal import RefusedError
-from offbook.arena.storage import BlobStore
 from offbook.arena.tables import Blob, Result, Submission
+from offbook.rating.tables import Output
+from offbook.service.refusal import RefusedError
+from offbook.service.storage import BlobStore
 
 
 @dataclass(kw_only=True)
@@ -20,7 +21,7 @@ class StoreReport:
     """What `verify_store` found; hashes, in order.
 
     Attributes:
-        rows: blobs that the database knows.
+        rows: files that the database knows, of trials, submissions and studies.
         files: files in the store.
         bytes: their size together.
         missing: known to the database, and no file there.
@@ -65,7 +66,7 @@ def verify_store(
     # Files first: a blob that comes in between has its row already, and its file is looked for by itself.
     stored = dict(blobs.stored())
     with database.read() as session:
-        rows = {row.sha256: row.size for row in session.execute(select(Blob.sha256, Blob.size))}
+        rows = kept_files(session)
         named = _named(session)
     report = StoreReport(rows=len(rows), files=len(stored), bytes=sum(stored.values()))
     for done, (sha256, size) in enumerate(sorted(rows.items()), start=1):
@@ -77,6 +78,13 @@ def verify_store(
     report.dangling = sorted(named - rows.keys())
     report.unreferenced = sorted(stored.keys() - rows.keys())
     return report
+
+
+def kept_files(session: Session) -> dict[str, int]:
+    """The files that the database knows, those of the arena and those of its studies: hash and size in bytes."""
+    shown = select(Output.sha256, Output.size)
+    rows = [*session.execute(shown), *session.execute(select(Blob.sha256, Blob.size))]
+    return {sha256: size for sha256, size in rows if sha256 is not None}
 
 
 def _named(session: Session) -> set[str]:

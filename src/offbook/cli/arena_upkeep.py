@@ -31,8 +31,8 @@ def verify_store(folder: tyro.conf.Positional[Path] = Path("arena"), *, quick: b
     with needs_extra("arena"):
         from offbook.arena.database import Database
         from offbook.arena.service import Settings
-        from offbook.arena.storage import BlobStore
         from offbook.arena.verify import verify_store as verify
+        from offbook.service.storage import BlobStore
     settings = Settings.load(folder)
     database = Database(settings.database_url)
     try:

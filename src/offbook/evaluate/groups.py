@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,10 +18,9 @@ from numpy.typing import ArrayLike
 
 from offbook.client.protocol import Observation, ObservationSpec, Policy
 from offbook.data.chains import Trial
-from offbook.errors import ConfigError, needs_extra
+from offbook.errors import ConfigError
 from offbook.evaluate.rollout import pictures_for
 from offbook.evaluate.stats import Interval, bootstrap_mean, clopper_pearson, paired_bootstrap
-from offbook.runs.directory import atomic_path
 from offbook.runs.progress import track
 from offbook.runs.seeding import evaluation_seeds
 from offbook.sim.adapters import AnyEnv, make
@@ -41,12 +39,19 @@ _LABELS = {
     "success": "success in last trial",
 }
 _LEAF = ObservationSpec(state=((TRIAL, 3),))
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, told apart by all
 
 
 @runtime_checkable
 class RecallingPolicy(Policy, Protocol):
-    """A policy that remembers trials, and can be given some to remember."""
+    """A policy that remembers trials, and can be given some to remember.
+
+    Attributes:
+        dropped: whole trials that went out of its view so far, since it had no room for more.
+        cut: steps that did so, of trials longer than all its room.
+    """
+
+    dropped: int
+    cut: int
 
     def recall(self, session: str, trials: Sequence[Trial]) -> None:
         """Takes earlier trials, the oldest first, as if it had lived them in this session, which was just reset."""
@@ -82,6 +87,8 @@ class Groups:
     successes: tuple[bool, ...] | None = None
     foreign: Float64[np.ndarray, " groups"] | None = None
     fresh: Float64[np.ndarray, "groups fresh"] | None = None
+    dropped: int = 0
+    cut: int = 0
     summary: Mapping[str, Interval] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -107,7 +114,24 @@ class Groups:
             "successes": None if self.successes is None else list(self.successes),
             "foreign": None if self.foreign is None else self.foreign.tolist(),
             "fresh": None if self.fresh is None else self.fresh.tolist(),
+            "dropped": self.dropped,
+            "cut": self.cut,
         }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Groups:
+        """What `to_json` gave."""
+
+        def array(name: str) -> Float64[np.ndarray, ...] | None:
+            return None if record[name] is None else np.asarray(record[name], np.float64)
+
+        return cls(
+            environment=record["environment"], settings=record["settings"], policy=record["policy"],
+            seeds=tuple(record["seeds"]), returns=np.asarray(record["returns"], np.float64),
+            steps=np.asarray(record["steps"], np.int64), foreign=array("foreign"), fresh=array("fresh"),
+            successes=None if record["successes"] is None else tuple(record["successes"]), dropped=record["dropped"],
+            cut=record["cut"],
+        )  # fmt: skip
 
 
 def _summarise(groups: Groups) -> dict[str, Interval]:
@@ -213,6 +237,10 @@ def group_rows(groups: Mapping[str, Groups]) -> tuple[list[str], list[list[str]]
             shown = [some.summary.get(measure) if n in (None, some.trials) else None for some in groups.values()]
             if any(shown):
                 rows.append([label.format(n=n), *("-" if interval is None else str(interval) for interval in shown)])
+    for what, name in (("trials", "dropped"), ("steps", "cut")):
+        lost = [getattr(some, name) for some in groups.values()]
+        if any(lost):
+            rows.append([f"{what} that went out of view", *map(str, lost)])
     return ["return", *groups], rows
 
 
@@ -266,7 +294,9 @@ def evaluate_trials(
         max_steps=max_steps,
         observation=policy.meta.observation,
     )
+    before = _out_of_view(policy)
     own, successes = rounds.play(policy, range(trials), f"evaluating {policy.meta.name}")
+    dropped, cut = (now - then for now, then in zip(_out_of_view(policy), before, strict=True))
     again = None
     if isinstance(policy, RecallingPolicy) and foreign:
         earlier = {str(seed): own[(i + 1) % groups][:-1] for i, seed in enumerate(rounds.seeds)}
@@ -285,7 +315,13 @@ def evaluate_trials(
         successes=None if None in successes else tuple(map(bool, successes)),
         foreign=None if again is None else _returns(again)[:, 0],
         fresh=None if apart is None else _returns(apart),
+        dropped=dropped,
+        cut=cut,
     )
+
+
+def _out_of_view(policy: Policy) -> tuple[int, int]:
+    return (policy.dropped, policy.cut) if isinstance(policy, RecallingPolicy) else (0, 0)
 
 
 def _check_counts(**counts: int) -> None:
@@ -437,44 +473,3 @@ class _Forgetting:
 def _columns(wanted: ObservationSpec) -> list[int]:
     """Where number, step and last reward of the trial stand in the state of a policy; empty if it does not see them."""
     return wanted.columns(_LEAF) if TRIAL in dict(wanted.state) else []
-
-
-def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
-    """Draws the mean return by the number of the trial, with a 95% band; hollow is the last one after foreign trials.
-
-    Args:
-        path: a PNG file, replaced atomically.
-        groups: of one task, by the name that is shown.
-    """
-    with needs_extra("models"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
-    axes = figure.subplots()
-    most, beside = max(some.trials for some in groups.values()), 0.0
-    for place, (name, some) in enumerate(groups.items()):
-        colour, numbers = _COLOURS[place % len(_COLOURS)], np.arange(1, some.trials + 1)
-        means = [bootstrap_mean(column) for column in some.returns.T]
-        axes.plot(numbers, [mean.value for mean in means], "o-", color=colour, markersize=7, label=name)
-        if np.isfinite(means[0].low):
-            low, high = [mean.low for mean in means], [mean.high for mean in means]
-            axes.fill_between(numbers, low, high, color=colour, alpha=0.16, linewidth=0)
-        if some.foreign is not None:
-            # Side by side at the right of the last trials, so that none hides another.
-            beside += 0.03 * most
-            at, foreign = some.trials + beside, bootstrap_mean(some.foreign)
-            axes.plot([some.trials, at], [means[-1].value, foreign.value], ":", color=colour, linewidth=1.2)
-            if np.isfinite(foreign.low):
-                axes.plot([at, at], [foreign.low, foreign.high], color=colour, linewidth=1.8)
-            axes.plot([at], [foreign.value], "o", color=colour, markerfacecolor="white", markersize=7)
-    if beside:
-        label = "last trial after another group's trials"
-        axes.plot([], [], "o", color="#555555", markerfacecolor="white", markersize=7, label=label)
-    axes.set(xlabel="trial", ylabel="return", xticks=range(1, most + 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    some = next(iter(groups.values()))
-    figure.suptitle(f"{some.environment}, mean over groups (n={len(some.seeds)}) with 95% band", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")

@@ -11,11 +11,11 @@ from sqlalchemy.orm import Session
 
 from offbook.arena import accounts
 from offbook.arena.accounts import Principal
-from offbook.arena.database import now
-from offbook.arena.refusal import unknown
 from offbook.arena.routes.doors import arena_of, needs
 from offbook.arena.tables import Robot
 from offbook.arena.trials import note
+from offbook.service.database import now
+from offbook.service.refusal import unknown
 
 router = APIRouter()
 

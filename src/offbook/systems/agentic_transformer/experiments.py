@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from offbook.client.protocol import Policy
 from offbook.data.store import EpisodeStore
 from offbook.evaluate.groups import Groups, evaluate_trials
+from offbook.learning.cloning import CloningConfig, train_cloning
 from offbook.learning.hindsight_training import HindsightConfig, train_hindsight
 from offbook.learning.offline import OfflineConfig, train_offline
 from offbook.learning.trying import HindsightPolicy
 from offbook.runs.directory import RunDirectory, write_atomic
 from offbook.runs.parallel import run_parallel
 
-Config = HindsightConfig | OfflineConfig
+Config = HindsightConfig | OfflineConfig | CloningConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +39,8 @@ class Arm:
         run, store = RunDirectory.create(self.folder, self.config, resume=True), EpisodeStore.open(self.store)
         if isinstance(self.config, OfflineConfig):
             return train_offline(store, self.config, run, resume=True)
+        if isinstance(self.config, CloningConfig):
+            return train_cloning(store, self.config, run, resume=True)
         return train_hindsight(store, self.config, run, resume=True)
 
 
@@ -81,7 +81,7 @@ class Try:
         settings = json.loads(self.settings)
         path = self.arm.folder / f"groups-{self.groups}-{self.trials}-{self.fresh}.json"
         if path.exists():
-            return _read(json.loads(path.read_bytes()))
+            return Groups.from_json(json.loads(path.read_bytes()))
         policy = self.arm.fit()
         found = evaluate_trials(
             self.task, policy, trials=self.trials, groups=self.groups, settings=settings, parallel=self.groups,
@@ -89,18 +89,6 @@ class Try:
         )  # fmt: skip
         write_atomic(path, json.dumps(found.to_json()) + "\n")
         return found
-
-
-def _read(record: Mapping[str, Any]) -> Groups:
-    def array(name: str) -> np.ndarray | None:
-        return None if record[name] is None else np.asarray(record[name], np.float64)
-
-    return Groups(
-        environment=record["environment"], settings=record["settings"], policy=record["policy"],
-        seeds=tuple(record["seeds"]), returns=np.asarray(record["returns"], np.float64),
-        steps=np.asarray(record["steps"], np.int64), foreign=array("foreign"), fresh=array("fresh"),
-        successes=None if record["successes"] is None else tuple(record["successes"]),
-    )  # fmt: skip
 
 
 def _played(one: Try) -> Groups:
