@@ -202,7 +202,7 @@ def trial_outcome(state: str, faults: int, success: bool | None) -> str | None:
         return "done" if success is None else "success" if success else "failure"
     if state == "policy_fault":
         return state
-    return "robot_fault" if faults and state in ("queued", "needs_human") else None
+    return "robot_fault" if faults and state == "queued" else None
 
 
 def _strips(session: Session, entries: Collection[int]) -> dict[int, list[dict[str, Any]]]:

@@ -104,7 +104,7 @@ def _trials(session: Session, found: Submission) -> list[dict[str, Any]]:
             "outcome": trial_outcome(trial.state, trial.faults, success),
             "score": score,
             "attempts": trial.attempt,
-            "fault": _fault(trial.state, last_outcome, reason),
+            "fault": _fault(trial, last_outcome, reason),
         }
         for trial, success, score, last_outcome, reason in rows
     ]
@@ -116,10 +116,12 @@ def _case(trial: Trial) -> dict[str, Any]:
     return {"scene": trial.scene if played else None, "seed": trial.seed if played else None}
 
 
-def _fault(state: str, last_outcome: str | None, reason: str | None) -> str | None:
+def _fault(trial: Trial, last_outcome: str | None, reason: str | None) -> str | None:
     """Why a trial stands where it stands, unless it ended well or runs."""
-    told = state in ("policy_fault", "needs_human", "needs_storage") or (
-        state == "queued" and last_outcome == "robot_fault"
+    if trial.state == "needs_human" and last_outcome == "robot_fault":
+        return f"{trial.faults} faults of the robot, the last: {reason}"
+    told = trial.state in ("policy_fault", "needs_human", "needs_storage") or (
+        trial.state == "queued" and last_outcome == "robot_fault"
     )
     return (reason or None) if told else None
 
@@ -192,7 +194,8 @@ def _state_words(session: Session, found: Submission, trials: list[dict[str, Any
         return f"{_queue_words(session, found, present)}{so_far}"
     if states["needs_storage"]:
         return f"Paused, the arena's store is full or away{so_far}"
-    return f"{states['needs_human']} trials failed on the robot three times over and wait for its operator{so_far}"
+    wait = "trial waits" if states["needs_human"] == 1 else "trials wait"
+    return f"{states['needs_human']} {wait} for the operator of the robot{so_far}"
 
 
 def _queue_words(session: Session, found: Submission, present: Collection[int]) -> str:
@@ -252,7 +255,7 @@ def run(session: Session, entry: int, blobs: BlobStore, base_url: str) -> dict[s
         **_case(trial),
         "state": trial.state,
         "outcome": trial_outcome(trial.state, trial.faults, result.success if result else None),
-        "fault": _fault(trial.state, ended[-1].outcome, ended[-1].reason) if ended else None,
+        "fault": _fault(trial, ended[-1].outcome, ended[-1].reason) if ended else None,
         "score": result.score if result else None,
         "steps": result.steps if result else None,
         "rate_hz": manifest.get("rate_hz"),

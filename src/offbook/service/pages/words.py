@@ -44,7 +44,7 @@ _STATE_WORDS = {
     "failure": "failure",
     "policy_fault": "policy fault",
     "robot_fault": "robot fault, will be run again",
-    "needs_human": "robot fault three times over, waits for its operator",
+    "needs_human": "waits for its operator",
     "needs_storage": "paused, the arena's store is full or away",
     "cancelled": "cancelled",
     "idle": "idle, waiting for work",
