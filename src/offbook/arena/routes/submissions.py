@@ -85,13 +85,6 @@ async def submit_pair(
     return {"entries": [first, second]}
 
 
-@router.get("/v1/pairs/{entry}")
-def show_pairs(request: Request, entry: str, who: Annotated[Principal, Depends(needs("admin"))]) -> dict[str, Any]:
-    """What raters may see of a comparison that a submission is part of: the films of each scene, as policy A and B."""
-    with arena_of(request).database.read() as session:
-        return views.pairs(session, number("submission", entry))
-
-
 async def _submit(request: Request, who: Principal, *asked: submissions.Request) -> list[dict[str, Any]]:
     arena = arena_of(request)
 

@@ -4,7 +4,7 @@ Times are seconds since 1970; an interval is `{value, low, high}`, its ends null
 """
 
 from offbook.arena.views.boards import compare, index, leaderboard
-from offbook.arena.views.entries import pairs, run, submission
+from offbook.arena.views.entries import run, submission
 from offbook.arena.views.robots import queue, robot, submit
 
-__all__ = ["compare", "index", "leaderboard", "pairs", "queue", "robot", "run", "submission", "submit"]
+__all__ = ["compare", "index", "leaderboard", "queue", "robot", "run", "submission", "submit"]

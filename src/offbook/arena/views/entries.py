@@ -147,31 +147,6 @@ def _order(session: Session, both: list[Submission]) -> list[Any]:
     return [[row.slot, sides[row.submission_id], row.blind_label[-1]] for row in rows]
 
 
-def pairs(session: Session, entry: int) -> dict[str, Any]:
-    """What raters may see of a comparison: of each scene that both have played the films of `policy A` and `policy B`.
-
-    No name, no submission, no score and no order is in it, and the letters were drawn anew for each scene.
-
-    Raises:
-        RefusedError: 404, no such submission, or it is not compared to another.
-    """
-    found = session.get(Submission, entry)
-    if found is None or found.pairing_id is None:
-        raise unknown("comparison", entry, "use a submission that was sent as one of a pair")
-    rows = session.execute(
-        select(Trial.slot, Trial.blind_label, Result.files)
-        .join(Result, Result.trial_id == Trial.id)
-        .join(Submission, Submission.id == Trial.submission_id)
-        .where(Submission.pairing_id == found.pairing_id)
-        .order_by(Trial.slot, Trial.blind_label)
-    )
-    scenes: dict[int, dict[str, Any]] = {}
-    for row in rows:
-        scenes.setdefault(row.slot, {})[row.blind_label] = {"videos": videos(row.files)}
-    whole = [{"scene": slot, "outputs": sides} for slot, sides in scenes.items() if len(sides) == 2]
-    return {"task": found.split.benchmark.task, "pairs": whole}
-
-
 def _state_words(session: Session, found: Submission, trials: list[dict[str, Any]], present: Collection[int]) -> str:
     states = Counter(trial["state"] for trial in trials)
     over = sum(states[state] for state in FINAL)
