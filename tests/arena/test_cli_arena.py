@@ -9,8 +9,10 @@ import subprocess
 import sys
 import threading
 
+import httpx
 import pytest
 from arena_server import Walker, running
+from arena_world import lease, play
 from sqlalchemy import select
 
 from offbook.arena import views
@@ -18,6 +20,7 @@ from offbook.arena.database import Database
 from offbook.arena.pages import render
 from offbook.arena.service import Settings
 from offbook.arena.tables import Split
+from offbook.arena.trials import Report
 from offbook.arena.worker import run_worker
 
 pytestmark = pytest.mark.service
@@ -181,10 +184,28 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
         assert "never read" in refused.stderr
 
 
+def test_an_operator_puts_trials_that_wait_back_into_the_queue(tmp_path, cli, monkeypatch) -> None:
+    with running(tmp_path) as arena:
+        entry = arena.submit("root", kind="anchor", anchor="random")
+        with arena.database.write() as session:
+            trial = play(session, lease(session), Report(outcome="needs_human", reason="the cup is empty"))["trial"]
+        words = ["arena", "requeue", str(trial), "--url", arena.url]
+        told = cli(["arena", "status", entry, "--url", arena.url]).stdout
+        assert "1 trial waits for the operator" in told
+        assert "the cup is empty" in told
+        with httpx.Client(trust_env=False) as visitor:
+            page = visitor.get(f"{arena.url}/runs/{trial}", headers={"Accept": "text/html"}).text
+        assert f"offbook {' '.join(words)}" in page
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["ada"])
+        assert "missing_scope" in cli(words).stderr
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["root"])
+        assert cli(words).stdout == f"Back in the queue: {trial}\n"
+        assert arena.status(entry)["trials"][0]["state"] == "queued"
+        assert "stale_fence" in cli(words).stderr
+
+
 @pytest.mark.faults
 def test_serve_ends_cleanly_on_a_signal_while_a_page_listens(folder) -> None:
-    import httpx
-
     program = "from offbook.cli.main import main; raise SystemExit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "arena", "serve", str(folder), "--port", "0"],

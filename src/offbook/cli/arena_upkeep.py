@@ -1,4 +1,4 @@
-"""`offbook arena verify-store|backup|restore`: what an operator does so that nothing is lost."""
+"""`offbook arena verify-store|backup|restore|requeue`: what an operator does so that nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 
 import tyro
 
+from offbook.cli.access import URL, read_token
 from offbook.cli.report import Report
+from offbook.client.submit import ArenaClient
 from offbook.errors import needs_extra
 
 _SHOWN = 20
@@ -102,6 +104,26 @@ def restore(
     verified = verify_store(folder)
     text = f"An arena stands in {folder}, as it was at {manifest['made']:.0f} s since 1970.\n{verified.text}"
     return Report(text=text, data={"folder": str(folder), **verified.data}, exit_code=verified.exit_code)
+
+
+def requeue(trials: tyro.conf.Positional[tuple[int, ...]], *, url: str = URL, token_file: Path | None = None) -> Report:
+    """Puts trials that wait for their operator back into the queue. The token (scope admin) comes from OFFBOOK_TOKEN.
+
+    They are run again with the same scene and seed; all attempts stay visible. Look at the robot first.
+
+    Args:
+        trials: their numbers, as in the addresses of their pages.
+        url: address of the arena.
+        token_file: file that holds the token, instead of OFFBOOK_TOKEN.
+
+    Examples:
+        offbook arena requeue 31 32
+    """
+    with ArenaClient(url, read_token(token_file)) as arena:
+        for trial in trials:
+            arena.request("POST", f"/v1/trials/{trial}/requeue")
+    listed = ", ".join(map(str, trials))
+    return Report(text=f"Back in the queue: {listed}", data={"requeued": list(trials)})
 
 
 def _show(word: str) -> Callable[[int, int], None]:

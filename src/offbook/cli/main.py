@@ -52,6 +52,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "arena token": ("offbook.cli.arena:token", "give out or withdraw access"),
     "arena submit": ("offbook.cli.arena:submit", "submit a policy for trials"),
     "arena status": ("offbook.cli.arena:status", "how far a submission is"),
+    "arena requeue": (
+        "offbook.cli.arena_upkeep:requeue",
+        "put trials that wait for their operator back into the queue",
+    ),
     "arena export": ("offbook.cli.arena_export:export", "keep the trials of a submission as recordings"),
     "arena verify-store": ("offbook.cli.arena_upkeep:verify_store", "whether database and files agree"),
     "arena backup": ("offbook.cli.arena_upkeep:backup", "copy an arena while it runs"),
