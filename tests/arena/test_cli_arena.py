@@ -73,9 +73,59 @@ def test_init_puts_a_simulated_stage_before_real_robots(tmp_path, cli) -> None:
         assert named in cli([*words, *wrong]).stderr
 
 
+OWN = {
+    "name": "bench-turn", "title": "Turning", "task": "Turn to the right.", "metric": "how far, 0 to 1",
+    "robot": "bench", "splits": {"marked": [{"mark": "left"}, {"mark": "right"}], "free": 3}, "score_range": [0, 1],
+}  # fmt: skip
+
+
+def test_an_operator_describes_a_benchmark_for_a_robot_of_their_own(tmp_path, cli) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(OWN | {"prestage": "pendulum", "prestage_score": -200}))
+    words = ["arena", "init", str(tmp_path / "arena"), "--json", "--benchmarks", "pendulum", str(file)]
+    made = [json.loads(cli(words).stdout)["benchmarks"][1] for _ in range(2)]
+    assert made == [{"name": "bench-turn", "version": 1, "robot": "bench"}] * 2
+    database = Database(Settings.load(tmp_path / "arena").database_url)
+    with database.read() as session:
+        splits = {split.name: split for split in session.scalars(select(Split)) if split.benchmark.name == "bench-turn"}
+        scenes = {name: [case["scene"] for case in split.cases] for name, split in splits.items()}
+        assert scenes == {"marked": [{"mark": "left"}, {"mark": "right"}], "free": [{}, {}, {}]}
+        assert len({case["seed"] for case in splits["free"].cases}) == 3
+        benchmark = splits["free"].benchmark
+        assert (benchmark.least, benchmark.most, benchmark.prestage, benchmark.fault_score) == (0, 1, "pendulum", 0)
+    database.close()
+    file.write_text(json.dumps(OWN | {"splits": {"marked": [{"mark": "middle"}]}}))
+    assert json.loads(cli(words).stdout)["benchmarks"][1]["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"name": "Bench Turn"}, "bench.json: name: expected String should match pattern"),
+        ({"splits": {}}, "bench.json: splits"),
+        ({"splits": {"free": 0}}, "at least 1 item"),
+        ({"splits": {"marked": [{"mark": "\0"}]}}, "a NUL"),
+        ({"score_range": [1, 0]}, "the least to the largest score"),
+        ({"fault_score": -1}, "with fault_score in it"),
+        ({"prestage": "pendulum"}, "both or neither"),
+        ({"prestage": "nothing", "prestage_score": 1}, "benchmark 'nothing': expected a known benchmark"),
+        ({"robots": "bench"}, "bench.json: robots"),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_refused_by_its_field(tmp_path, cli, change, named: str) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(OWN | change))
+    words = ["arena", "init", str(tmp_path / "arena"), "--benchmarks", str(tmp_path / "bench.json")]
+    outcome = cli(words)
+    assert outcome.exit_code in (1, 2)
+    assert named in outcome.stderr, outcome.stderr
+    (tmp_path / "bench.json").write_text(json.dumps(OWN))
+    assert cli(words).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["arena", "init", "{tmp}/a", "--benchmarks", "none.json"], "none.json: expected a readable file"),
         (["arena", "init", "{tmp}/a", "--benchmarks", "poor"], "did you mean 'pour'?"),
         (["arena", "init", "{tmp}/a", "--trials", "0"], "1 to 10000"),
         (["arena", "init", "{tmp}"], "a new or empty folder"),

@@ -25,6 +25,9 @@ from offbook.service.refusal import RefusedError, unknown
 ANCHORS = ("expert", "random")
 """Policies that every worker can make itself; they mark the two ends of a benchmark's scale."""
 
+NAME = "[a-z0-9][a-z0-9-]{0,39}"
+"""What names of benchmarks look like; they stand in addresses."""
+
 DAY = 86400.0
 _LOT = random.SystemRandom()
 
@@ -90,11 +93,17 @@ class Request:
 
 
 def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
-    """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", spec.name) or not spec.splits:
+    """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing.
+
+    Raises:
+        RefusedError: 422, it has no proper name or no split; 404, the arena has no benchmark of its prestage's name.
+    """
+    if not re.fullmatch(NAME, spec.name) or not spec.splits:
         raise RefusedError(422, "bad_benchmark", f"benchmark {spec.name!r}",
                            expected="a name of lower-case letters, digits and dashes, and at least one split",
                            got=f"{len(spec.splits)} splits", fix="correct the description")  # fmt: skip
+    if spec.prestage:
+        find_benchmark(session, spec.prestage)
     latest = session.scalar(
         select(Benchmark).where(Benchmark.name == spec.name).order_by(Benchmark.version.desc()).limit(1)
     )

@@ -42,9 +42,11 @@ def init(
 
     Args:
         folder: where settings, the embedded database and recordings will stand.
-        benchmarks: what policies are tried on: pour, pendulum; and several trials in a row on darkpoint, hopper-tries.
-        trials: scenes in each split of a benchmark.
-        real: also adds each benchmark for real robots as NAME-real; their workers are started with this as --robot.
+        benchmarks: what policies are tried on: pour, pendulum; several trials in a row on darkpoint, hopper-tries; and
+            files, ending in .json, that describe benchmarks for robots of your own.
+        trials: scenes in each split of a benchmark; a file says itself.
+        real: also adds each of these, but files, for real robots as NAME-real; their workers are started with this as
+            --robot.
         pass_score: mean score on the simulated benchmark that a policy needs before it may run on real robots.
         seed: from which scenes and seeds follow; drawn in secret for a new arena, which keeps it in arena.json.
         database: address of a PostgreSQL database; SQLite in the folder when empty.
@@ -55,6 +57,7 @@ def init(
         offbook arena init
         offbook arena init /srv/arena --database postgresql+psycopg://arena@localhost/arena --trials 40
         offbook arena init lab --benchmarks pour --real franka --pass-score 0.6
+        offbook arena init lab --benchmarks bench.json
     """
     with needs_extra("arena"):
         from offbook.arena import accounts, submissions
@@ -76,11 +79,14 @@ def init(
         raise ConfigError("--real and --pass-score", expected="both or neither", got="one of them", fix="give both")
     if real is not None and pass_score is not None:
         # Scenes of their own: those of the simulated benchmark are known to whoever has passed it.
-        specs += [on_real_robots(make_suite(name, trials, root + 1), real, pass_score) for name in benchmarks]
+        simulated = [name for name in benchmarks if not name.endswith(".json")]
+        specs += [on_real_robots(make_suite(name, trials, root + 1), real, pass_score) for name in simulated]
     store = Database(settings.database_url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         store.migrate()
+        if fresh:
+            settings.save()
         with store.write() as session:
             made = [submissions.define_benchmark(session, spec) for spec in specs]
             names = [{"name": each.name, "version": each.version, "robot": each.robot_class} for each in made]
@@ -89,8 +95,6 @@ def init(
             accounts.record_audit(session, None, "token.create", f"{operator}: admin")
     finally:
         store.close()
-    if fresh:
-        settings.save()
     listed = ", ".join(f"{each['name']} (version {each['version']})" for each in names)
     text = (
         f"An arena stands in {folder} with {listed or 'no benchmarks'}.\n\n"
