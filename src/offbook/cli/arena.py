@@ -26,7 +26,7 @@ _ANCHORS = ("expert", "random")
 def init(
     folder: tyro.conf.Positional[Path] = Path("arena"),
     *,
-    benchmarks: tuple[str, ...] = ("pour", "pendulum"),
+    benchmarks: tuple[str, ...] = ("pour", "scoop", "pendulum"),
     trials: int = 20,
     real: str | None = None,
     pass_score: float | None = None,
@@ -42,8 +42,8 @@ def init(
 
     Args:
         folder: where settings, the embedded database and recordings will stand.
-        benchmarks: what policies are tried on: pour, pendulum; several trials in a row on darkpoint, hopper-tries; and
-            files, ending in .json, that describe benchmarks for robots of your own.
+        benchmarks: what policies are tried on: pour, scoop, pendulum; several trials in a row: darkpoint, hopper-tries;
+            and files, ending in .json, that describe benchmarks for robots of your own.
         trials: scenes in each split of a benchmark; a file says itself.
         real: also adds each of these, but files, for real robots as NAME-real; their workers are started with this as
             --robot.
@@ -155,8 +155,8 @@ def worker(
     It ends with exit code 1 when the robot needs somebody beside it.
 
     Args:
-        robot: pour, franka, lerobot, a robot of another installed package, or a simulator as LIBRARY:NAME, such as
-            gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four trials in a row.
+        robot: pour, scoop, franka, lerobot, a robot of another installed package, or a simulator as LIBRARY:NAME, such
+            as gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four trials in a row.
         settings: JSON file with the robot's address, cameras and limits.
         url: address of the arena.
         name: of this robot on the arena's pages; host and process by default.

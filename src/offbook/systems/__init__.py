@@ -126,7 +126,7 @@ SYSTEMS: dict[str, System] = {
         authors="Zhou, Dean, Srirama, Rajeswaran, Pari, Hatch, Jain, Yu, Abbeel, Pinto, Finn, Gupta",
         venue="ICRA 2023",
         arxiv="2306.00942",
-        status="in progress: arena, pour world, behaviour cloning",
+        status="in progress: arena, pouring and scooping, behaviour cloning",
         commands=("offbook demo", "offbook arena --help", "offbook policy --help"),
     ),
 }
