@@ -3,7 +3,7 @@
 Sixteen robots each send an observation with a JPEG picture of 640 x 480 pixels 30 times a second, once through an
 arena's relay and once straight to the policies, by turns; the policies answer at once. Arena, policies and robots are
 three processes. Limits, for two idle cores: 0.5 % of the relayed answers come later than the next tick, and the relay
-adds 5 ms to the 99th percentile.
+adds 5 ms to the 99th percentile and at most doubles the median.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ META = PolicyMeta(
     observation=ObservationSpec(state=(("joints", 7),), cameras={"front": (480, 640)}),
     action=ActionSpec(size=7, low=(-1.0,) * 7, high=(1.0,) * 7),
 )
-MOST_LATE, MOST_ADDED_MS = 0.005, 5.0
+MOST_LATE, MOST_ADDED_MS, MOST_TIMES = 0.005, 5.0, 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +58,19 @@ def run(options: Options) -> list[Claim]:
     relayed, direct = (np.array(found[way]) for way in ("relay", "direct"))
     late = float((relayed > 1000 / plan.rate_hz).mean())
     added = {q: float(np.percentile(relayed, q) - np.percentile(direct, q)) for q in (50, 99)}
-    met = late <= MOST_LATE and added[99] <= MOST_ADDED_MS
+    times = float(np.median(relayed) / np.median(direct))
+    met = late <= MOST_LATE and added[99] <= MOST_ADDED_MS and times <= MOST_TIMES
     return [
         Claim(
             system="arena",
             claim=f"{plan.streams} streams of {plan.rate_hz:g} JPEG pictures a second through the relay for "
-            f"{plan.seconds:g} s: at most 0.5 % late answers, at most 5 ms added to the 99th percentile",
+            f"{plan.seconds:g} s: at most 0.5 % late answers, at most 5 ms added to the 99th percentile, at most twice "
+            "the median",
             metrics=(
                 Metric(name="late answers", value=late, n=len(relayed), higher_is_better=False),
                 Metric(name="added to the 99th percentile", value=added[99], unit="ms", higher_is_better=False),
                 Metric(name="added to the median", value=added[50], unit="ms", higher_is_better=False),
-                Metric(name="relayed median over straight one", value=float(np.median(relayed) / np.median(direct)),
-                       higher_is_better=False),
+                Metric(name="relayed median over straight one", value=times, higher_is_better=False),
                 Metric(name="relayed, 99th percentile", value=float(np.percentile(relayed, 99)), unit="ms",
                        higher_is_better=False),
                 Metric(name="processor time of the arena", value=found["cpu"], unit="cores", higher_is_better=False),

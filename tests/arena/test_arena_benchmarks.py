@@ -31,13 +31,13 @@ def test_the_relay_is_measured_beside_the_straight_way(monkeypatch) -> None:
     assert all(value > 0 for value in (*found["relay"], *found["direct"]))
     assert sorted(found["relay"])[20] < 1000
     assert found["cpu"] > 0
-    for late, verdict in ((0, "met"), (2, "missed")):
+    for late, straight, verdict in ((0, 16.0, "met"), (2, 16.0, "missed"), (0, 9.0, "missed")):
         values = [20.0] * (300 - late) + [40.0] * late
-        made = {"relay": values, "direct": [16.0] * 300, "cpu": 0.2}
+        made = {"relay": values, "direct": [straight] * 300, "cpu": 0.2}
         monkeypatch.setattr(relay, "measure", lambda plan, made=made: made)
         (claim,) = relay.run(Options())
         assert claim.verdict == verdict
-        assert claim.metrics[2].value == 4.0
+        assert claim.metrics[2].value == 20.0 - straight
 
 
 def test_the_pages_of_a_filled_arena_are_measured(monkeypatch) -> None:
