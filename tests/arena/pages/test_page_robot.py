@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from arena_server import Walker, running, until
 from PIL import Image
-from playwright.sync_api import Browser, expect, sync_playwright
-from test_page_browser import CHROMIUM, FLAGS
+from playwright.sync_api import Browser, expect
 
+from browsing import chromium
 from offbook.arena.live import FRAME_BYTES
 from offbook.arena.worker import run_worker
 
@@ -26,10 +26,8 @@ def arena(tmp_path_factory) -> Iterator[object]:
 
 @pytest.fixture
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 def test_an_operator_watches_and_stops_a_robot_and_lets_it_go_on(arena, browser: Browser) -> None:
