@@ -1,8 +1,9 @@
 """Kills workers (and, if asked, the server) while trials run, and checks what the arena promised.
 
 The promise: no accepted trial is lost, each has exactly one result, it is attempted again only after an attempt
-recorded as a robot's fault, and no arm moves without an attempt in the log. The robots keep a journal of their own of
-every reset, which is compared with the arena's log at the end.
+recorded as a robot's fault, no robot ever holds two live trials, and no arm moves without an attempt in the log. The
+robots keep a journal of their own of every reset and every step, which is compared with the arena's log at the end. A
+worker that was killed is replaced by one beside the same robot, which must wait until the lease of the former ran out.
 """
 
 import itertools
@@ -116,8 +117,8 @@ def soak(folder: Path, plan: Plan) -> History:
     nursery = _Nursery(url, token, journal, plan.step_seconds)
     accidents = random.Random(plan.seed)
     try:
-        for _ in range(plan.workers):
-            nursery.start()
+        for arm in range(plan.workers):
+            nursery.start(arm)
         done_before: dict[int, Any] = {}
         next_kill, paused = time.monotonic() + plan.kill_every, plan.pause <= 0
         while time.monotonic() - began < plan.deadline:
@@ -131,12 +132,13 @@ def soak(folder: Path, plan: Plan) -> History:
                 break
             if time.monotonic() > next_kill and history.killed_workers < plan.kills:
                 next_kill = time.monotonic() + plan.kill_every
-                nursery.kill(accidents.randrange(plan.workers))
+                arm = accidents.choice(nursery.awake())
+                nursery.kill(arm)
                 history.killed_workers += 1
-                nursery.start()
+                nursery.start(arm)
             if not paused and history.killed_workers >= 2:
                 paused = True
-                nursery.pause(accidents.randrange(plan.workers), plan.pause)
+                nursery.pause(accidents.choice(nursery.awake()), plan.pause)
             if history.killed_servers < plan.server_kills and len(done) > plan.trials / 3:
                 server.kill()
                 server.wait()
@@ -148,6 +150,7 @@ def soak(folder: Path, plan: Plan) -> History:
         server.terminate()
         server.wait(30)
     _judge(folder / "arena", journal, plan, history)
+    _judge_motions(journal, nursery.woken, history)
     return history
 
 
@@ -230,48 +233,53 @@ class _Nursery:
             stdout=subprocess.PIPE,
             env={**os.environ, "OFFBOOK_TOKEN": token, "OMP_NUM_THREADS": "1"},
         )
-        self._handles: list[int] = []
-        self._count = 0
+        self._handles: dict[int, int] = {}
+        self._pids: dict[int, int] = {}
         self._waking: list[threading.Timer] = []
+        self.woken: list[tuple[int, float]] = []
 
-    def start(self) -> None:
-        """Adds a worker, under a name of its own: a new process is a new simulated arm."""
-        self._count += 1
+    def start(self, arm: int) -> None:
+        """Adds a worker beside an arm."""
         stdin, stdout = self._process.stdin, self._process.stdout
         if stdin is None or stdout is None:
             raise RuntimeError("the nursery has no pipes")
-        stdin.write(f"arm-{self._count}\n".encode())
+        stdin.write(f"arm-{arm}\n".encode())
         stdin.flush()
+        self._pids[arm] = int(stdout.readline())
         # A handle, not a number: numbers of the dead are given to others.
-        self._handles.append(os.pidfd_open(int(stdout.readline())))
+        self._handles[arm] = os.pidfd_open(self._pids[arm])
 
-    def kill(self, which: int) -> None:
+    def awake(self) -> list[int]:
+        """The arms whose workers run."""
+        return sorted(self._handles)
+
+    def kill(self, arm: int) -> None:
         """Ends a worker without a word."""
-        handle = self._handles.pop(which)
+        handle = self._handles.pop(arm)
         signal.pidfd_send_signal(handle, signal.SIGKILL)
         os.close(handle)
 
-    def pause(self, which: int, seconds: float) -> None:
+    def pause(self, arm: int, seconds: float) -> None:
         """Stops a worker for a while; it stays out of reach of `kill`."""
-        handle = self._handles.pop(which)
+        handle = self._handles.pop(arm)
         signal.pidfd_send_signal(handle, signal.SIGSTOP)
 
         def wake() -> None:
+            self.woken.append((self._pids[arm], time.time()))
             signal.pidfd_send_signal(handle, signal.SIGCONT)
-            self._handles.append(handle)
+            self._handles[arm] = handle
 
         timer = threading.Timer(seconds, wake)
         timer.daemon = True
         timer.start()
         self._waking.append(timer)
-        self.start()
 
     def close(self) -> None:
         """Ends all."""
         for timer in self._waking:
             timer.join()
-        while self._handles:
-            self.kill(0)
+        for arm in self.awake():
+            self.kill(arm)
         if self._process.stdin is not None:
             self._process.stdin.close()
         if self._process.stdout is not None:
@@ -302,10 +310,15 @@ def _judge(folder: Path, journal: Path, plan: Plan, history: History) -> None:
     """Compares the arena's tables with one another and with the robots' own journals."""
     from sqlalchemy import select
 
-    from offbook.arena.tables import Attempt, Result, Trial, Worker
+    from offbook.arena.service import Settings
+    from offbook.arena.tables import Attempt, Event, Result, Trial, Worker
+    from offbook.arena.verify import verify_store
+    from offbook.service.storage import BlobStore
 
     database = _database(folder)
+    stored = verify_store(database, BlobStore(Settings.load(folder).blobs_url))
     with database.read() as session:
+        told = session.execute(select(Event.kind, Event.trial_id, Event.robot_id).order_by(Event.id)).all()
         trials = {trial.id: trial for trial in session.scalars(select(Trial))}
         results = session.scalars(select(Result)).all()
         attempts = session.execute(
@@ -333,28 +346,63 @@ def _judge(folder: Path, journal: Path, plan: Plan, history: History) -> None:
         for former, latter in itertools.pairwise(log):
             if former.ended is None or latter.leased < former.ended:
                 say(f"two attempts at trial {entry} overlap")
+    if not stored.sound:
+        say(f"the store lacks {stored.missing + stored.dangling}, and of what it has {stored.damaged} are damaged")
+    live: dict[int, int] = {}
+    for kind, entry, robot in told:
+        if kind == "leased" and live.setdefault(robot, entry) != entry:
+            say(f"robot {robot} was given trial {entry} while trial {live[robot]} was live on it")
+        elif kind in ("done", "policy_fault", "robot_fault", "released") and live.pop(robot, entry) != entry:
+            say(f"trial {entry} ended on robot {robot}, where another one was live")
     logged = Counter((name, trials[attempt.trial_id].seed) for attempt, name in attempts)
     moved: Counter[tuple[str, int]] = Counter()
     for path in journal.iterdir():
-        for line in path.read_text().splitlines():
-            moved[path.name, int(json.loads(line)["seed"])] += 1
-    for motion, count in (moved - logged).items():
-        say(f"{motion[0]} moved {count} times more for seed {motion[1]} than its log says")
+        for motion in _motions(path):
+            moved[path.name, motion["seed"]] += motion["step"] == 0
+    for (name, seed), count in (moved - logged).items():
+        say(f"{name} moved {count} times more for seed {seed} than its log says")
+
+
+def _motions(path: Path) -> list[dict[str, Any]]:
+    """A journal's lines; the last one may be cut short by a kill."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def _judge_motions(journal: Path, woken: Sequence[tuple[int, float]], history: History) -> None:
+    """Of an arm one process after the other moves, and one that was woken makes no more than the step it was in."""
+    for path in journal.iterdir():
+        motions = _motions(path)
+        runs = [process for process, _ in itertools.groupby(motions, key=lambda motion: motion["process"])]
+        if len(set(runs)) != len(runs):
+            history.violations.append(f"two processes moved {path.name} by turns")
+        for process, awake in woken:
+            own = [motion for motion in motions if motion["process"] == process]
+            before = [motion for motion in own if motion["time"] < awake]
+            after = list(itertools.takewhile(lambda m: m["step"] > 0, (m for m in own if m["time"] >= awake)))
+            if before and len(after) > 1:
+                history.violations.append(f"{path.name} made {len(after)} steps for a lease that it had slept through")
 
 
 def _work(name: str, url: str, journal: Path, step_seconds: float) -> None:
-    """One worker with a light robot that writes down each of its resets before it moves."""
+    """One worker with a light robot that writes down each reset and step before it moves."""
     from offbook.arena.worker import run_worker
     from offbook.robots.gym import GymRobot
 
     class Journalled(GymRobot):
         def reset(self, scene: Any, seed: int) -> Any:
-            with (journal / name).open("a") as file:
-                file.write(json.dumps({"seed": seed, "time": time.time()}) + "\n")
+            self._seed, self._count = seed, 0
+            self._write()
             return super().reset(scene, seed)
+
+        def _write(self) -> None:
+            line = {"seed": self._seed, "step": self._count, "time": time.time(), "process": os.getpid()}
+            with (journal / name).open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
         def act(self, action: Any) -> Any:
             time.sleep(step_seconds)
+            self._count += 1
+            self._write()
             result = super().act(action)
             self._over = self._over or self._steps >= STEPS
             return result if not self._over else type(result)(applied=result.applied, reward=result.reward, done=True)

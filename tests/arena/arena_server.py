@@ -158,6 +158,15 @@ def dialled_in(
         thread.join(10)
 
 
+def network(path: Path) -> Path:
+    """Saves a small policy for the walker as a checkpoint."""
+    from offbook.learning.cloning import ClonedPolicy
+
+    record = {"meta": META.to_json() | {"name": "net"}, "network": {"chunk": 1, "hidden": 8, "depth": 1}}
+    ClonedPolicy.from_record(record).save(path)
+    return path
+
+
 def until(condition: Callable[[], Any], seconds: float = 15.0) -> Any:
     """Waits for something to become true."""
     end = time.monotonic() + seconds

@@ -60,6 +60,19 @@ def submit(session: Session, user: str = "ada", *, kind: str = "remote", **reque
     return submissions.accept(session, principal, submissions.Request(**request))
 
 
+def submit_pair(session: Session, *kinds: str, trials: int | None = None, user: str = "ada") -> list[int]:
+    """Two submissions that are compared, by default anchors."""
+    principal = who(session, user, "admin")
+    requests = [
+        submissions.Request(
+            benchmark="reach", name=f"{kind} {i}", kind=kind, anchor="random" if kind == "anchor" else None,
+            trials=trials,
+        )
+        for i, kind in enumerate(kinds or ("anchor", "anchor"))
+    ]  # fmt: skip
+    return [each.id for each in submissions.accept_pair(session, principal, *requests)]
+
+
 def lease(
     session: Session, worker: str = "arm-1", *, instance: str = "first", robot_class: str = "arm", **options: Any
 ) -> dict[str, Any] | None:

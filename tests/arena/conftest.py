@@ -54,6 +54,29 @@ def make_sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Make
     yield from _databases(request, tmp_path, "sqlite")
 
 
+@pytest.fixture
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[str], str]]:
+    """Gives addresses of empty databases of a kind."""
+    names: list[str] = []
+
+    def make(kind: str) -> str:
+        names.append(f"empty_{uuid4().hex}")
+        if kind == "sqlite":
+            return f"sqlite:///{tmp_path}/{names.pop()}.db"
+        request.getfixturevalue("execute")(f"CREATE DATABASE {names[-1]}")
+        return request.getfixturevalue("postgres_address").format(name=names[-1])
+
+    yield make
+    for name in names:
+        request.getfixturevalue("execute")(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database(request: pytest.FixtureRequest, empty: Callable[[str], str]) -> Callable[[], str]:
+    """Gives addresses of empty databases, of both kinds by turns."""
+    return lambda: empty(request.param)
+
+
 def _databases(request: pytest.FixtureRequest, folder: Path, kind: str) -> Iterator[MakeDatabase]:
     made: list[Database] = []
     names: list[str] = []

@@ -22,14 +22,15 @@ def harness() -> ModuleType:
 
 def test_killed_workers_and_a_killed_server_lose_nothing(harness: ModuleType, tmp_path: Path) -> None:
     plan = harness.Plan(
-        trials=8, workers=2, kill_every=1.5, kills=2, pause=0, server_kills=1, lease_seconds=3.0,
-        watchdog_seconds=2.5, fault_cap=50, deadline=60.0,
+        trials=8, workers=2, kill_every=1.5, kills=2, pause=0, server_kills=1, lease_seconds=6.0,
+        watchdog_seconds=5.0, fault_cap=50, deadline=150.0,
     )  # fmt: skip
     history = harness.soak(tmp_path, plan)
     assert history.violations == []
     assert dict(history.states) == {"done": 8}
     assert (history.results, history.killed_servers) == (8, 1)
     assert history.attempts - history.results == history.faults
+    assert history.killed_workers == 2
 
 
 @pytest.mark.slow

@@ -9,9 +9,18 @@ import subprocess
 import sys
 import threading
 
+import httpx
 import pytest
 from arena_server import Walker, running
+from arena_world import lease, play
+from sqlalchemy import select
 
+from offbook.arena import views
+from offbook.arena.database import Database
+from offbook.arena.pages import render
+from offbook.arena.service import Settings
+from offbook.arena.tables import Split
+from offbook.arena.trials import Report
 from offbook.arena.worker import run_worker
 
 pytestmark = pytest.mark.service
@@ -46,9 +55,77 @@ def test_init_makes_an_arena_and_prints_the_token_once(tmp_path, cli) -> None:
     assert json.loads((tmp_path / "b" / "arena.json").read_text())["seed"] == 0
 
 
+def test_init_puts_a_simulated_stage_before_real_robots(tmp_path, cli) -> None:
+    words = ["arena", "init", str(tmp_path / "arena"), "--benchmarks", "pour", "--trials", "2", "--seed", "5"]
+    made = cli([*words, "--real", "franka", "--pass-score", "0.6", "--json"])
+    assert made.exit_code == 0, made.stderr
+    told = json.loads(made.stdout)["benchmarks"]
+    assert [(each["name"], each["robot"]) for each in told] == [("pour", "pour"), ("pour-real", "franka")]
+    database = Database(Settings.load(tmp_path / "arena").database_url)
+    with database.read() as session:
+        page = render("submit", views.submit(session, "pour-real", "http://here"))
+        scenes = {split.benchmark.name: split.cases for split in session.scalars(select(Split)) if split.name == "seen"}
+    database.close()
+    assert "mean score of 0.60 on" in page
+    assert scenes["pour"] != scenes["pour-real"]
+    for wrong, named in ((["--real", "franka"], "both or neither"),
+                         (["--real", "franka", "--pass-score", "2"], "0 to 1, the range of pour")):  # fmt: skip
+        assert named in cli([*words, *wrong]).stderr
+
+
+OWN = {
+    "name": "bench-turn", "title": "Turning", "task": "Turn to the right.", "metric": "how far, 0 to 1",
+    "robot": "bench", "splits": {"marked": [{"mark": "left"}, {"mark": "right"}], "free": 3}, "score_range": [0, 1],
+}  # fmt: skip
+
+
+def test_an_operator_describes_a_benchmark_for_a_robot_of_their_own(tmp_path, cli) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(OWN | {"prestage": "pendulum", "prestage_score": -200}))
+    words = ["arena", "init", str(tmp_path / "arena"), "--json", "--benchmarks", "pendulum", str(file)]
+    made = [json.loads(cli(words).stdout)["benchmarks"][1] for _ in range(2)]
+    assert made == [{"name": "bench-turn", "version": 1, "robot": "bench"}] * 2
+    database = Database(Settings.load(tmp_path / "arena").database_url)
+    with database.read() as session:
+        splits = {split.name: split for split in session.scalars(select(Split)) if split.benchmark.name == "bench-turn"}
+        scenes = {name: [case["scene"] for case in split.cases] for name, split in splits.items()}
+        assert scenes == {"marked": [{"mark": "left"}, {"mark": "right"}], "free": [{}, {}, {}]}
+        assert len({case["seed"] for case in splits["free"].cases}) == 3
+        benchmark = splits["free"].benchmark
+        assert (benchmark.least, benchmark.most, benchmark.prestage, benchmark.fault_score) == (0, 1, "pendulum", 0)
+    database.close()
+    file.write_text(json.dumps(OWN | {"splits": {"marked": [{"mark": "middle"}]}}))
+    assert json.loads(cli(words).stdout)["benchmarks"][1]["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"name": "Bench Turn"}, "bench.json: name: expected String should match pattern"),
+        ({"splits": {}}, "bench.json: splits"),
+        ({"splits": {"free": 0}}, "at least 1 item"),
+        ({"splits": {"marked": [{"mark": "\0"}]}}, "a NUL"),
+        ({"score_range": [1, 0]}, "the least to the largest score"),
+        ({"fault_score": -1}, "with fault_score in it"),
+        ({"prestage": "pendulum"}, "both or neither"),
+        ({"prestage": "nothing", "prestage_score": 1}, "benchmark 'nothing': expected a known benchmark"),
+        ({"robots": "bench"}, "bench.json: robots"),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_refused_by_its_field(tmp_path, cli, change, named: str) -> None:
+    (tmp_path / "bench.json").write_text(json.dumps(OWN | change))
+    words = ["arena", "init", str(tmp_path / "arena"), "--benchmarks", str(tmp_path / "bench.json")]
+    outcome = cli(words)
+    assert outcome.exit_code in (1, 2)
+    assert named in outcome.stderr, outcome.stderr
+    (tmp_path / "bench.json").write_text(json.dumps(OWN))
+    assert cli(words).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
+        (["arena", "init", "{tmp}/a", "--benchmarks", "none.json"], "none.json: expected a readable file"),
         (["arena", "init", "{tmp}/a", "--benchmarks", "poor"], "did you mean 'pour'?"),
         (["arena", "init", "{tmp}/a", "--trials", "0"], "1 to 10000"),
         (["arena", "init", "{tmp}"], "a new or empty folder"),
@@ -126,7 +203,7 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
                 "again",
                 "--wait",
                 "--timeout",
-                "30",
+                "120",
             ]
             second = cli([*words, *url, "--json"])
         finally:
@@ -134,7 +211,14 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
             thread.join(20)
         assert json.loads(second.stdout)["state"] == "done"
         assert "Done: 4 trials" in second.stderr
-        assert "score" in cli(["arena", "status", "1", *url]).stdout
+        told = cli(["arena", "status", "1", *url]).stdout
+        assert "score" in told
+        assert "ran in the order that was promised: " in told
+        compared = cli(["arena", "submit", "random", "--against", "expert", "--benchmark", "reach", *url, "--json"])
+        names = [(entry["name"], entry["rival"]["name"]) for entry in json.loads(compared.stdout)["entries"]]
+        assert names == [("random", "expert"), ("expert", "random")]
+        nameless = cli(["arena", "submit", "random", "--against", "remote", "--benchmark", "reach", *url])
+        assert (nameless.exit_code, "--against-name" in nameless.stderr) == (2, True)
         assert "over 2 pairs" in cli(["arena", "status", "1", "--compare", "2", *url]).stdout
         board = cli(["arena", "status", "--benchmark", "reach", *url])
         assert "random" in board.stdout
@@ -150,10 +234,28 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
         assert "never read" in refused.stderr
 
 
+def test_an_operator_puts_trials_that_wait_back_into_the_queue(tmp_path, cli, monkeypatch) -> None:
+    with running(tmp_path) as arena:
+        entry = arena.submit("root", kind="anchor", anchor="random")
+        with arena.database.write() as session:
+            trial = play(session, lease(session), Report(outcome="needs_human", reason="the cup is empty"))["trial"]
+        words = ["arena", "requeue", str(trial), "--url", arena.url]
+        told = cli(["arena", "status", entry, "--url", arena.url]).stdout
+        assert "1 trial waits for the operator" in told
+        assert "the cup is empty" in told
+        with httpx.Client(trust_env=False) as visitor:
+            page = visitor.get(f"{arena.url}/runs/{trial}", headers={"Accept": "text/html"}).text
+        assert f"offbook {' '.join(words)}" in page
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["ada"])
+        assert "missing_scope" in cli(words).stderr
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["root"])
+        assert cli(words).stdout == f"Back in the queue: {trial}\n"
+        assert arena.status(entry)["trials"][0]["state"] == "queued"
+        assert "stale_fence" in cli(words).stderr
+
+
 @pytest.mark.faults
 def test_serve_ends_cleanly_on_a_signal_while_a_page_listens(folder) -> None:
-    import httpx
-
     program = "from offbook.cli.main import main; raise SystemExit(main())"
     process = subprocess.Popen(
         [sys.executable, "-c", program, "arena", "serve", str(folder), "--port", "0"],

@@ -25,17 +25,21 @@ def played(both_clients, tmp_path: Path):
     for name, shade in (("secret-bright", 200), ("secret-dark", 40)):
         entry = submit(client, "admin", kind="anchor", anchor="expert", name=name, trials=3)
         for n in range(3):
-            given = lease(client)
-            report(client, given, "start")
-            path = tmp_path / f"{name}{n}.mp4"
-            write_clip(path, np.full((4, 32, 32, 3), shade + n, np.uint8), 10)
-            content = path.read_bytes()
-            sha256 = hashlib.sha256(content).hexdigest()
-            client.ask("PUT", f"/v1/blobs/{sha256}", "lab", content=content, headers={"Content-Type": "video/mp4"})
-            files = [{"name": "video-scene.mp4", "sha256": sha256, "media_type": "video/mp4", "size": len(content)}]
-            assert report(client, given, "result", score=0.5, steps=4, files=files).status_code == 200
+            play(client, tmp_path, shade + n)
         entries.append(entry["id"])
     return client, entries
+
+
+def play(client, folder: Path, shade: int) -> None:
+    """Plays the next trial, with a film of one shade."""
+    given = lease(client)
+    report(client, given, "start")
+    write_clip(folder / "played.mp4", np.full((4, 32, 32, 3), shade, np.uint8), 10)
+    content = (folder / "played.mp4").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    client.ask("PUT", f"/v1/blobs/{sha256}", "lab", content=content, headers={"Content-Type": "video/mp4"})
+    files = [{"name": "video-scene.mp4", "sha256": sha256, "media_type": "video/mp4", "size": len(content)}]
+    assert report(client, given, "result", score=0.5, steps=4, files=files).status_code == 200
 
 
 def ask(client, method: str, path: str, token: str, **options):
@@ -98,12 +102,28 @@ def test_what_cannot_be_compared_is_refused(played) -> None:
         ("admin", bright, "99", 404, "not_found"),
         ("admin", bright, "x", 404, "not_found"),
         ("admin", bright, idle, 422, "no_films"),
+        ("admin", bright, None, 422, "not_paired"),
+        ("admin", "99", None, 404, "not_found"),
     ]
     for role, a, b, status, error in cases:
         answer = client.ask("POST", "/v1/studies", role, json={"a": a, "b": b})
         assert (answer.status_code, answer.json()["error"]) == (status, error)
     assert client.ask("POST", "/v1/studies", "admin", json={"a": bright, "b": dark}).status_code == 201
     assert client.ask("POST", "/v1/studies", "admin", json={"a": bright, "b": dark}).json()["error"] == "name_taken"
+
+
+def test_a_pair_that_ran_side_by_side_is_compared_by_people_too(client, tmp_path: Path) -> None:
+    body = {"benchmark": "reach", "kind": "anchor", "anchor": "random", "trials": 2}
+    sent = client.ask(
+        "POST", "/v1/pairs", "admin", json={"entries": [body | {"name": name} for name in ("new", "old")]}
+    )
+    first, second = (entry["id"] for entry in sent.json()["entries"])
+    for n in range(3):
+        play(client, tmp_path, 40 * n)
+    # Of a pair whose second half has not been played nothing is shown.
+    opened = client.ask("POST", "/v1/studies", "admin", json={"a": second})
+    assert opened.status_code == 201, opened.text
+    assert (opened.json()["pairs"], opened.json()["name"]) == (1, f"old ({second}) and new ({first}) on reach, seen")
 
 
 def test_only_operators_own_studies_and_every_page_leads_to_them(client) -> None:

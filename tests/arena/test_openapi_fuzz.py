@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
-from arena_world import DONE, lease, play, submit
-from hypothesis import HealthCheck, given, settings
+from arena_world import DONE, lease, play, submit, submit_pair
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.service
@@ -39,8 +40,11 @@ def _value(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     return kinds.get(schema.get("type", ""), LEAVES) | VALUES
 
 
-def _requests(described: dict[str, Any]) -> st.SearchStrategy[tuple[str, str, Any]]:
-    """Method, address and body for every documented operation."""
+Operation = tuple[str, str, dict[str, Any], st.SearchStrategy[tuple[str, Any]]]
+
+
+def _operations(described: dict[str, Any]) -> list[Operation]:
+    """Every documented operation: method, path, its responses, and a strategy for address and body."""
     found = []
     for path, methods in described["paths"].items():
         for method, operation in methods.items():
@@ -54,13 +58,22 @@ def _requests(described: dict[str, Any]) -> st.SearchStrategy[tuple[str, str, An
             body: st.SearchStrategy[Any] = st.none()
             content = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if content is not None:
-                schema = described["components"]["schemas"][content["schema"]["$ref"].rsplit("/", 1)[1]]
-                fields = {name: _value(field) for name, field in schema["properties"].items()}
-                required = {name: fields[name] for name in schema.get("required", [])}
-                optional = {name: value for name, value in fields.items() if name not in required}
-                body = st.fixed_dictionaries(required, optional=optional) | VALUES
-            found.append(st.tuples(st.just(method.upper()), address, body))
-    return st.one_of(found)
+                body = _body(content["schema"], described["components"]["schemas"])
+            found.append((method.upper(), path, operation["responses"], st.tuples(address, body)))
+    return found
+
+
+def _body(schema: dict[str, Any], schemas: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Mostly an object of the documented form, also inside lists, and sometimes anything."""
+    if "$ref" in schema:
+        schema = schemas[schema["$ref"].rsplit("/", 1)[1]]
+        fields = {name: _body(field, schemas) for name, field in schema["properties"].items()}
+        required = {name: fields[name] for name in schema.get("required", [])}
+        optional = {name: value for name, value in fields.items() if name not in required}
+        return st.fixed_dictionaries(required, optional=optional) | VALUES
+    if schema.get("type") == "array" and "$ref" in schema.get("items", {}):
+        return st.lists(_body(schema["items"], schemas), max_size=3) | VALUES
+    return _value(schema)
 
 
 def _address(path: str, values: dict[str, str]) -> str:
@@ -73,36 +86,50 @@ def _address(path: str, values: dict[str, str]) -> str:
 
 
 def run(client: Any, examples: int) -> None:
-    import json
-
     client.app.state.arena.turnstile.limit = 10**9
     with client.app.state.arena.database.write() as session:
         submit(session, kind="anchor", anchor="expert", trials=3)
         play(session, lease(session), DONE)
         lease(session)
-    described = client.ask("GET", "/openapi.json").json()
-    roles = st.sampled_from(["admin", "admin", "ada", "lab", None])
+        submit_pair(session, trials=1)
+    operations = _operations(client.ask("GET", "/openapi.json").json())
+    counts = [_try(client, examples, *operation) for operation in operations]
+    assert len(counts) > 20
+    # Where there is little to choose from, all of it was tried.
+    assert min(counts) >= min(examples, 3)
+
+
+def _try(client: Any, examples: int, method: str, path: str, known: dict[str, Any], requests: Any) -> int:
+    """Asks one operation many times; returns how often."""
+    count = 0
 
     @settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-    )
-    @given(_requests(described), roles)
-    def every_answer_is_sound(asked: tuple[str, str, Any], role: str | None) -> None:
-        method, address, body = asked
+        max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(requests, st.sampled_from(["admin", "admin", "ada", "lab", None]))
+    def every_answer_is_sound(asked: tuple[str, Any], role: str | None) -> None:
+        nonlocal count
+        count += 1
+        address, body = asked
         content = None if body is None else json.dumps(body).encode()
         answer = client.ask(method, address, role, content=content, headers={"Content-Type": "application/json"})
-        assert answer.status_code < 500, (method, address, body, answer.text)
+        status = str(answer.status_code)
+        # A failure of the arena itself, 500, is documented nowhere.
+        assert status in known or (status[0] == "4" and "4XX" in known), (method, path, address, body, answer.text)
         if answer.status_code >= 400:
             assert set(answer.json()) >= {"ok", "error", "detail", "hint", "status"}
             assert "Traceback" not in answer.text
 
     every_answer_is_sound()
+    return count
 
 
 def test_no_request_makes_the_arena_fail(both_clients) -> None:
-    run(both_clients, 250)
+    run(both_clients, 10)
 
 
 @pytest.mark.slow
-def test_thousands_of_requests_do_not_make_the_arena_fail(both_clients) -> None:
-    run(both_clients, 5000)
+@pytest.mark.timeout(1800)
+def test_a_hundred_and_fifty_requests_of_every_operation_do_not_make_the_arena_fail(both_clients) -> None:
+    run(both_clients, 150)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from arena_world import open_arena
@@ -118,10 +119,14 @@ ROUTES = [
     ("POST", "/v1/trials/1/result", "worker"),
     ("POST", "/v1/trials/1/fault", "worker"),
     ("POST", "/v1/trials/1/requeue", "admin"),
+    ("POST", "/v1/trials/1/frame", "worker"),
     ("POST", "/v1/studies", "admin"),
     *(("POST", f"/api/rating/v1/studies{rest}", "admin") for rest in ("", "/1/outputs", "/1/open", "/1/close")),
     *(("POST", f"/api/rating/v1/studies/1/{rest}", "admin") for rest in ("raters", "exclusions")),
     ("PUT", f"/v1/blobs/{'0' * 64}", "worker"),
+    ("POST", "/v1/pairs", "submit"),
+    ("POST", "/v1/robots/1/stop", "admin"),
+    ("POST", "/v1/robots/1/resume", "admin"),
 ]
 
 
@@ -338,6 +343,13 @@ def test_uploads_have_a_cap_a_hash_and_a_type(make_sqlite, tmp_path) -> None:
         assert [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()] == []
 
 
+def test_the_same_file_from_many_workers_at_once_is_taken_from_each(both_clients) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        for content in (MP4, MP4 + b"1", MP4 + b"2"):
+            answers = pool.map(lambda _, c=content: put(both_clients, "lab", c, "video/mp4").status_code, range(6))
+            assert set(answers) == {201}
+
+
 def test_health_readiness_and_counters(client) -> None:
     assert client.ask("GET", "/healthz").json() == {"ok": True}
     assert client.ask("GET", "/readyz").json() == {"ok": True}
@@ -345,7 +357,8 @@ def test_health_readiness_and_counters(client) -> None:
     text = client.ask("GET", "/metrics").text
     assert 'offbook_trials{state="queued"} 4' in text
     assert 'offbook_requests_total{method="POST",route="/v1/submissions",status="201"} 1.0' in text
-    assert "offbook_policies 0" in text
+    for line in ("policies 0", "robots 0", "robots_stopped 0", "storage_ready 1"):
+        assert f"offbook_{line}\n" in text
 
 
 def test_readiness_without_a_database(client, monkeypatch) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy import func, select
 
 from offbook.arena import submissions, trials
 from offbook.arena.database import Database
-from offbook.arena.tables import Attempt, Event, Result, Submission, Trial, User
+from offbook.arena.tables import Attempt, Event, Result, Robot, Submission, Trial, User
 from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
@@ -277,6 +277,41 @@ def test_users_take_turns_and_recent_use_weighs(database: Database, clock: Virtu
             play(session, given)
     assert Counter(later)["eve"] in (2, 3)
     assert set(later) == {"ada", "bob", "eve"}
+
+
+def owner_of(session, given: dict) -> str:
+    return session.scalars(select(User.name).join(Submission).join(Trial).where(Trial.id == given["trial"])).one()
+
+
+@pytest.mark.parametrize(("days", "share"), [(0, (1, 2)), (8, (4, 6))])
+def test_who_used_much_robot_time_in_the_last_week_has_a_smaller_share(
+    database: Database, clock: VirtualClock, days: int, share: tuple[int, int]
+) -> None:
+    with database.write() as session:
+        submit(session, "ada", kind="anchor", anchor="expert", trials=1)
+        given = lease(session)
+        trials.start(session, given["trial"], given["fence"])
+        # Six hours of robot time: her weight is a seventh of somebody's who has used none.
+        for _ in range(6 * 360):
+            clock.seconds += 10
+            trials.heartbeat(session, given["trial"], given["fence"])
+        trials.end(session, given["trial"], given["fence"], DONE)
+    clock.seconds += days * 86400
+    with database.write() as session:
+        for user in ("ada", "bob"):
+            for _ in range(3):
+                submit(session, user, kind="anchor", anchor="expert", split="long")
+        # What she ran is in the tags of her last attempt; she starts level with him.
+        first = [owner_of(session, lease(session, f"arm-{i}")) for i in range(2)]
+        assert len(set(first)) == 2 or first == ["bob", "bob"]
+        served = Counter(first)
+        for arm in ("arm-0", "arm-1") * 4:
+            held = session.scalars(select(Trial).join(Robot, Robot.id == Trial.robot_id).where(Robot.name == arm)
+                                   .where(Trial.state == "leased")).one_or_none()  # fmt: skip
+            if held is not None:
+                play(session, {"trial": held.id, "fence": held.fence})
+            served[owner_of(session, lease(session, arm))] += 1
+        assert share[0] <= served["ada"] <= share[1], served
 
 
 def test_quotas_count_trials_of_a_day_and_withdrawn_ones_do_not_count(database: Database, clock: VirtualClock) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from arena_world import BENCHMARK, VirtualClock, lease, submit, who
+from arena_world import BENCHMARK, VirtualClock, lease, submit, submit_pair, who
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -21,7 +21,7 @@ from sqlalchemy import select, text
 
 from offbook.arena import submissions, trials
 from offbook.arena.database import Database
-from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Result, Submission, Table, Trial
+from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Result, Robot, Submission, Table, Trial
 from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
@@ -55,6 +55,7 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
             self.leases: list[tuple[int, int]] = []
             self.connected: set[int] = set()
             self.instances: dict[str, int] = {}
+            self.stopped: set[str] = set()
             self.results: dict[int, tuple[Any, ...]] = {}
             self.ended: dict[int, str] = {}
             self.cases: dict[int, tuple[str, int]] = {}
@@ -74,6 +75,7 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
             for user in ("ada", "bob"):
                 self.submit(user, "anchor", 3, True)
                 self.submit(user, "remote", 2, True)
+                self.submit_pair(user, ("anchor", "remote"), 2, True)
 
         @rule(user=st.sampled_from(["ada", "bob"]), kind=KINDS, n=st.integers(1, 3), there=st.booleans())
         def submit(self, user: str, kind: str, n: int, there: bool) -> None:
@@ -82,6 +84,15 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
                 self.entries.append(submit(session, user, kind=kind, anchor=anchor, trials=n).id)
             if there:
                 self.connected.add(self.entries[-1])
+
+        @rule(user=st.sampled_from(["ada", "bob"]), kinds=st.tuples(KINDS, KINDS), n=st.integers(1, 2),
+              there=st.booleans())  # fmt: skip
+        def submit_pair(self, user: str, kinds: tuple[str, str], n: int, there: bool) -> None:
+            with database.write() as session:
+                both = submit_pair(session, *kinds, trials=n, user=user)
+            self.entries += both
+            if there:
+                self.connected.update(both)
 
         @precondition(lambda self: self.entries)
         @rule(back=RECENT, there=st.booleans())
@@ -103,12 +114,36 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
                     submission = session.get_one(Submission, trial.submission_id)
                     assert submission.kind != "remote" or submission.id in self.connected
                     assert given["fence"] == self.fences.get(trial.id, 0) + 1
+                    assert worker not in self.stopped
+                    self._check_pair(session, trial, submission)
                     self.fences[trial.id] = given["fence"]
                     self.leases.append((given["trial"], given["fence"]))
                     return True
             except RefusedError as error:
-                assert error.error == "robot_busy"
+                assert error.error == "robot_busy" or (error.error == "robot_stopped" and worker in self.stopped)
                 return False
+
+        def _check_pair(self, session: Any, trial: Trial, submission: Submission) -> None:
+            """Of two that are compared one trial runs at a time, and of a pair the halves one right after the other."""
+            if submission.pairing_id is None:
+                return
+            of_both = select(Submission.id).where(Submission.pairing_id == submission.pairing_id)
+            rows = session.execute(
+                select(Trial.id, Trial.slot, Trial.state, Trial.scene, Trial.seed, Trial.position)
+                .where(Trial.submission_id.in_(of_both))
+            ).all()  # fmt: skip
+            pairs: dict[int, list[Any]] = {}
+            for row in rows:
+                pairs.setdefault(row.slot, []).append(row)
+            assert all(a.scene == b.scene and a.seed == b.seed for a, b in pairs.values())
+            assert all(abs(a.position - b.position) == 1 for a, b in pairs.values())
+            assert [row.id for row in rows if row.state in IN_FLIGHT] == [trial.id]
+            (mate,) = (row for row in pairs[trial.slot] if row.id != trial.id)
+            assert mate.state not in ("needs_human", "needs_storage")
+            if mate.state == "queued":
+                assert trial.position < mate.position
+                begun = [p for p in pairs.values() if {row.state for row in p} & {"done", "policy_fault"}]
+                assert not any(row.state == "queued" for p in begun for row in p), "another pair is half done"
 
         @rule(worker=WORKERS, outcome=OUTCOMES, started=st.booleans())
         def play(self, worker: str, outcome: str, started: bool) -> None:
@@ -131,6 +166,12 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
         @rule(back=RECENT, progress=st.floats(0, 1))
         def heartbeat(self, back: int, progress: float) -> None:
             given = _recent(self.leases, back)
+            with database.read() as session:
+                robot = select(Robot.name).join(Trial, Trial.robot_id == Robot.id).where(Trial.id == given[0])
+                if session.scalar(robot) in self.stopped:
+                    with pytest.raises(RefusedError, match="its operator stopped"):
+                        trials.heartbeat(session, *given, progress=progress)
+                    return
             self._try(given, lambda session: trials.heartbeat(session, *given, progress=progress), IN_FLIGHT)
 
         @precondition(lambda self: self.leases)
@@ -159,6 +200,19 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
         def reap(self) -> None:
             with database.write() as session:
                 trials.reap(session)
+
+        @rule()
+        def find_room(self) -> None:
+            with database.write() as session:
+                trials.resume_stored(session, trials.Rules())
+
+        @rule(worker=WORKERS)
+        def stop_or_let_go_on(self, worker: str) -> None:
+            with database.write() as session:
+                robot = session.scalar(select(Robot).where(Robot.name == worker))
+                if robot is not None:
+                    robot.stopped = None if worker in self.stopped else clock.seconds
+                    self.stopped ^= {worker}
 
         @precondition(lambda self: len(self.entries) > 2)
         @rule(back=RECENT)

@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from fsspec.implementations.local import LocalFileOpener
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 
+from offbook.arena.service import StorageWatch
 from offbook.errors import ConfigError
 from offbook.service.refusal import RefusedError
-from offbook.service.storage import BlobStore, parse_range
+from offbook.service.storage import ABANDONED_SECONDS, BlobStore, parse_range
 
 HELLO = hashlib.sha256(b"hello").hexdigest()
 
@@ -99,8 +102,63 @@ def test_a_killed_upload_is_never_seen_and_is_cleared_at_the_next_start(tmp_path
     store = BlobStore(str(tmp_path))
     assert not store.holds(hashlib.sha256(b"x" * 10**6).hexdigest())
     assert len(list((tmp_path / "tmp").iterdir())) == 1
+    # Another server may share the store: what is young may be its upload.
+    store.clear_unfinished()
+    (left,) = (tmp_path / "tmp").iterdir()
+    old = time.time() - ABANDONED_SECONDS - 1
+    os.utime(left, (old, old))
     store.clear_unfinished()
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+class AwayError(Exception):
+    """As drivers of remote stores raise: no OSError."""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["open", "write", "close", "mv"])
+def test_a_remote_store_that_is_away_is_one_refusal_and_leaves_nothing_visible(
+    tmp_path: Path, monkeypatch, when: str
+) -> None:
+    store = BlobStore(f"memory://{tmp_path.name}")
+    known = store.put(b"known")
+
+    def away(*_: object, **__: object) -> None:
+        raise AwayError("endpoint not reachable")
+
+    # A file in memory is its own content: what fails is the handle that writes it, never one that reads.
+    monkeypatch.setattr(MemoryFile if when in ("write", "close") else MemoryFileSystem, when, away)
+    with pytest.raises(RefusedError, match="AwayError") as caught:
+        send(store, b"hello", limit=10)
+    assert (caught.value.status, caught.value.error) == (507, "storage_failed")
+    if when != "mv":
+        with pytest.raises(RefusedError) as caught:
+            store.check_room(0)
+        assert caught.value.status == 507
+    if when == "open":
+        with pytest.raises(RefusedError, match="AwayError") as caught:
+            store.read(known)
+        assert (caught.value.status, caught.value.error) == (503, "storage_away")
+    monkeypatch.undo()
+    assert not store.holds(HELLO)
+    assert [sha256 for sha256, _ in store.stored()] == [known]
+    store.check_room(0)
+
+
+@pytest.mark.faults
+def test_room_is_looked_for_before_a_robot_moves(tmp_path: Path, monkeypatch) -> None:
+    store = BlobStore(str(tmp_path / "not" / "yet"))
+    store.check_room(1)
+    with pytest.raises(RefusedError, match="are kept back"):
+        store.check_room(2**62)
+    watch = StorageWatch(store, 2**62)
+    assert not watch.sound()
+    watch._reserve = 1
+    # Looked at every few seconds only.
+    assert not watch.sound()
+    monkeypatch.setattr(StorageWatch, "SECONDS", 0.0)
+    assert watch.sound()
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_a_store_without_a_driver_is_one_sentence() -> None:

@@ -16,7 +16,9 @@ from offbook.arena import submissions, trials, views
 from offbook.arena.database import Database
 from offbook.arena.pages import render
 from offbook.arena.tables import Attempt, Result, Robot, Submission, Trial
+from offbook.service.pages.words import state_in_words
 from offbook.service.refusal import RefusedError
+from offbook.service.storage import BlobStore
 
 pytestmark = pytest.mark.service
 
@@ -154,16 +156,30 @@ def test_a_submission_says_in_words_where_it_stands(database: Database) -> None:
         play(session, given, LEFT)
     with database.read() as session:
         view = views.submission(session, 1, [], "http://arena")
-    assert view["state_words"].startswith("1 trials failed on the robot three times over")
+    assert view["state_words"].startswith("1 trial waits for the operator of the robot")
     assert "1 of 2 trials done" in view["state_words"]
     assert {t["state"]: t["fault"] for t in view["trials"]} == {
-        "needs_human": "camera lost", "policy_fault": "the policy hung up",
+        "needs_human": "3 faults of the robot, the last: camera lost", "policy_fault": "the policy hung up",
     }  # fmt: skip
     assert any("waits for a person: camera lost" in line["text"] for line in view["log"])
     assert view["quota"]["used"] == 2
+    stuck = next(trial for trial in view["trials"] if trial["state"] == "needs_human")
+    assert state_in_words(stuck) == "waits for its operator: 3 faults of the robot, the last: camera lost"
     with database.write() as session:
         submissions.cancel(session, session.get_one(Submission, 1))
     assert words() == "Withdrawn after 1 of 2 trials"
+
+
+def test_a_robot_that_asks_for_somebody_itself_has_not_failed(database: Database) -> None:
+    asked = trials.Report(outcome="needs_human", reason="the cup is empty")
+    with database.write() as session:
+        submit(session, kind="anchor", anchor="random", trials=1)
+        trial = play(session, lease(session), asked)["trial"]
+        seen = [
+            views.submission(session, 1, [], "")["trials"][0],
+            views.run(session, trial, BlobStore("memory://none"), ""),
+        ]
+    assert [state_in_words(view) for view in seen] == ["waits for its operator: the cup is empty"] * 2
 
 
 def test_the_queue_shows_robots_and_turns(database: Database) -> None:
@@ -190,12 +206,12 @@ def test_a_robot_shows_what_it_did(database: Database) -> None:
         submit(session, kind="anchor", anchor="expert")
         for report in (FAULT, trials.Report(outcome="done", score=1.0), LEFT):
             play(session, lease(session), report)
-        view = views.robot(session, "arm-1")
+        view = views.robot(session, "arm-1", "http://here")
     assert (view["trials_done"], view["faults"], view["state"], view["current"]) == (2, 1, "idle", None)
     with database.write() as session:
         session.scalars(select(Robot)).one().seen -= 600
     with database.read() as session:
-        assert views.robot(session, "arm-1")["words"] == "offline: not heard of for 10 min"
+        assert views.robot(session, "arm-1", "http://here")["words"] == "offline: not heard of for 10 min"
 
 
 PAGES = [

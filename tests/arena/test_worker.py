@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -11,7 +12,8 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from arena_server import ACTION, OBSERVATION, Walker, dialled_in, running, until
+from arena_server import Walker, dialled_in, network, running, until
+from fsspec.implementations.local import LocalFileSystem
 from sqlalchemy import select
 
 from offbook.arena import recordings, trials, worker
@@ -37,6 +39,18 @@ def arena(tmp_path_factory):
 def work(arena, robot: Walker, **options):
     options = {"name": f"arm-{id(robot)}", "idle_exit": 1.0} | options
     return run_worker(arena.url, arena.tokens["lab"], "arm", robot=robot, **options)
+
+
+def anchored(arena) -> str:
+    """A submission of one trial that any worker can play."""
+    return arena.submit("root", kind="anchor", anchor="random", name="random", trials=1)
+
+
+def checkpointed(arena, folder) -> str:
+    """The same with a checkpoint, which a worker fetches first."""
+    network(folder / "net.safetensors")
+    with arena.client("ada") as client:
+        return client.submit("reach", "net", checkpoint=folder / "net.safetensors", trials=1)["id"]
 
 
 def attempts(arena, entry: str) -> list[Attempt]:
@@ -182,14 +196,7 @@ def test_the_anchor_random_is_made_by_the_worker(arena) -> None:
 
 
 def test_an_uploaded_checkpoint_is_played_by_the_worker(arena, tmp_path) -> None:
-    from offbook.learning.cloning import ClonedPolicy
-
-    record = {
-        "meta": PolicyMeta(name="net", observation=OBSERVATION, action=ACTION).to_json(),
-        "network": {"chunk": 1, "hidden": 8, "depth": 1},
-    }
-    policy = ClonedPolicy.from_record(record)
-    policy.save(tmp_path / "net.safetensors")
+    network(tmp_path / "net.safetensors")
     with arena.client("ada") as client:
         entry = client.submit("reach", "net", checkpoint=tmp_path / "net.safetensors")["id"]
     assert work(arena, Walker(), max_trials=4).trials == {"done": 4}
@@ -199,14 +206,8 @@ def test_an_uploaded_checkpoint_is_played_by_the_worker(arena, tmp_path) -> None
 
 
 def test_cached_checkpoints_are_few_and_are_what_their_names_say(arena, tmp_path) -> None:
-    from offbook.learning.cloning import ClonedPolicy
-
-    record = {
-        "meta": PolicyMeta(name="net", observation=OBSERVATION, action=ACTION).to_json(),
-        "network": {"chunk": 1, "hidden": 8, "depth": 1},
-    }
-    policy, cache = ClonedPolicy.from_record(record), tmp_path / "cache"
-    policy.save(tmp_path / "net.safetensors")
+    cache = tmp_path / "cache"
+    network(tmp_path / "net.safetensors")
     with arena.client("ada") as client:
         blob = client.upload(tmp_path / "net.safetensors")
         cache.mkdir()
@@ -338,15 +339,54 @@ def test_a_worker_waits_for_an_arena_that_is_not_there() -> None:
     assert any("no answer from http://127.0.0.1:9" in line for line in lines)
 
 
-def test_a_full_disk_pauses_the_trial_until_the_operator_made_room(arena, monkeypatch) -> None:
-    entry = arena.submit("root", kind="anchor", anchor="random")
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["upload", "download"])
+def test_a_store_that_is_full_or_away_pauses_the_trial_and_it_goes_on_by_itself(
+    arena, tmp_path, monkeypatch, when: str
+) -> None:
+    watch = arena.app.state.arena.storage
+    watch._looked, watch._trouble = math.inf, None
+    entry = checkpointed(arena, tmp_path) if when == "download" else anchored(arena)
+    opened, modes = LocalFileSystem.open, ("wb",) if when == "upload" else ("wb", "rb")
+
+    def away(self, name, mode="rb", **options):
+        if mode in modes:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return opened(self, name, mode, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalFileSystem, "open", away)
+        robot, stop = Walker(), threading.Event()
+
+        def listen(line: str) -> None:
+            if "needs storage" in line:
+                stop.set()
+
+        assert work(arena, robot, stop=stop, on_event=listen, idle_exit=20.0).trials == {"needs_storage": 1}
+        assert "full or away" in arena.status(entry)["state_words"]
+        assert robot.stops
+        # While there is no room no other trial is given to a robot.
+        watch._looked = -math.inf
+        said: list[str] = []
+        assert work(arena, robot, max_trials=1, on_event=said.append).trials == {}
+        assert any("storage" in line or "room" in line for line in said)
+    watch._looked = -math.inf
+    assert work(arena, Walker(), max_trials=1, idle_exit=20.0).trials == {"done": 1}
+    log = " ".join(line["text"] for line in arena.status(entry)["log"])
+    assert "goes on: there is room for recordings" in log
+
+
+def test_a_store_that_takes_nothing_three_times_over_is_left_to_the_operator(arena, monkeypatch) -> None:
+    watch = arena.app.state.arena.storage
+    watch._looked, watch._trouble = math.inf, None
+    entry = anchored(arena)
     ask, full = ArenaClient.ask, (507, {"detail": "No space left on device"})
     monkeypatch.setattr(
         ArenaClient, "ask", lambda self, how, *a, **o: full if how == "PUT" else ask(self, how, *a, **o)
     )
-    assert work(arena, Walker(), max_trials=1).trials == {"needs_storage": 1}
-    assert "disk is full" in arena.status(entry)["state_words"]
+    assert work(arena, Walker(), max_trials=3, idle_exit=20.0).trials == {"needs_storage": 3}
     monkeypatch.setattr(ArenaClient, "ask", ask)
+    assert work(arena, Walker(), idle_exit=1.0).trials == {}
     trial = arena.status(entry)["trials"][0]["id"]
     with arena.client("root") as client:
         client.request("POST", f"/v1/trials/{trial}/requeue")

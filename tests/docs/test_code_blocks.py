@@ -47,7 +47,7 @@ def test_docstring_examples_run(module, tmp_path, monkeypatch):
 def test_readme_names_only_verbs_that_exist():
     from offbook.cli.main import VERBS
 
-    quoted = re.findall(r"`offbook ([a-z]+)(?: ([a-z]+))?", (ROOT / "README.md").read_text())
+    quoted = re.findall(r"`offbook ([a-z]+)(?: ([a-z-]+))?", (ROOT / "README.md").read_text())
     assert quoted
     for verb, second in quoted:
         assert verb in VERBS or f"{verb} {second}" in VERBS, f"{verb} {second}"

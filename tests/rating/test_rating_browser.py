@@ -28,7 +28,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     database.migrate()
     with open_world(database, folder) as world:
         opened = threading.Event()
-        server = Server(lambda: world.app, lambda url: opened.set())
+        server = Server(lambda url: world.app, lambda url: opened.set())
         thread = threading.Thread(target=server.serve_here, daemon=True)
         thread.start()
         assert opened.wait(30)

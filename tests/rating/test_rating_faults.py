@@ -35,7 +35,7 @@ from offbook.service.serving import Server
 
 def begin():
     settings = Settings.load(Path(sys.argv[1]))
-    app = lambda: rating_app(*settings.open(), settings.owner)
+    app = lambda url: rating_app(*settings.open(), settings.owner)
     Server(app, lambda url: announce(0), port=int(sys.argv[2])).serve_here()
 """
 

@@ -33,26 +33,29 @@ logger = logging.getLogger(__name__)
 TICK_SECONDS = 0.5
 
 
-def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
+def create_app(settings: Settings, database: Database | None = None, url: str = "") -> FastAPI:
     """Builds the application; the database is migrated when it starts.
 
     Args:
         settings: the operator's decisions.
         database: another way to the database; tests give one with their own clock.
+        url: where workers reach this server itself, when several share the database.
     """
-    arena = Arena(settings, database)
+    arena = Arena(settings, database, url)
     feed = Feed(arena.database, limit=settings.listeners)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await run_in_threadpool(arena.database.migrate)
         await run_in_threadpool(arena.blobs.clear_unfinished)
-        ticking = asyncio.create_task(_tick(arena, feed))
+        stopping = asyncio.Event()
+        ticking = asyncio.create_task(_tick(arena, feed, stopping))
         try:
             yield
         finally:
-            ticking.cancel()
-            await asyncio.gather(ticking, return_exceptions=True)
+            # Its step is waited for: a thread of it may hold a connection to the database.
+            stopping.set()
+            await ticking
             feed.close()
             await run_in_threadpool(arena.database.close)
 
@@ -89,15 +92,21 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
     return app
 
 
-async def _tick(arena: Arena, feed: Feed) -> None:
-    """Twice a second: leases that ran out, policies that must go, news for the pages."""
+async def _tick(arena: Arena, feed: Feed, stopping: asyncio.Event) -> None:
+    """Twice a second: leases that ran out, trials that waited for room, policies that must go, news for the pages."""
 
     def reap() -> None:
         with arena.database.write() as session:
             trials.reap(session, arena.settings.rules)
+        with arena.database.read() as session:
+            waiting = trials.waits_for_storage(session, arena.settings.rules)
+        if waiting and arena.storage.sound():
+            with arena.database.write() as session:
+                trials.resume_stored(session, arena.settings.rules)
 
-    while True:
-        await asyncio.sleep(TICK_SECONDS)
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), TICK_SECONDS)
         for act in (partial(run_in_threadpool, reap), arena.gateway.sweep, feed.poll):
             try:
                 await act()

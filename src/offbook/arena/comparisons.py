@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from offbook.arena.tables import Submission
@@ -13,7 +14,7 @@ from offbook.rating import outputs, studies
 from offbook.rating.outputs import OutputRecord
 from offbook.runs.progress import track
 from offbook.service.database import Database
-from offbook.service.refusal import RefusedError
+from offbook.service.refusal import RefusedError, unknown
 from offbook.service.storage import BlobStore
 
 QUESTION = "Which robot did it better?"
@@ -25,7 +26,7 @@ def study_of_runs(
     cache: Path,
     owner: str,
     first: int,
-    second: int,
+    second: int | None = None,
     *,
     question: str = QUESTION,
     name: str = "",
@@ -39,7 +40,7 @@ def study_of_runs(
         cache: folder for films of a store elsewhere.
         owner: who opens it.
         first: a submission.
-        second: another on the same split.
+        second: another on the same split; when None, the one that the first was sent to be compared with.
         question: that raters are asked.
         name: of the study; made of the names of both when empty.
         raters_per_pair: answers that each pair of films gets.
@@ -48,15 +49,16 @@ def study_of_runs(
         `{study, name, pairs}`.
 
     Raises:
-        RefusedError: as of `paired`; 422, there is no scene with two films; 409, there is a study of that name.
+        RefusedError: as of `paired`; 422, there is no second submission, or no scene with two films; 409, there is a
+            study of that name.
     """
     with database.read() as session:
-        a, b = paired(session, first, second)
+        a, b = paired(session, first, _rival(session, first) if second is None else second)
         records = list(_records(session, a, b))
         split = a.split
         made = name or f"{a.name} ({a.id}) and {b.name} ({b.id}) on {split.benchmark.name}, {split.name}"
     if not records:
-        raise RefusedError(422, "no_films", f"submissions {first} and {second}",
+        raise RefusedError(422, "no_films", f"submissions {a.id} and {b.id}",
                            expected="a scene that both have finished, with films", got="none",
                            fix="wait until their trials are done")  # fmt: skip
     wanted = studies.design(
@@ -71,6 +73,20 @@ def study_of_runs(
         outputs.add(session, study, prepared)
         pairs = studies.open_study(session, study)
     return {"study": study.id, "name": study.name, "pairs": pairs["real"]}
+
+
+def _rival(session: Session, entry: int) -> int:
+    found = session.get(Submission, entry)
+    if found is None:
+        raise unknown("submission", entry, "choose one that was sent as one of a pair")
+    same = Submission.pairing_id == found.pairing_id
+    rival = session.scalar(
+        select(Submission.id).where(Submission.pairing_id.is_not(None), same, Submission.id != entry)
+    )
+    if rival is None:
+        raise RefusedError(422, "not_paired", f"submission {entry}", expected="one that was sent as one of a pair",
+                           got="one that was sent alone", fix="name another on the same split beside it")  # fmt: skip
+    return rival
 
 
 def _records(session: Session, a: Submission, b: Submission) -> Iterator[OutputRecord]:

@@ -5,7 +5,7 @@ from then on frames pass in both directions, checked on the way (`client.wire`).
 observation: a policy that reads too slowly misses some, one that does not read at all is sent away. A policy that
 leaves during a trial has lost it; a worker that leaves has not, and the policy is told that the trial ended.
 
-The seats live in this process: one arena is served by one process.
+Where several servers share one database, each relays for the policies that dialled in to it, and tells the others.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import time
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,7 @@ from starlette.websockets import WebSocket, WebSocketState
 
 from offbook.arena import accounts
 from offbook.arena.database import Database
+from offbook.arena.seats import RENEW_SECONDS, SeatBook
 from offbook.arena.submissions import check_robot
 from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Token, Trial, Worker
 from offbook.client import wire
@@ -39,6 +42,7 @@ logger = logging.getLogger(__name__)
 HELLO_SECONDS = 5.0
 SEND_SECONDS = 10.0
 WAITING_FRAMES = 16
+TAKEN = "another connection of this submission took its place"
 
 
 class GoneError(Exception):
@@ -78,7 +82,9 @@ class Outbox:
             while self._frames:
                 _, frame = self._frames.popleft()
                 try:
-                    await asyncio.wait_for(self._socket.send_bytes(frame), SEND_SECONDS)
+                    # No `wait_for`, which makes a task of each frame.
+                    async with asyncio.timeout(SEND_SECONDS):
+                        await self._socket.send_bytes(frame)
                 except Exception as error:
                     # The server's websocket layers each raise their own kinds here; all mean the same.
                     raise GoneError(type(error).__name__) from error
@@ -139,10 +145,13 @@ class Gateway:
         database: where tokens, submissions and leases are looked up.
         meters: counts frames.
         per_user: most seats of one user.
+        url: where workers reach this server itself, for those that asked another one.
     """
 
-    def __init__(self, database: Database, meters: Meters, *, per_user: int = 32) -> None:
+    def __init__(self, database: Database, meters: Meters, *, per_user: int = 32, url: str = "") -> None:
         self._database, self._meters, self._per_user = database, meters, per_user
+        self._book, self._renewed = SeatBook(database, url), -math.inf
+        self._elsewhere: Mapping[int, str] = {}
         self._seats: dict[int, Seat] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -150,9 +159,13 @@ class Gateway:
         """Submissions whose policies are here and idle; safe to call from any thread."""
         return frozenset(entry for entry, seat in list(self._seats.items()) if seat.relay is None)
 
+    def elsewhere(self) -> dict[int, str]:
+        """Submissions whose policies sit at other servers, with the address at which a worker reaches them there."""
+        return {entry: url for entry, url in self._elsewhere.items() if url and entry not in self._seats}
+
     def present(self) -> frozenset[int]:
-        """Submissions whose policies are here, idle or not."""
-        return frozenset(list(self._seats))
+        """Submissions whose policies are here or at another server, idle or not."""
+        return frozenset([*self._seats, *self._elsewhere])
 
     async def play(self, socket: WebSocket, who: accounts.Principal) -> None:
         """A policy's connection from its `hello` to its end."""
@@ -169,8 +182,9 @@ class Gateway:
         # The new seat stands before the former is dismissed, which takes time in which yet another may dial.
         former = self._seats.pop(seat.submission, None)
         self._seats[seat.submission] = seat
+        await run_in_threadpool(self._book.take, seat.submission)
         if former is not None:
-            await self._leave(former, 1008, "another connection of this submission took its place")
+            await self._leave(former, 1008, TAKEN)
         await _say(socket, wire.ready(seat.images))
         sending = asyncio.create_task(seat.outbox.run())
         receiving = asyncio.create_task(self._listen(seat))
@@ -238,6 +252,7 @@ class Gateway:
     async def _leave(self, seat: Seat, code: int, reason: str) -> None:
         if self._seats.get(seat.submission) is seat:
             del self._seats[seat.submission]
+            await run_in_threadpool(self._book.leave, seat.submission)
         if seat.relay is not None:
             seat.relay.gone.set()
         await _close(seat.socket, code, reason)
@@ -314,6 +329,7 @@ class Gateway:
 
     async def sweep(self) -> None:
         """Sends away policies that have no trial left, and policies and workers whose token was revoked or ran out."""
+        await self._renew()
         seats = list(self._seats.values())
         if not seats:
             return
@@ -325,6 +341,16 @@ class Gateway:
                 self._close_aside(self._leave(seat, 1008, "the token is no longer valid"))
             elif seat.submission in finished and seat.relay is None:
                 self._close_aside(self._leave(seat, 1000, "no trial of this submission is left"))
+
+    async def _renew(self) -> None:
+        """Tells the other servers who sits here, and hears who sits there; a policy that went there has left."""
+        if time.monotonic() - self._renewed < RENEW_SECONDS:
+            return
+        self._renewed = time.monotonic()
+        mine = dict(self._seats)
+        lost, self._elsewhere = await run_in_threadpool(self._book.renew, list(mine))
+        for entry in lost:
+            self._close_aside(self._leave(mine[entry], 1008, TAKEN))
 
     def _close_aside(self, closing: Coroutine[Any, Any, None]) -> None:
         """Closes without waiting: a peer that does not read must not keep the others, nor the arena's clock."""

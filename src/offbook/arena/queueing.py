@@ -5,19 +5,20 @@ start tag of the attempt that was leased last and F the finish tag of this user'
 F = S + cost / weight, with weight = 1 / (1 + hours of robot time used in the last 7 days). The smallest S is
 served. A newcomer starts at V: neither behind those who queue for days, nor with credit for time not asked for.
 
+Which trials may run at all is told in `pairs`.
+
 Source: Goyal, Vin and Cheng, "Start-time fair queueing" (1997), section 2; for several robots at once Jin, Chase and
 Kaur, "Interposed proportional sharing for a storage service utility" (2004), which takes V as we do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, and_, case, exists, func, or_, select
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy import ColumnElement, case, func, select
+from sqlalchemy.orm import Session
 
-from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Trial, User
+from offbook.arena.tables import Attempt, Submission, User
 from offbook.service.database import now
 
 WEEK = 7 * 86400.0
@@ -30,18 +31,6 @@ class Turn:
     user_id: int
     start_tag: float
     submission_id: int
-
-
-def ready(robot_class: str, connected: Collection[int]) -> ColumnElement[bool]:
-    """Which submissions could be served now: open, queued trials, none in flight, the policy there if it is remote."""
-    trial, running = aliased(Trial), aliased(Trial)
-    return and_(
-        Submission.state == "open",
-        Submission.robot_class == robot_class,
-        or_(Submission.kind != "remote", Submission.id.in_(sorted(connected))),
-        exists().where(trial.submission_id == Submission.id, trial.state == "queued"),
-        ~exists().where(running.submission_id == Submission.id, running.state.in_(IN_FLIGHT)),
-    )
 
 
 def turns(session: Session, robot_class: str, condition: ColumnElement[bool]) -> list[Turn]:
@@ -75,12 +64,21 @@ def virtual_time(session: Session, robot_class: str) -> float:
     return session.scalar(select(func.max(Attempt.start_tag)).where(Attempt.robot_class == robot_class)) or 0.0
 
 
-def robot_seconds(session: Session, user_id: int) -> float:
-    """Robot time that a user's attempts took in the last 7 days, on all robots, with what runs now."""
+def robot_seconds(session: Session, user_id: int | None = None) -> dict[int, float]:
+    """Robot time that users' attempts took in the last 7 days, on all robots, with what runs now.
+
+    Args:
+        session: any session.
+        user_id: of one user; of all who used any when None.
+
+    Returns:
+        Seconds by user; who is not in it has used none.
+    """
     present = now(session)
     spent = case((Attempt.ended.is_(None), present), else_=Attempt.ended) - Attempt.leased
-    query = select(func.sum(spent)).where(Attempt.user_id == user_id, Attempt.leased > present - WEEK)
-    return max(0.0, float(session.scalar(query) or 0.0))
+    query = select(Attempt.user_id, func.sum(spent)).where(Attempt.leased > present - WEEK).group_by(Attempt.user_id)
+    rows = session.execute(query if user_id is None else query.where(Attempt.user_id == user_id))
+    return {user: max(0.0, float(seconds or 0.0)) for user, seconds in rows}
 
 
 def finish_tag(turn: Turn, cost: float, used: float) -> float:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from offbook.robots.trial import TrialRecord
 
 WAITING_FRAMES, PATIENCE_S = 64, 10.0
+EPISODE, MANIFEST = "episode.parquet", "manifest.json"
 CAMERA = "scene"
 """The name of the film's camera: the robot's own picture for people."""
 
@@ -134,10 +135,10 @@ def recordings_of(record: TrialRecord, spec: RobotSpec, film: Film) -> list[Reco
     files = film.files()
     if record.steps:
         content = _episode(record)
-        files.append(Recording(name="episode.parquet", media_type="application/vnd.apache.parquet", content=content))
+        files.append(Recording(name=EPISODE, media_type="application/vnd.apache.parquet", content=content))
     told = _manifest(record, spec, files) | {"frames_left_out": film.left_out}
     manifest = json.dumps(told, allow_nan=False, sort_keys=True).encode()
-    return [*files, Recording(name="manifest.json", media_type="application/json", content=manifest)]
+    return [*files, Recording(name=MANIFEST, media_type="application/json", content=manifest)]
 
 
 def _episode(record: TrialRecord) -> bytes:
@@ -166,6 +167,8 @@ def _manifest(record: TrialRecord, spec: RobotSpec, files: list[Recording]) -> d
         "format": 1,
         "robot": spec.name,
         "rate_hz": spec.rate_hz,
+        "state": [list(part) for part in spec.observation.state],
+        "action": spec.action.size,
         "seed": record.seed,
         "scene": record.scene,
         "outcome": record.outcome,

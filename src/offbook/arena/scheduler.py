@@ -1,22 +1,24 @@
 """Which trial a worker gets: the fair queue's next, by a lease that no other worker can hold at the same time.
 
 On PostgreSQL the submission is taken with FOR UPDATE SKIP LOCKED, on SQLite every writing transaction begins with
-BEGIN IMMEDIATE; on both, unique indexes forbid a second running trial of a submission and a second one on a robot.
+BEGIN IMMEDIATE; on both, unique indexes forbid a second running trial of a submission and a second one on a robot. The
+other half of a pair that this robot has begun comes before all turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from offbook.arena import queueing
-from offbook.arena.tables import IN_FLIGHT, Attempt, Benchmark, Robot, Split, Submission, Trial, Worker
-from offbook.arena.trials import Report, Rules, move, note_trial, reap, settle
+from offbook.arena import pairs, queueing
+from offbook.arena.tables import IN_FLIGHT, Attempt, Benchmark, Pairing, Robot, Split, Submission, Trial, Worker
+from offbook.arena.trials import Report, Rules, move, note_trial, reap, robot_stopped, settle
 from offbook.service.database import now
 from offbook.service.refusal import RefusedError
 
@@ -41,7 +43,12 @@ class Applicant:
 
 
 def lease(
-    session: Session, applicant: Applicant, *, connected: Collection[int] = (), rules: Rules | None = None
+    session: Session,
+    applicant: Applicant,
+    *,
+    connected: Collection[int] = (),
+    elsewhere: Mapping[int, str] = MappingProxyType({}),
+    rules: Rules | None = None,
 ) -> dict[str, Any] | None:
     """Gives the next trial to a worker, or None when there is nothing for its robot.
 
@@ -49,6 +56,7 @@ def lease(
         session: a writing session.
         applicant: who asks.
         connected: remote submissions whose policies are connected and idle; others wait.
+        elsewhere: those whose policies are connected to other servers, with the addresses of these.
         rules: the protocol's times.
 
     Returns:
@@ -56,28 +64,39 @@ def lease(
         name and no owner of the submission.
 
     Raises:
-        RefusedError: 409, the robot still holds a trial that another process was given.
+        RefusedError: 409, the robot still holds a trial that another process was given, or its operator stopped it.
     """
     rules = rules or Rules()
     robot, worker = _register(session, applicant)
     reap(session, rules)
     _free_robot(session, robot, worker, applicant, rules)
     worker.instance = applicant.instance
-    condition = queueing.ready(applicant.robot_class, connected)
-    for turn in queueing.turns(session, applicant.robot_class, condition):
-        submission = session.scalar(
-            select(Submission)
-            .where(condition, Submission.user_id == turn.user_id)
-            .order_by(Submission.id)
-            .limit(1)
-            .with_for_update(skip_locked=True, key_share=True, of=Submission)
-        )
-        if submission is None:
-            continue
-        given = _lease_trial(session, submission, robot, worker, turn, rules)
-        if given is not None:
-            return given
+    if robot.stopped is not None:
+        raise robot_stopped(robot.name)
+    here = frozenset([*connected, *elsewhere])
+    for allowed in pairs.ready(session, applicant.robot_class, here, robot.id):
+        for turn in queueing.turns(session, applicant.robot_class, allowed):
+            submission = _take(session, allowed, turn.user_id)
+            given = None if submission is None else _lease_trial(session, submission, robot, worker, turn, rules)
+            if given is not None and submission is not None:
+                relay = elsewhere.get(submission.id) if submission.id not in connected else None
+                return given if relay is None else given | {"policy": given["policy"] | {"relay": relay}}
     return None
+
+
+def _take(session: Session, condition: ColumnElement[bool], user_id: int) -> Submission | None:
+    """The user's oldest submission that meets the condition, locked, and where it is compared the pairing with it."""
+    submission = session.scalar(
+        select(Submission)
+        .where(condition, Submission.user_id == user_id)
+        .order_by(Submission.id)
+        .limit(1)
+        .with_for_update(skip_locked=True, key_share=True, of=Submission)
+    )
+    if submission is None or submission.pairing_id is None:
+        return submission
+    own = select(Pairing.id).where(Pairing.id == submission.pairing_id)
+    return submission if session.scalar(own.with_for_update(skip_locked=True, key_share=True)) else None
 
 
 def _register(session: Session, applicant: Applicant) -> tuple[Robot, Worker]:
@@ -145,12 +164,7 @@ def _lease_trial(
     benchmark = session.scalars(
         select(Benchmark).join(Split, Split.benchmark_id == Benchmark.id).where(Split.id == submission.split_id)
     ).one()
-    trial = session.scalar(
-        select(Trial)
-        .where(Trial.submission_id == submission.id, Trial.state == "queued")
-        .order_by(Trial.position)
-        .limit(1)
-    )
+    trial = pairs.next_trial(session, submission, robot.id)
     if trial is None:
         return None
     present, old, fence, n = now(session), trial.fence, trial.fence + 1, trial.attempt + 1
@@ -166,7 +180,7 @@ def _lease_trial(
         with session.begin_nested():
             if not move(session, trial.id, old, ("queued",), values, alive=False):
                 return None
-            used = queueing.robot_seconds(session, submission.user_id)
+            used = queueing.robot_seconds(session, submission.user_id).get(submission.user_id, 0.0)
             session.add(
                 Attempt(
                     trial_id=trial.id,

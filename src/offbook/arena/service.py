@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -13,9 +15,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from offbook.arena.database import Database
 from offbook.arena.gateway import Gateway
+from offbook.arena.live import Gallery
 from offbook.arena.trials import Rules
 from offbook.errors import ConfigError, nearest
 from offbook.runs.directory import write_atomic
+from offbook.service.refusal import RefusedError
 from offbook.service.storage import BlobStore
 from offbook.service.web import Turnstile
 
@@ -41,6 +45,8 @@ class Settings:
         policies_per_user: most policies of one user that may be connected at once.
         connections_per_address: most connections of one address at once; behind a proxy all come from one.
         listeners: most pages that may listen to live events at once.
+        reserve_bytes: while less than this is free in a blob folder, no trial is given to a robot.
+        sandbox: whether uploaded checkpoints are looked into in a sandbox, which must prove itself at the start.
     """
 
     folder: Path
@@ -57,6 +63,8 @@ class Settings:
     policies_per_user: int = 32
     connections_per_address: int = 1000
     listeners: int = 500
+    reserve_bytes: int = 256 * 2**20
+    sandbox: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.watchdog_seconds < self.lease_seconds or self.fault_cap < 1:
@@ -72,6 +80,16 @@ class Settings:
     def database_url(self) -> str:
         """The database's address, the embedded one by default."""
         return self.database or f"sqlite:///{self.folder.resolve() / 'arena.db'}"
+
+    @property
+    def blobs_url(self) -> str:
+        """The blob store's address, the folder itself by default."""
+        return self.blobs or str(self.folder.resolve())
+
+    def portable(self) -> dict[str, Any]:
+        """What another arena with the same content shall have in common: all but where things stand."""
+        places = ("folder", "database", "blobs")
+        return {name: value for name, value in asdict(self).items() if name not in places}
 
     @property
     def rules(self) -> Rules:
@@ -101,6 +119,20 @@ class Settings:
             ) from None
         except (OSError, ValueError) as error:
             raise ConfigError(str(path), expected="readable JSON", got=str(error), fix="mend the file") from error
+        return cls.from_record(record, Path(folder), str(path))
+
+    @classmethod
+    def from_record(cls, record: Any, folder: Path, path: str) -> Settings:
+        """Settings from plain data, checked.
+
+        Args:
+            record: by name.
+            folder: of the arena.
+            path: where the record stands, for messages.
+
+        Raises:
+            ConfigError: an unknown name, or a value of another kind.
+        """
         types = {each.name: type(each.default) for each in fields(cls) if each.name != "folder"}
         for name, value in record.items() if isinstance(record, dict) else [("file", record)]:
             if name not in types:
@@ -109,7 +141,48 @@ class Settings:
                 raise ConfigError(
                     f"{path}: {name}", expected=f"a {types[name].__name__}", got=repr(value), fix="correct the value"
                 )
-        return cls(folder=Path(folder), **record)
+        return cls(folder=folder, **record)
+
+
+class StorageWatch:
+    """Whether recordings could be kept now; asked often, looked at every few seconds.
+
+    Args:
+        blobs: the store.
+        reserve: bytes that must be free.
+    """
+
+    SECONDS = 10.0
+
+    def __init__(self, blobs: BlobStore, reserve: int) -> None:
+        self._blobs, self._reserve = blobs, reserve
+        self._looked = -math.inf
+        self._trouble: RefusedError | None = None
+
+    def check(self) -> None:
+        """Raises 507 when the last look found no room: a robot that plays now plays for nothing."""
+        if time.monotonic() - self._looked > self.SECONDS:
+            # Set first: of many who ask at once, one looks.
+            self._looked = time.monotonic()
+            try:
+                self._blobs.check_room(self._reserve)
+                self._trouble = None
+            except RefusedError as error:
+                self._trouble = error
+        if self._trouble is not None:
+            raise self._trouble
+
+    def failed(self, trouble: RefusedError) -> None:
+        """Takes note that the store has just refused a file, whatever the next small file would say."""
+        self._trouble, self._looked = trouble, time.monotonic()
+
+    def sound(self) -> bool:
+        """Whether `check` would pass."""
+        try:
+            self.check()
+        except RefusedError:
+            return False
+        return True
 
 
 class Meters:
@@ -135,13 +208,16 @@ class Arena:
     Args:
         settings: the operator's decisions.
         database: another way to the database; tests give one with their own clock.
+        url: where workers reach this server itself, when several share the database.
     """
 
-    def __init__(self, settings: Settings, database: Database | None = None) -> None:
+    def __init__(self, settings: Settings, database: Database | None = None, url: str = "") -> None:
         self.settings = settings
         self.database = database or Database(settings.database_url)
-        self.blobs = BlobStore(settings.blobs or str(settings.folder.resolve()))
+        self.blobs = BlobStore(settings.blobs_url)
+        self.storage = StorageWatch(self.blobs, settings.reserve_bytes)
+        self.gallery = Gallery()
         self.meters = Meters()
         self.turnstile = Turnstile()
         self.checking = asyncio.Semaphore(1)
-        self.gateway = Gateway(self.database, self.meters, per_user=settings.policies_per_user)
+        self.gateway = Gateway(self.database, self.meters, per_user=settings.policies_per_user, url=url)

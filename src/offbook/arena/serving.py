@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import contextlib
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from offbook.arena.app import create_app
+from offbook.arena.sandbox import prove
 from offbook.arena.service import Settings
 from offbook.client.wire import RAW_FRAME_LIMIT
 from offbook.errors import ConfigError
@@ -13,7 +19,12 @@ from offbook.service.serving import Server
 
 
 def arena_server(
-    settings: Settings, announce: Callable[[str], None], *, host: str = "127.0.0.1", port: int = 0
+    settings: Settings,
+    announce: Callable[[str], None],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    advertise: str = "",
 ) -> Server:
     """A server of an arena, which listens and waits to be run.
 
@@ -22,12 +33,15 @@ def arena_server(
         announce: called once with the address.
         host: to listen on.
         port: to listen on; 0 for any free one.
+        advertise: where workers reach this server itself, when several share the database; `"here"` for its own port.
 
     Raises:
-        ConfigError: the port cannot be had.
+        ConfigError: the port cannot be had, or the sandbox that the settings want does not hold.
     """
+    if settings.sandbox:
+        prove()
     return Server(
-        partial(create_app, settings),
+        lambda url: create_app(settings, url=url if advertise == "here" else advertise),
         announce,
         host=host,
         port=port,
@@ -41,16 +55,58 @@ def arena_server(
 
 
 def serve_arena(
-    settings: Settings, *, host: str = "127.0.0.1", port: int = 8000, announce: Callable[[str], None]
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    advertise: str = "",
+    announce: Callable[[str], None],
 ) -> str:
     """Serves an arena until it is interrupted; returns the address at which it was open.
 
     Raises:
         ConfigError: the port cannot be had, or the database cannot be used.
     """
-    server = arena_server(settings, announce, host=host, port=port)
+    server = arena_server(settings, announce, host=host, port=port, advertise=advertise)
     server.serve_here()
     if not server.started:
         raise ConfigError(f"arena in {settings.folder}", expected="to start", got="a failure that is told above",
                           fix="check database and blob store in arena.json")  # fmt: skip
     return server.url
+
+
+@contextlib.contextmanager
+def served_apart(
+    folder: Path, *words: str, prefix: Sequence[str] = ()
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """An arena's server in a process of its own, for measurements and tests; its log is `server.log` in the folder.
+
+    Args:
+        folder: of the arena.
+        words: further flags of `offbook arena serve`, such as `--port`, which is any free one by default.
+        prefix: a command in front, such as one that enters a network namespace.
+
+    Yields:
+        The address at which it is open, and the process.
+
+    Raises:
+        ConfigError: it did not start.
+    """
+    log = folder / "server.log"
+    start = [*prefix, sys.executable, "-m", "offbook.cli.main", "arena", "serve", str(folder), "--port", "0", *words]
+    with log.open("wb") as file:
+        process = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=file)
+    try:
+        while (found := re.search(rb"open at (\S+)", log.read_bytes())) is None:
+            if process.poll() is not None:
+                said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+                raise ConfigError(f"arena in {folder}", expected="to start", got=said[-1], fix=f"read {log}")
+            time.sleep(0.05)
+        yield found[1].decode(), process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

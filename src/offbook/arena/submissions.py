@@ -15,7 +15,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from offbook.arena.accounts import Principal
-from offbook.arena.tables import Attempt, Benchmark, Blob, Robot, Split, Submission, Trial, User
+from offbook.arena.tables import Attempt, Benchmark, Blob, Pairing, Robot, Split, Submission, Trial, User
 from offbook.arena.trials import close_if_finished, note
 from offbook.client.protocol import PolicyMeta, check_fit
 from offbook.errors import ConfigError
@@ -25,7 +25,11 @@ from offbook.service.refusal import RefusedError, unknown
 ANCHORS = ("expert", "random")
 """Policies that every worker can make itself; they mark the two ends of a benchmark's scale."""
 
+NAME = "[a-z0-9][a-z0-9-]{0,39}"
+"""What names of benchmarks look like; they stand in addresses."""
+
 DAY = 86400.0
+_LOT = random.SystemRandom()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +47,8 @@ class BenchmarkSpec:
         trial_seconds: about how long one trial takes.
         fault_score: what a trial lost by the policy counts: the worst possible score.
         score_range: least and largest score that are possible, where there are such: intervals rest on it.
+        prestage: name of a simulated benchmark that a policy must have passed before it is tried here.
+        prestage_score: mean score on the whole of its split from which on it is passed.
     """
 
     name: str
@@ -55,6 +61,8 @@ class BenchmarkSpec:
     trial_seconds: float = 10.0
     fault_score: float = 0.0
     score_range: tuple[float, float] | None = None
+    prestage: str = ""
+    prestage_score: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,11 +93,17 @@ class Request:
 
 
 def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
-    """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", spec.name) or not spec.splits:
+    """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing.
+
+    Raises:
+        RefusedError: 422, it has no proper name or no split; 404, the arena has no benchmark of its prestage's name.
+    """
+    if not re.fullmatch(NAME, spec.name) or not spec.splits:
         raise RefusedError(422, "bad_benchmark", f"benchmark {spec.name!r}",
                            expected="a name of lower-case letters, digits and dashes, and at least one split",
                            got=f"{len(spec.splits)} splits", fix="correct the description")  # fmt: skip
+    if spec.prestage:
+        find_benchmark(session, spec.prestage)
     latest = session.scalar(
         select(Benchmark).where(Benchmark.name == spec.name).order_by(Benchmark.version.desc()).limit(1)
     )
@@ -98,7 +112,8 @@ def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
     if latest is not None:
         rows = session.execute(select(Split.name, Split.digest).where(Split.benchmark_id == latest.id))
         known = {row.name: row.digest for row in rows}
-        protocol = {name: getattr(spec, name) for name in ("robot_class", "task", "metric", "fault_score")}
+        same = ("robot_class", "task", "metric", "fault_score", "prestage", "prestage_score")
+        protocol = {name: getattr(spec, name) for name in same}
         protocol |= {"least": least, "most": most}
         if known == digests and all(getattr(latest, name) == value for name, value in protocol.items()):
             return latest
@@ -114,6 +129,8 @@ def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
         fault_score=spec.fault_score,
         least=least,
         most=most,
+        prestage=spec.prestage,
+        prestage_score=spec.prestage_score,
         created=now(session),
     )
     session.add(benchmark)
@@ -158,13 +175,62 @@ def accept(session: Session, who: Principal, request: Request) -> Submission:
     shown at once, and the nonce when all trials have ended, so that anybody can check that nobody chose the order.
 
     Raises:
-        RefusedError: 404 unknown benchmark or split, 422 an unusable request, 403 scope, 429 quota.
+        RefusedError: 404 unknown benchmark or split, 422 an unusable request, 403 scope, 409 not passed, 429 quota.
     """
     benchmark, split = check_request(session, who, request)
-    cases = split.cases[: request.trials]
-    order = list(range(len(cases)))
-    random.SystemRandom().shuffle(order)
+    slots = list(range(len(split.cases[: request.trials])))
+    _LOT.shuffle(slots)
+    labels: set[str] = set()
+    while len(labels) < len(slots):
+        labels.add(f"policy {secrets.token_hex(3)}")
     nonce = secrets.token_hex(16)
+    submission = _add(session, who, request, benchmark, split, commitment=commitment(slots, nonce), nonce=nonce)
+    for position, (slot, label) in enumerate(zip(slots, sorted(labels), strict=True)):
+        pair = f"{benchmark.name}.{benchmark.version}/{split.name}/{slot}"
+        _add_trial(session, submission, split, slot=slot, position=position, label=label, pair=pair)
+    session.flush()
+    return submission
+
+
+def accept_pair(session: Session, who: Principal, first: Request, second: Request) -> tuple[Submission, Submission]:
+    """Takes two submissions that are compared: the same scenes and seeds, one right after the other on each of them.
+
+    Which of the two comes first on a scene, and which is called `policy A` there, is drawn by lot, as is the order of
+    the scenes. The commitment of both covers all of it: the list has an entry `[slot, side, letter]` for each trial,
+    with side 0 for the first submission and 1 for the second.
+
+    Raises:
+        RefusedError: see `accept`; 422, the two ask for different scenes.
+    """
+    benchmark, split = check_request(session, who, first)
+    _, other = check_request(session, who, second)
+    slots = list(range(len(split.cases[: first.trials])))
+    if other.id != split.id or first.trials != second.trials:
+        raise RefusedError(422, "not_paired", "two submissions", expected="the same benchmark, split and trials",
+                           got="different ones", fix="ask for the same scenes")  # fmt: skip
+    _check_quota(session, who, benchmark, 2 * len(slots))
+    _LOT.shuffle(slots)
+    order: list[tuple[int, int, str]] = []
+    for slot in slots:
+        letters = _LOT.sample("AB", 2)
+        order += [(slot, side, letters[side]) for side in _LOT.sample((0, 1), 2)]
+    nonce = secrets.token_hex(16)
+    pairing = Pairing(split_id=split.id, created=now(session))
+    session.add(pairing)
+    session.flush()
+    promise: dict[str, Any] = {"commitment": commitment(order, nonce), "nonce": nonce, "pairing_id": pairing.id}
+    sides = [_add(session, who, request, benchmark, split, **promise) for request in (first, second)]
+    for position, (slot, side, letter) in enumerate(order):
+        pair = f"pairing-{pairing.id}/{slot}"
+        _add_trial(session, sides[side], split, slot=slot, position=position, label=f"policy {letter}", pair=pair)
+    session.flush()
+    return sides[0], sides[1]
+
+
+def _add(
+    session: Session, who: Principal, request: Request, benchmark: Benchmark, split: Split, **promise: Any
+) -> Submission:
+    wanted = len(split.cases[: request.trials])
     submission = Submission(
         user_id=who.user_id,
         split_id=split.id,
@@ -176,36 +242,35 @@ def accept(session: Session, who: Principal, request: Request) -> Submission:
         imitates=request.imitates,
         checkpoint=request.blob,
         state="open",
-        wanted=len(cases),
-        commitment=commitment(order, nonce),
-        nonce=nonce,
+        wanted=wanted,
         created=now(session),
+        **promise,
     )
     session.add(submission)
     session.flush()
-    labels: set[str] = set()
-    while len(labels) < len(cases):
-        labels.add(f"policy {secrets.token_hex(3)}")
-    for position, (slot, label) in enumerate(zip(order, sorted(labels), strict=True)):
-        session.add(
-            Trial(
-                submission_id=submission.id,
-                slot=slot,
-                position=position,
-                pair_id=f"{benchmark.name}.{benchmark.version}/{split.name}/{slot}",
-                blind_label=label,
-                scene=dict(cases[slot]["scene"]),
-                seed=int(cases[slot]["seed"]),
-                state="queued",
-            )
-        )
-    note(session, "accepted", f"{len(cases)} trials queued; order promised as {submission.commitment[:12]}",
+    note(session, "accepted", f"{wanted} trials queued; order promised as {submission.commitment[:12]}",
          submission_id=submission.id)  # fmt: skip
-    session.flush()
     return submission
 
 
-def commitment(order: Sequence[int], nonce: str) -> str:
+def _add_trial(
+    session: Session, submission: Submission, split: Split, *, slot: int, position: int, label: str, pair: str
+) -> None:
+    session.add(
+        Trial(
+            submission_id=submission.id,
+            slot=slot,
+            position=position,
+            pair_id=pair,
+            blind_label=label,
+            scene=dict(split.cases[slot]["scene"]),
+            seed=int(split.cases[slot]["seed"]),
+            state="queued",
+        )
+    )
+
+
+def commitment(order: Sequence[Any], nonce: str) -> str:
     """The promise of an order of slots: SHA-256 of the JSON list `[order, nonce]` without blanks.
 
     Example:
@@ -216,8 +281,19 @@ def commitment(order: Sequence[int], nonce: str) -> str:
 
 
 def cancel(session: Session, submission: Submission) -> int:
-    """Withdraws a submission: what waits is cancelled, what moves is finished; returns how many were cancelled."""
-    session.execute(select(Submission.id).where(Submission.id == submission.id).with_for_update(key_share=True))
+    """Withdraws a submission, and with it the one that it is compared to: what waits is cancelled, what moves finished.
+
+    Returns:
+        How many trials were cancelled.
+    """
+    query = select(Submission).where(Submission.id == submission.id)
+    if submission.pairing_id is not None:
+        query = select(Submission).where(Submission.pairing_id == submission.pairing_id)
+    both = session.scalars(query.order_by(Submission.id).with_for_update(key_share=True)).all()
+    return sum(_cancel(session, each) for each in both)
+
+
+def _cancel(session: Session, submission: Submission) -> int:
     waiting = ("queued", "leased", "needs_human", "needs_storage")
     cancelled = session.execute(
         update(Trial)
@@ -258,7 +334,7 @@ def check_request(session: Session, who: Principal, request: Request) -> tuple[B
     """Refuses what can be seen to be unusable without looking into a checkpoint; returns what is asked for.
 
     Raises:
-        RefusedError: 404 unknown benchmark or split, 403 scope, 422 name, kind or blob, 429 quota.
+        RefusedError: 404 unknown benchmark or split, 403 scope, 422 name, kind or blob, 409 not passed, 429 quota.
     """
 
     def refuse(expected: str, got: str, fix: str) -> RefusedError:
@@ -285,6 +361,7 @@ def check_request(session: Session, who: Principal, request: Request) -> tuple[B
             raise refuse("the hash of an uploaded checkpoint", repr(request.blob), "upload it first")
     elif request.kind != "remote":
         raise refuse("kind remote, checkpoint or anchor", repr(request.kind[:40]), "choose one")
+    _check_prestage(session, who, benchmark, request)
     _check_quota(session, who, benchmark, len(split.cases[: request.trials]))
     return benchmark, split
 
@@ -310,6 +387,29 @@ def check_robot(session: Session, meta: PolicyMeta, robot_class: str) -> None:
     except ConfigError as error:
         where, expected, got, fix = error.where, error.expected, error.got, error.fix
         raise RefusedError(422, "does_not_fit", where, expected=expected, got=got, fix=fix) from error
+
+
+def _check_prestage(session: Session, who: Principal, benchmark: Benchmark, request: Request) -> None:
+    """A policy proves itself in simulation before it takes a real robot's time; the operator's anchors need not.
+
+    It is the same policy when it is the same checkpoint, or a remote one of the same owner under the same name.
+    """
+    if not benchmark.prestage or request.kind == "anchor":
+        return
+    same = Submission.checkpoint == request.blob if request.kind == "checkpoint" else Submission.name == request.name
+    best = session.scalar(
+        select(func.max(Submission.score))
+        .join(Split, Split.id == Submission.split_id)
+        .join(Benchmark, Benchmark.id == Split.benchmark_id)
+        .where(Benchmark.name == benchmark.prestage, Submission.state == "done", Submission.kind == request.kind)
+        .where(Submission.user_id == who.user_id, same, Submission.n == func.json_array_length(Split.cases))
+    )
+    wanted = benchmark.prestage_score or 0.0
+    if best is None or best < wanted:
+        got = "no finished submission of it there" if best is None else f"{best:.3g}"
+        raise RefusedError(409, "prestage", f"{request.name[:60]!r} on {benchmark.name}",
+                           expected=f"a mean score of {wanted:g} or more on a whole split of {benchmark.prestage}",
+                           got=got, fix=f"submit it to {benchmark.prestage} first, under the same name")  # fmt: skip
 
 
 def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted: int) -> None:

@@ -35,6 +35,7 @@ IN_FLIGHT = ("leased", "running")
 FINAL = ("done", "policy_fault", "cancelled")
 
 _in_flight = text("state IN ('leased', 'running')")
+_full = text("state = 'needs_storage'")
 
 
 class Table(DeclarativeBase):
@@ -71,7 +72,7 @@ class Token(Table):
 
 
 class Robot(Table):
-    """One arm, real or simulated. At most one trial is leased to it at any time."""
+    """One arm, real or simulated. At most one trial is leased to it at any time, and none while it is `stopped`."""
 
     __tablename__ = "robots"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -80,6 +81,7 @@ class Robot(Table):
     spec: Mapped[dict[str, Any]]
     created: Mapped[float]
     seen: Mapped[float]
+    stopped: Mapped[float | None]
 
 
 class Worker(Table):
@@ -100,7 +102,7 @@ class Benchmark(Table):
 
     `fault_score` is what a trial lost by the policy counts: 0, or the worst return where returns are negative.
     `least` and `most` are the ends of the score's range, where it has one. `trial_seconds` is about how long one trial
-    takes, for the queue.
+    takes, for the queue. `prestage` names the benchmark on which a policy must first have reached `prestage_score`.
     """
 
     __tablename__ = "benchmarks"
@@ -117,6 +119,8 @@ class Benchmark(Table):
     fault_score: Mapped[float]
     least: Mapped[float | None]
     most: Mapped[float | None]
+    prestage: Mapped[str] = mapped_column(default="", server_default="")
+    prestage_score: Mapped[float | None]
     created: Mapped[float]
 
 
@@ -133,6 +137,15 @@ class Split(Table):
     benchmark: Mapped[Benchmark] = relationship()
 
 
+class Pairing(Table):
+    """Two submissions that are compared: on each scene one runs right after the other, in an order drawn by lot."""
+
+    __tablename__ = "pairings"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    split_id: Mapped[int] = mapped_column(ForeignKey("splits.id"))
+    created: Mapped[float]
+
+
 class Submission(Table):
     """A policy that somebody wants tried on one split. The summary columns are renewed with each result."""
 
@@ -145,6 +158,7 @@ class Submission(Table):
     id: Mapped[int] = mapped_column(primary_key=True)
     user_id: Mapped[int] = mapped_column(ForeignKey("users.id"), index=True)
     split_id: Mapped[int] = mapped_column(ForeignKey("splits.id"), index=True)
+    pairing_id: Mapped[int | None] = mapped_column(ForeignKey("pairings.id"), index=True)
     robot_class: Mapped[str]
     name: Mapped[str]
     kind: Mapped[str]
@@ -170,6 +184,16 @@ class Submission(Table):
     split: Mapped[Split] = relationship()
 
 
+class Seat(Table):
+    """A policy that is connected, and with which of the arena's servers: workers of others are sent there."""
+
+    __tablename__ = "seats"
+    submission_id: Mapped[int] = mapped_column(ForeignKey("submissions.id"), primary_key=True)
+    server: Mapped[str]
+    url: Mapped[str]
+    seen: Mapped[float]
+
+
 class Trial(Table):
     """One slot of a submission: a scene and a seed that wait for, run on, or ran on a robot."""
 
@@ -183,6 +207,7 @@ class Trial(Table):
         Index("ix_trials_one_per_robot", "robot_id", unique=True, sqlite_where=_in_flight, postgresql_where=_in_flight),
         Index("ix_trials_expiry", "lease_until", sqlite_where=_in_flight, postgresql_where=_in_flight),
         Index("ix_trials_queue", "submission_id", "state", "position"),
+        Index("ix_trials_storage", "state", sqlite_where=_full, postgresql_where=_full),
     )  # fmt: skip
     id: Mapped[int] = mapped_column(primary_key=True)
     submission_id: Mapped[int] = mapped_column(ForeignKey("submissions.id"))

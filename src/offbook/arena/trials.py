@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from offbook.arena.standing import refresh_summary
@@ -93,7 +93,7 @@ def start(session: Session, trial_id: int, fence: int) -> dict[str, Any]:
 def heartbeat(
     session: Session, trial_id: int, fence: int, *, progress: float | None = None, rules: Rules | None = None
 ) -> dict[str, Any]:
-    """Keeps a lease alive; a lease that has run out cannot be revived.
+    """Keeps a lease alive; one that has run out cannot be revived, and that of a stopped robot is not kept.
 
     Args:
         session: a writing session.
@@ -103,6 +103,9 @@ def heartbeat(
         rules: the protocol's times.
     """
     rules = rules or Rules()
+    robot = session.scalar(select(Robot).join(Trial, Trial.robot_id == Robot.id).where(Trial.id == trial_id))
+    if robot is not None and robot.stopped is not None:
+        raise robot_stopped(robot.name)
     values = {"lease_until": now(session) + rules.lease_seconds, "progress": progress}
     if not move(session, trial_id, fence, IN_FLIGHT, values):
         raise _stale(session, trial_id, fence)
@@ -112,7 +115,14 @@ def heartbeat(
         .values(seen=now(session)),
         execution_options={"synchronize_session": False},
     )
-    return {"trial": trial_id, "fence": fence, "lease_seconds": rules.lease_seconds}
+    robot_name = robot.name if robot is not None else ""
+    return {"trial": trial_id, "fence": fence, "lease_seconds": rules.lease_seconds, "robot": robot_name}
+
+
+def robot_stopped(name: str) -> RefusedError:
+    """The answer to a worker whose robot its operator has stopped."""
+    return RefusedError(409, "robot_stopped", f"robot {name!r}", expected="a robot that may move",
+                        got="one that its operator stopped", fix="wait until the operator lets it go on")  # fmt: skip
 
 
 def end(session: Session, trial_id: int, fence: int, report: Report, *, rules: Rules | None = None) -> dict[str, Any]:
@@ -130,14 +140,17 @@ def end(session: Session, trial_id: int, fence: int, report: Report, *, rules: R
     raise _stale(session, trial_id, fence)
 
 
-def reap(session: Session, rules: Rules | None = None) -> int:
+LOST = "worker lost: no heartbeat until the lease ran out"
+
+
+def reap(session: Session, rules: Rules | None = None, *, reason: str = LOST) -> int:
     """Records a robot fault for every lease that has run out; returns how many there were."""
     expired = session.execute(
         select(Trial.id, Trial.fence)
         .where(Trial.state.in_(IN_FLIGHT), Trial.lease_until <= now(session))
         .order_by(Trial.submission_id)
     ).all()
-    report = Report(outcome="robot_fault", reason="worker lost: no heartbeat until the lease ran out")
+    report = Report(outcome="robot_fault", reason=reason)
     return sum(
         settle(session, trial_id, fence, report, rules or Rules(), alive=False) is not None
         for trial_id, fence in expired
@@ -259,6 +272,37 @@ def requeue(session: Session, trial_id: int) -> dict[str, Any]:
         raise _stale(session, trial_id, trial.fence)
     note_trial(session, "requeued", f"trial {trial.slot} was put back into the queue by the operator", trial, None)
     return {"trial": trial_id, "fence": trial.fence, "state": "queued"}
+
+
+def waits_for_storage(session: Session, rules: Rules) -> list[tuple[int, int]]:
+    """Trials, with their fences, whose recordings found no room less often than the cap of faults."""
+    full = (
+        select(func.count(Attempt.id))
+        .where(Attempt.trial_id == Trial.id, Attempt.outcome == "needs_storage")
+        .correlate(Trial)
+        .scalar_subquery()
+    )
+    found = session.execute(
+        select(Trial.id, Trial.fence)
+        .where(Trial.state == "needs_storage", full < rules.fault_cap)
+        .order_by(Trial.submission_id)
+    )
+    return [(row.id, row.fence) for row in found]
+
+
+def resume_stored(session: Session, rules: Rules) -> int:
+    """Puts back into the queue what waited for storage, which has room again; returns how many trials.
+
+    One that found no room as often as the cap of faults stays for the operator: a store that says it has room and
+    then takes nothing shall not cost a robot's time for ever.
+    """
+    resumed = 0
+    for trial_id, fence in waits_for_storage(session, rules):
+        if move(session, trial_id, fence, ("needs_storage",), {"state": "queued"}, alive=False):
+            trial = _current(session, trial_id)
+            note_trial(session, "requeued", f"trial {trial.slot} goes on: there is room for recordings", trial, None)
+            resumed += 1
+    return resumed
 
 
 def move(

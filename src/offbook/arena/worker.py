@@ -21,13 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offbook.arena.live import LiveCamera
 from offbook.arena.recordings import Film, capabilities, recordings_of
+from offbook.arena.sandbox import SandboxedPolicy, prove
 from offbook.client.protocol import Policy
 from offbook.client.remote import RemotePolicy
-from offbook.client.submit import ArenaClient
+from offbook.client.submit import ArenaClient, ArenaRefusalError
 from offbook.errors import OffbookError, PolicyError, RobotError, SubmissionError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from offbook.robots.base import Robot
     from offbook.robots.trial import TrialRecord
 
@@ -35,6 +40,7 @@ BEAT_SECONDS = 0.5
 REPORT_SECONDS = 60.0
 FRAME_EVERY = 2  # control steps from one picture of the film to the next
 CACHED = 4  # checkpoints that stay in the cache's folder
+NO_STORAGE = (503, 507)  # what an arena answers whose store is away or full
 _POLL_FIRST, _POLL_MOST = 0.2, 2.0
 
 
@@ -68,12 +74,13 @@ class _Heart:
 
     def __init__(self, arena: ArenaClient, lease: Mapping[str, Any], robot: Robot, stopping: threading.Event) -> None:
         self._arena, self._lease, self._robot, self._stopping = arena, lease, robot, stopping
+        self.camera = LiveCamera(arena, lease)
         self._watchdog = float(lease["watchdog_seconds"])
         self._answered = time.monotonic()
         self._progress = 0.0
         self._resting = threading.Event()
         self._ended = threading.Event()
-        self.stale = False
+        self.stale = self.stopped = False
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._send, self._watch)]
         for thread in self._threads:
             thread.start()
@@ -87,6 +94,8 @@ class _Heart:
 
     def check(self) -> None:
         """Raises when the lease is lost, or may be."""
+        if self.stopped:
+            raise RobotError("robot", expected="to go on", got="a stop by its operator", fix="wait for the operator")
         if self.stale:
             raise RobotError("lease", expected="a live lease", got="another holder", fix="ask for a new one")
         silent = time.monotonic() - self._answered
@@ -102,6 +111,7 @@ class _Heart:
         """No more heartbeats."""
         self._resting.set()
         self._ended.set()
+        self.camera.end()
         for thread in self._threads:
             thread.join(self._watchdog)
 
@@ -111,12 +121,16 @@ class _Heart:
             asked = time.monotonic()
             try:
                 body = {"fence": self._lease["fence"], "progress": self._progress}
-                status, _ = self._arena.ask("POST", path, json=body, timeout=self._watchdog / 2)
+                status, answer = self._arena.ask("POST", path, json=body, timeout=self._watchdog / 2)
             except SubmissionError:
                 continue
             if status == 200:
                 # From when it was asked: the answer may have been on its way while this process slept.
                 self._answered = asked
+                if answer is not None and answer.get("watched"):
+                    self.camera.watched()
+            elif answer is not None and answer.get("error") == "robot_stopped":
+                self.stopped = True
             elif status in (404, 409):
                 self.stale = True
 
@@ -142,6 +156,7 @@ def run_worker(
     on_event: Callable[[str], None] = lambda line: None,
     stop: threading.Event | None = None,
     robot: Robot | None = None,
+    sandbox: bool = False,
 ) -> WorkerReport:
     """Lends a robot to an arena until it is told to stop. In the main thread SIGTERM and SIGINT stop it cleanly.
 
@@ -159,12 +174,16 @@ def run_worker(
         on_event: called with one line for each thing that happens.
         stop: set it from another thread to stop.
         robot: a driver to use instead of making one.
+        sandbox: whether checkpoints are played in a sandbox, which must prove itself first.
 
     Raises:
         SubmissionError: the arena refuses this worker.
-        ConfigError: there is no such robot.
+        ConfigError: there is no such robot, or the sandbox does not hold.
     """
     from offbook.robots import make_robot
+
+    if sandbox:
+        prove()
 
     stopping = stop or threading.Event()
     machine = robot or make_robot(robot_name, settings)
@@ -180,12 +199,14 @@ def run_worker(
             scratch=Path(folder),
             say=on_event,
             stopping=stopping,
+            sandbox=sandbox,
         )
         worker.cache.mkdir(parents=True, exist_ok=True)
         try:
             return worker.run(max_trials, idle_exit)
         finally:
             machine.stop("the worker ends")
+            worker.forget()
             if robot is None:
                 machine.close()
             arena.close()
@@ -215,6 +236,7 @@ class _Worker:
     scratch: Path
     say: Callable[[str], None]
     stopping: threading.Event
+    sandbox: bool
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     report: WorkerReport = field(default_factory=WorkerReport)
     known: dict[str, Policy] = field(default_factory=dict)
@@ -275,6 +297,8 @@ class _Worker:
             except OffbookError as error:
                 # A relay that does not open has shown the policy nothing: no harm in trying another time.
                 kind = "released" if isinstance(error, PolicyError | RobotError) else "robot_fault"
+                if isinstance(error, ArenaRefusalError) and error.status in NO_STORAGE:
+                    kind = "needs_storage"
                 self._end(lease, "fault", {"kind": kind, "reason": _line(error)})
                 self.stopping.wait(1.0)
                 return 0
@@ -303,6 +327,10 @@ class _Worker:
     def _trial(self, lease: Mapping[str, Any], policy: Policy, heart: _Heart, film: Film) -> TrialRecord:
         from offbook.robots.trial import run_trial
 
+        def show(frame: NDArray[np.uint8]) -> None:
+            film.add(frame)
+            heart.camera.show(frame)
+
         return run_trial(
             self.robot,
             policy,
@@ -314,13 +342,15 @@ class _Worker:
             session=str(lease["seed"]) if lease["policy"]["kind"] == "anchor" else f"trial-{lease['trial']}",
             frame_every=FRAME_EVERY,
             heartbeat=heart.beat,
-            on_frame=film.add,
+            on_frame=show,
         )
 
     def _policy(self, lease: Mapping[str, Any]) -> Policy:
         wanted = lease["policy"]
         if wanted["kind"] == "remote":
-            return RemotePolicy(self.arena.url, self.arena.token, f"{lease['trial']}.{lease['fence']}")
+            # The policy may have dialled in to another of the arena's servers, which relays for it.
+            relay = str(wanted.get("relay", self.arena.url))
+            return RemotePolicy(relay, self.arena.token, f"{lease['trial']}.{lease['fence']}")
         if wanted["kind"] == "anchor":
             from offbook.robots import environment_of
             from offbook.sim.experts import RandomPolicy, make_expert
@@ -329,6 +359,8 @@ class _Worker:
                 return RandomPolicy(self.robot.spec.action, lease["seed"])
             return make_expert(environment_of(self.robot.spec.name))
         sha256 = str(wanted["sha256"])
+        if any(isinstance(policy, SandboxedPolicy) and not policy.alive for policy in self.known.values()):
+            self.forget()
         if sha256 not in self.known:
             from offbook.learning.policies import load_policy
 
@@ -338,9 +370,16 @@ class _Worker:
             path.touch()
             for old in sorted(self.cache.glob("*.safetensors"), key=lambda each: each.stat().st_mtime)[:-CACHED]:
                 old.unlink(missing_ok=True)
-            self.known.clear()  # one at a time: a robot's computer need not hold every policy it ever played
-            self.known[sha256] = load_policy(path)
+            self.forget()  # one at a time: a robot's computer need not hold every policy it ever played
+            self.known[sha256] = SandboxedPolicy(path) if self.sandbox else load_policy(path)
         return self.known[sha256]
+
+    def forget(self) -> None:
+        """Lets go of the checkpoints that were loaded."""
+        for policy in self.known.values():
+            if isinstance(policy, SandboxedPolicy):
+                policy.close()
+        self.known.clear()
 
     def _deliver(self, lease: Mapping[str, Any], record: TrialRecord, film: Film) -> None:
         """Encodes and uploads what was recorded, then reports; a robot's fault is reported without files."""

@@ -15,7 +15,7 @@ import tyro
 from offbook.cli.access import TOKEN, URL, read_settings, read_token
 from offbook.cli.policy import find_policy, run_and_role
 from offbook.cli.report import Report, interval_text, table
-from offbook.client.submit import ArenaClient
+from offbook.client.submit import ArenaClient, kept_promise
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.checkpoint import read_header
 from offbook.runs.directory import RunDirectory
@@ -28,6 +28,8 @@ def init(
     *,
     benchmarks: tuple[str, ...] = ("pour", "scoop", "pendulum"),
     trials: int = 20,
+    real: str | None = None,
+    pass_score: float | None = None,
     seed: int | None = None,
     database: str = "",
     blobs: str = "",
@@ -40,9 +42,12 @@ def init(
 
     Args:
         folder: where settings, the embedded database and recordings will stand.
-        benchmarks: what policies are tried on: pour, scoop, pendulum; and several trials in a row on darkpoint,
-            hopper-tries.
-        trials: scenes in each split of a benchmark.
+        benchmarks: what policies are tried on: pour, scoop, pendulum; several trials in a row: darkpoint, hopper-tries;
+            and files, ending in .json, that describe benchmarks for robots of your own.
+        trials: scenes in each split of a benchmark; a file says itself.
+        real: also adds each of these, but files, for real robots as NAME-real; their workers are started with this as
+            --robot.
+        pass_score: mean score on the simulated benchmark that a policy needs before it may run on real robots.
         seed: from which scenes and seeds follow; drawn in secret for a new arena, which keeps it in arena.json.
         database: address of a PostgreSQL database; SQLite in the folder when empty.
         blobs: folder or fsspec address for recordings and checkpoints; in the folder when empty.
@@ -51,12 +56,14 @@ def init(
     Examples:
         offbook arena init
         offbook arena init /srv/arena --database postgresql+psycopg://arena@localhost/arena --trials 40
+        offbook arena init lab --benchmarks pour --real franka --pass-score 0.6
+        offbook arena init lab --benchmarks bench.json
     """
     with needs_extra("arena"):
         from offbook.arena import accounts, submissions
         from offbook.arena.database import Database
         from offbook.arena.service import Settings
-        from offbook.arena.suites import make_suite
+        from offbook.arena.suites import make_suite, on_real_robots
     fresh = not (folder / "arena.json").exists()
     if not fresh and (database or blobs):
         raise ConfigError(
@@ -66,11 +73,20 @@ def init(
         raise ConfigError(str(folder), expected="a new or empty folder", got="something else", fix="choose another")
     drawn = secrets.randbits(63) if seed is None else seed
     settings = Settings(folder=folder, database=database, blobs=blobs, seed=drawn) if fresh else Settings.load(folder)
-    specs = [make_suite(name, trials, settings.seed if seed is None else seed) for name in benchmarks]
+    root = settings.seed if seed is None else seed
+    specs = [make_suite(name, trials, root) for name in benchmarks]
+    if (real is None) != (pass_score is None):
+        raise ConfigError("--real and --pass-score", expected="both or neither", got="one of them", fix="give both")
+    if real is not None and pass_score is not None:
+        # Scenes of their own: those of the simulated benchmark are known to whoever has passed it.
+        simulated = [name for name in benchmarks if not name.endswith(".json")]
+        specs += [on_real_robots(make_suite(name, trials, root + 1), real, pass_score) for name in simulated]
     store = Database(settings.database_url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         store.migrate()
+        if fresh:
+            settings.save()
         with store.write() as session:
             made = [submissions.define_benchmark(session, spec) for spec in specs]
             names = [{"name": each.name, "version": each.version, "robot": each.robot_class} for each in made]
@@ -79,8 +95,6 @@ def init(
             accounts.record_audit(session, None, "token.create", f"{operator}: admin")
     finally:
         store.close()
-    if fresh:
-        settings.save()
     listed = ", ".join(f"{each['name']} (version {each['version']})" for each in names)
     text = (
         f"An arena stands in {folder} with {listed or 'no benchmarks'}.\n\n"
@@ -91,13 +105,23 @@ def init(
     return Report(text=text, data={"folder": str(folder), "benchmarks": names, "user": operator, "token": token})
 
 
-def serve(folder: tyro.conf.Positional[Path] = Path("arena"), *, host: str = "127.0.0.1", port: int = 8000) -> Report:
+def serve(
+    folder: tyro.conf.Positional[Path] = Path("arena"),
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    advertise: str = "",
+) -> Report:
     """Runs an arena's service and pages until it is interrupted.
+
+    Several may serve one arena on PostgreSQL, each from its own folder with the same arena.json and one blob store.
 
     Args:
         folder: of the arena.
         host: address to listen on. Beyond this machine put a server with TLS in front; tokens travel in headers.
         port: 0 for any free one.
+        advertise: where several serve one arena, the address at which workers of the others reach this one; here for
+            the address that it listens on.
 
     Examples:
         offbook arena serve
@@ -111,7 +135,7 @@ def serve(folder: tyro.conf.Positional[Path] = Path("arena"), *, host: str = "12
     def announce(url: str) -> None:
         print(f"The arena is open at {url} (interrupt to close it).", file=sys.stderr, flush=True)
 
-    url = serve_arena(settings, host=host, port=port, announce=announce)
+    url = serve_arena(settings, host=host, port=port, advertise=advertise, announce=announce)
     return Report(text=f"The arena at {url} is closed.", data={"url": url})
 
 
@@ -123,6 +147,7 @@ def worker(
     name: str | None = None,
     max_trials: int | None = None,
     idle_exit: float | None = None,
+    sandbox: bool = False,
     token_file: Path | None = None,
 ) -> Report:
     """Lends a robot, real or simulated, to an arena. The token (scope worker) comes from OFFBOOK_TOKEN.
@@ -137,6 +162,7 @@ def worker(
         name: of this robot on the arena's pages; host and process by default.
         max_trials: end after so many trials.
         idle_exit: end after so many seconds without work.
+        sandbox: play uploaded checkpoints in a sandbox (bubblewrap), without network and files; it must prove itself.
         token_file: file that holds the token, instead of OFFBOOK_TOKEN.
 
     Examples:
@@ -154,6 +180,7 @@ def worker(
         name=name,
         max_trials=max_trials,
         idle_exit=idle_exit,
+        sandbox=sandbox,
         on_event=lambda line: print(line, file=sys.stderr, flush=True),
     )
     played = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.trials.items())) or "none"
@@ -227,6 +254,8 @@ def submit(
     method: str = "",
     imitates: str = "",
     trials: int | None = None,
+    against: str | None = None,
+    against_name: str | None = None,
     url: str = URL,
     wait: bool = False,
     timeout: float = 3600.0,
@@ -244,6 +273,9 @@ def submit(
         method: how it was made, in a few words.
         imitates: whose behaviour it learned, in a few words.
         trials: only the first so many scenes.
+        against: a second policy, given like the first: on each scene one runs right after the other, which of them
+            first is drawn by lot, and raters see them as policy A and policy B.
+        against_name: its label on the leaderboard.
         url: address of the arena.
         wait: stay until all trials are done.
         timeout: longest time to wait, seconds.
@@ -253,29 +285,36 @@ def submit(
         offbook arena submit runs/bc --benchmark pour --split position --wait
         offbook arena submit runs/mtm:rcbc:0.9 --name "MTM, return-conditioned"
         offbook arena submit remote --name my-policy --benchmark pour
+        offbook arena submit runs/new --against runs/old --benchmark pour
     """
     token = read_token(token_file)
-    if policy == "remote" and name is None:
-        raise ConfigError("--name", expected="a label for the leaderboard", got="none", fix="give --name")
+    common = {"benchmark": benchmark, "split": split, "trials": trials, "method": method, "imitates": imitates}
     with ExitStack() as stack:
-        given = policy in ("remote", *_ANCHORS)
-        file = None if given else stack.enter_context(_upload(policy))
         arena = stack.enter_context(ArenaClient(url, token))
-        entry = arena.submit(
-            benchmark,
-            name or (policy if given else Path(run_and_role(policy)[0]).resolve().stem),
-            checkpoint=file,
-            anchor=policy if policy in _ANCHORS else None,
-            split=split,
-            trials=trials,
-            method=method,
-            imitates=imitates,
-            progress=_show_upload,
-        )
+        given = {key: value for key, value in common.items() if value is not None}
+        records = [given | _record(arena, stack, policy, name, "--name")]
+        if against is not None:
+            records.append(given | _record(arena, stack, against, against_name, "--against-name"))
+        if against is None:
+            entries = [arena.request("POST", "/v1/submissions", json=records[0])]
+        else:
+            entries = arena.submit_pair(*records)
         if wait:
-            entry = arena.wait(entry["id"], timeout_s=timeout, progress=_show_progress)
+            entries = [arena.wait(each["id"], timeout_s=timeout, progress=_show_progress) for each in entries]
             print(file=sys.stderr)
-    return Report(text=_entry_text(entry, url), data=entry)
+    text = "\n\n".join(_entry_text(each, url) for each in entries)
+    return Report(text=text, data=entries[0] if against is None else {"entries": entries})
+
+
+def _record(arena: ArenaClient, stack: ExitStack, policy: str, name: str | None, flag: str) -> dict[str, Any]:
+    """Label and policy of a submission, with its checkpoint uploaded."""
+    if policy == "remote" and name is None:
+        raise ConfigError(flag, expected="a label for the leaderboard", got="none", fix=f"give {flag}")
+    given = policy in ("remote", *_ANCHORS)
+    file = None if given else stack.enter_context(_upload(policy))
+    label = name or (policy if given else Path(run_and_role(policy)[0]).resolve().stem)
+    anchor = policy if policy in _ANCHORS else None
+    return {"name": label} | arena.policy(checkpoint=file, anchor=anchor, progress=_show_upload)
 
 
 @contextmanager
@@ -354,6 +393,9 @@ def _entry_text(entry: Mapping[str, Any], url: str) -> str:
         lines.append(f"score {interval_text(entry['score'])} over {entry['n']} of {entry['wanted']} trials")
     if entry["success"]:
         lines.append(f"success {interval_text(entry['success'])}")
+    kept = kept_promise(entry)
+    if kept is not None:
+        lines.append(f"the trials ran in the order that was promised{'' if kept else ', NOT'}: {entry['commitment']}")
     lines += [f"trial {trial['slot']}: {trial['fault']}" for trial in entry["trials"] if trial["fault"]][:10]
     lines.append(f"{url}/submissions/{entry['id']}")
     if entry["kind"] == "remote" and entry["state"] == "open" and not entry["connected"]:

@@ -72,7 +72,7 @@ def serve(
     def announce(url: str) -> None:
         print(f"Studies are at {url}/studies (interrupt to close).", file=sys.stderr, flush=True)
 
-    def make() -> FastAPI:
+    def make(url: str) -> FastAPI:
         opened, files = settings.open()
         return rating_app(opened, files, settings.owner)
 
@@ -96,7 +96,7 @@ def import_outputs(
     open: bool = False,
     raters: int = 0,
     kind: Literal["human", "llm", "script"] = "human",
-    runs: tuple[int, int] | None = None,
+    runs: tuple[int, ...] = (),
     url: str = _URL,
 ) -> Report:
     """Makes a study of outputs, of two submissions' runs, or of somebody else's votes.
@@ -115,7 +115,8 @@ def import_outputs(
         open: make the pairs and let raters in; outputs cannot be added afterwards.
         raters: how many invitations to make and print, once.
         kind: of these raters.
-        runs: two submissions of the arena whose films are compared, instead of a source.
+        runs: two submissions of the arena whose films are compared, instead of a source; of two that were sent with
+            --against either is enough.
         url: where raters will reach the service, for the links of invitations.
 
     Examples:
@@ -302,11 +303,13 @@ def _holds_votes(source: Path) -> bool:
     return isinstance(first, dict) and {"choice", "left", "right"} <= first.keys()
 
 
-def _reading(source: Path | None, runs: tuple[int, int] | None, folder: Path, wanted: dict[str, Any]) -> _Bring:
+def _reading(source: Path | None, runs: tuple[int, ...], folder: Path, wanted: dict[str, Any]) -> _Bring:
     """Reads what is brought, and gives what takes it into a service."""
-    if (source is None) == (runs is None):
+    if (source is None) == (not runs):
         got = "neither" if source is None else "both"
         raise ConfigError("source", expected="a source, or --runs", got=got, fix="give one of them")
+    if len(runs) > 2:
+        raise ConfigError("--runs", expected="one or two submissions", got=str(len(runs)), fix="name two")
     if source is None and not (folder / "arena.json").exists():
         raise ConfigError("--runs", expected="--folder of an arena", got=str(folder), fix="name the arena's folder")
     if source is None:
@@ -323,7 +326,9 @@ def _reading(source: Path | None, runs: tuple[int, int] | None, folder: Path, wa
     return partial(_take_outputs, base, records, studies.design(**wanted))
 
 
-def _take_runs(cache: Path, runs: Any, wanted: dict[str, Any], database: Database, blobs: BlobStore) -> dict[str, Any]:
+def _take_runs(
+    cache: Path, runs: tuple[int, ...], wanted: dict[str, Any], database: Database, blobs: BlobStore
+) -> dict[str, Any]:
     from offbook.arena.comparisons import study_of_runs
 
     chosen = {"question": wanted["question"], "name": wanted["name"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,6 +17,14 @@ from offbook.errors import ConfigError, SubmissionError
 
 _CHUNK = 2**20
 FINISHED = frozenset({"done", "cancelled"})
+
+
+class ArenaRefusalError(SubmissionError):
+    """What an arena refused; `status` is that of its HTTP answer, 0 where it is not known."""
+
+    def __init__(self, where: str, *, expected: str, got: str, fix: str, status: int = 0) -> None:
+        super().__init__(where, expected=expected, got=got, fix=fix)
+        self.status = status
 
 
 class ArenaClient:
@@ -97,13 +106,37 @@ class ArenaClient:
         """
         record: dict[str, Any] = {"benchmark": benchmark, "name": name, "method": method, "imitates": imitates}
         record |= {key: value for key, value in (("split", split), ("trials", trials)) if value is not None}
-        if anchor is not None:
-            record |= {"kind": "anchor", "anchor": anchor}
-        elif checkpoint is not None:
-            record |= {"kind": "checkpoint", "blob": self.upload(checkpoint, progress)}
-        else:
-            record["kind"] = "remote"
+        record |= self.policy(checkpoint=checkpoint, anchor=anchor, progress=progress)
         return self.request("POST", "/v1/submissions", json=record)
+
+    def submit_pair(self, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Submits two policies that are compared: on each scene one runs right after the other, in an order by lot.
+
+        Args:
+            first: `benchmark`, `name` and what `policy` returns; `split`, `trials` and so on as in `submit`.
+            second: the same of the other; benchmark, split and number of trials must agree.
+
+        Returns:
+            Both submissions as the arena shows them.
+
+        Raises:
+            SubmissionError: the arena refuses or cannot be reached.
+        """
+        return list(self.request("POST", "/v1/pairs", json={"entries": [dict(first), dict(second)]})["entries"])
+
+    def policy(
+        self,
+        *,
+        checkpoint: Path | str | None = None,
+        anchor: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """The part of a submission that says which policy it is; a checkpoint is uploaded."""
+        if anchor is not None:
+            return {"kind": "anchor", "anchor": anchor}
+        if checkpoint is not None:
+            return {"kind": "checkpoint", "blob": self.upload(checkpoint, progress)}
+        return {"kind": "remote"}
 
     def upload(self, path: Path | str, progress: Callable[[int, int], None] | None = None) -> str:
         """Streams a file to the arena's store and returns its sha256; memory use does not grow with its size.
@@ -208,11 +241,7 @@ class ArenaClient:
             response = self._http.request(method, path, **options)
         except httpx.HTTPError as error:
             raise self._silent(error) from error
-        try:
-            record = response.json() if response.content else {}
-        except ValueError:
-            record = None
-        return response.status_code, record if isinstance(record, dict) else None
+        return response.status_code, _record(response)
 
     def download(self, sha256: str, path: Path) -> None:
         """Streams a file of the arena's store to a path, where it appears when it is whole.
@@ -224,7 +253,8 @@ class ArenaClient:
         try:
             with self._http.stream("GET", url) as answer, part.open("wb") as file:
                 if not answer.is_success:
-                    raise self.refusal("GET", url, answer.status_code, None)
+                    answer.read()
+                    raise self.refusal("GET", url, answer.status_code, _record(answer))
                 for piece in answer.iter_bytes():
                     file.write(piece)
                     digest.update(piece)
@@ -244,12 +274,45 @@ class ArenaClient:
         got = f"{type(error).__name__} ({error})"
         return SubmissionError(f"arena at {self.url}", expected="an answer", got=got, fix=fix)
 
-    def refusal(self, method: str, path: str, status: int, record: Mapping[str, Any] | None) -> SubmissionError:
+    def refusal(self, method: str, path: str, status: int, record: Mapping[str, Any] | None) -> ArenaRefusalError:
         """The arena's `{ok, error, detail, hint, status}` as one sentence."""
         where = f"arena at {self.url}, {method} {path}"
         if record is None or "error" not in record:
             got = f"HTTP status {status} without the arena's own JSON"
-            return SubmissionError(where, expected="an arena's answer", got=got, fix="check the address")
+            expected, fix = "an arena's answer", "check the address"
+            return ArenaRefusalError(where, expected=expected, got=got, fix=fix, status=status)
         got = ": ".join(str(part).rstrip(".") for part in (record["error"], record.get("detail")) if part)
         fix = str(record.get("hint") or "correct the request").rstrip(".")
-        return SubmissionError(where, expected="to be accepted", got=f"{got} (status {status})", fix=fix)
+        got = f"{got} (status {status})"
+        return ArenaRefusalError(where, expected="to be accepted", got=got, fix=fix, status=status)
+
+
+def kept_promise(entry: Mapping[str, Any]) -> bool | None:
+    """Whether the order in which a submission's trials ran is the one whose hash was shown before the first of them.
+
+    Args:
+        entry: a submission as the arena shows it.
+
+    Returns:
+        None as long as the order is not told, which is until all trials have ended.
+
+    Example:
+        >>> order = {"order": [1, 0], "nonce": "00"}
+        >>> promise = hashlib.sha256(b'[[1,0],"00"]').hexdigest()
+        >>> [kept_promise({"commitment": promise, "opened": opened}) for opened in (order, None)]
+        [True, None]
+    """
+    opened = entry.get("opened")
+    if not opened:
+        return None
+    content = json.dumps([opened["order"], opened["nonce"]], separators=(",", ":"))
+    return hashlib.sha256(content.encode()).hexdigest() == str(entry["commitment"])
+
+
+def _record(response: httpx.Response) -> dict[str, Any] | None:
+    """The JSON object of an answer; None for other content."""
+    try:
+        record = response.json() if response.content else {}
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) else None

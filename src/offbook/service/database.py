@@ -108,18 +108,42 @@ class Database:
         with Session(self._writing, info=self._info, expire_on_commit=False) as session, session.begin():
             yield session
 
-    def migrate(self) -> None:
+    @contextmanager
+    def snapshot(self) -> Iterator[Session]:
+        """A session that only looks, and sees one and the same moment until its end."""
+        engine = self.engine
+        if engine.dialect.name == "postgresql":
+            # SQLite's reading transactions are of this kind anyway.
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with Session(engine, info=self._info, autoflush=False) as session:
+            yield session
+
+    def migrate(self, revisions: Mapping[str, str] | None = None) -> None:
         """Brings the schemas to this version's; nothing happens where they are there already.
 
+        Args:
+            revisions: by version table, earlier schemas for rows that were copied from them; a schema that is not named
+                is left out.
+
         Raises:
-            ConfigError: the database cannot be reached or opened.
+            ConfigError: the database cannot be reached or opened, or a newer offbook made it.
         """
         from alembic import command
+        from alembic.util import CommandError
 
         try:
             with self._writing.begin() as connection:
+                if connection.dialect.name == "postgresql":
+                    # Several servers may start at once: one migrates, the others wait and find it done.
+                    connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('offbook migrations'))")
                 for schema in self.schemas:
-                    command.upgrade(_alembic(schema, connection), "head")
+                    revision = "head" if revisions is None else revisions.get(schema.version_table)
+                    if revision is not None:
+                        command.upgrade(_alembic(schema, connection), revision)
+        except CommandError as error:
+            raise ConfigError(f"database {self.engine.url.render_as_string()}",
+                              expected="a schema that this offbook knows", got=str(error),
+                              fix="install the offbook that made it, or a newer one") from error  # fmt: skip
         except SQLAlchemyError as error:
             raise ConfigError(
                 f"database {self.engine.url.render_as_string()}",

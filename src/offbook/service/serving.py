@@ -20,7 +20,7 @@ class Server(uvicorn.Server):
     """A server that says when it is open, and closes streams without an end before it waits for them.
 
     Args:
-        make_app: called when the port is had, and gives the application.
+        make_app: called with the address when the port is had, and gives the application.
         announce: called once with the address.
         host: to listen on.
         port: to listen on; 0 for any free one.
@@ -34,7 +34,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        make_app: Callable[[], FastAPI],
+        make_app: Callable[[str], FastAPI],
         announce: Callable[[str], None],
         *,
         host: str = "127.0.0.1",
@@ -47,7 +47,7 @@ class Server(uvicorn.Server):
         self._socket = _listen(host, port)
         port = self._socket.getsockname()[1]
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._app = make_app()
+        self._app = make_app(self.url)
         http, websocket = protocols(connections)
         super().__init__(
             uvicorn.Config(

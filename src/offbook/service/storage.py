@@ -10,6 +10,8 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +25,9 @@ from offbook.service.refusal import RefusedError, unknown
 
 PIECE = 256 * 1024
 """Bytes that are held in memory at a time."""
+
+ABANDONED_SECONDS = 6 * 3600.0
+"""Age from which an unfinished upload is taken for one that nobody will finish."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -90,26 +95,53 @@ class BlobStore:
         Raises:
             RefusedError: 404, there is none of this hash.
         """
-        try:
+        with _reading(sha256):
             return int(self._files.size(self.path(sha256)))
-        except FileNotFoundError:
-            raise unknown("blob", sha256, "upload it first with PUT /v1/blobs/SHA256") from None
 
     def holds(self, sha256: str) -> bool:
         """Whether a file of this hash is stored."""
-        return bool(self._files.exists(self.path(sha256)))
+        with _reading(sha256):
+            return bool(self._files.exists(self.path(sha256)))
 
     def read(self, sha256: str, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
-        """The bytes from `start` to before `stop`, in pieces."""
+        """The bytes from `start` to before `stop`, in pieces; the file is opened at once, not with the first piece.
+
+        Raises:
+            RefusedError: 404, there is none of this hash; 503, the store does not answer.
+        """
         stop = self.size(sha256) if stop is None else stop
-        with self._files.open(self.path(sha256), "rb") as file:
-            file.seek(start)
-            while start < stop:
-                piece = file.read(min(PIECE, stop - start))
-                if not piece:
-                    return
-                start += len(piece)
-                yield piece
+        with _reading(sha256):
+            file = self._files.open(self.path(sha256), "rb")
+        return _span(file, start, stop)
+
+    def stored(self) -> Iterator[tuple[str, int]]:
+        """Hash and size of every file in the store, in the order of the hashes.
+
+        Raises:
+            RefusedError: 503, the store does not answer.
+        """
+        folder = f"{self._root}/blobs/sha256"
+        with _reading(folder):
+            found = self._files.find(folder, detail=True) if self._files.exists(folder) else {}
+        for name, about in sorted(found.items()):
+            yield "".join(name.rsplit("/", 2)[1:]), int(about["size"])
+
+    def check_room(self, reserve: int) -> None:
+        """Writes and removes a small file, and where the store is a folder looks at the room that is left.
+
+        Raises:
+            RefusedError: 507, it cannot be written to, or less than `reserve` bytes are free.
+        """
+        with _writing():
+            name, file = self.begin()
+            try:
+                file.write(b"room")
+                file.close()  # when a remote store is sent it
+            finally:
+                self.discard(name, file)
+            free = shutil.disk_usage(self._root).free if self._local else reserve
+        if free < reserve:
+            raise _storage_failed(OSError(0, f"{free} bytes left, of which {reserve} are kept back"))
 
     def local(self, sha256: str, cache: Path) -> Path:
         """A path on this machine with the content: the file itself, or a copy in `cache` when the store is remote."""
@@ -129,8 +161,9 @@ class BlobStore:
     def begin(self) -> tuple[str, Any]:
         """Opens a new temporary file; for `Upload`."""
         name = f"{self._root}/tmp/{secrets.token_hex(16)}"
-        self._files.makedirs(f"{self._root}/tmp", exist_ok=True)
-        return name, self._files.open(name, "wb")
+        with _writing():
+            self._files.makedirs(f"{self._root}/tmp", exist_ok=True)
+            return name, self._files.open(name, "wb")
 
     def finish(self, name: str, file: Any, sha256: str) -> None:
         """Makes a temporary file durable and gives it its place; for `Upload`."""
@@ -140,13 +173,14 @@ class BlobStore:
             file.flush()
             os.fsync(file.fileno())
         file.close()
-        if self._files.exists(final):
-            self._files.rm_file(name)
-            return
         self._files.makedirs(folder, exist_ok=True)
         if not self._local:
-            self._files.mv(name, final)
+            if self._files.exists(final):
+                self._files.rm_file(name)
+            else:
+                self._files.mv(name, final)
             return
+        # Also where there is one of this hash already: it may be damaged, and this one is not.
         Path(name).replace(final)
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -156,16 +190,24 @@ class BlobStore:
 
     def discard(self, name: str, file: Any) -> None:
         """Removes a temporary file; for `Upload`."""
-        with contextlib.suppress(OSError):  # a full disk refuses the last buffered bytes too
+        # A full disk refuses the last buffered bytes too, and a store that is away its removal: it is cleared later.
+        with contextlib.suppress(Exception):
             file.close()
-        if self._files.exists(name):
-            self._files.rm_file(name)
+        with contextlib.suppress(Exception):
+            if self._files.exists(name):
+                self._files.rm_file(name)
 
-    def clear_unfinished(self) -> None:
-        """Removes what uploads of an earlier process left half-written; called once at start."""
-        folder = f"{self._root}/tmp"
-        for name in self._files.ls(folder, detail=False) if self._files.exists(folder) else []:
-            self._files.rm_file(name)
+    def clear_unfinished(self, older_than: float = ABANDONED_SECONDS) -> None:
+        """Removes what uploads of earlier processes left half-written, called once at start.
+
+        Args:
+            older_than: seconds since a file was last written; another server's upload may be on its way.
+        """
+        folder, old = f"{self._root}/tmp", time.time() - older_than
+        with contextlib.suppress(Exception):  # a store that is away is no reason not to start
+            for name in self._files.ls(folder, detail=False) if self._files.exists(folder) else []:
+                if self._files.modified(name).timestamp() <= old:
+                    self._files.rm_file(name)
 
 
 class Upload:
@@ -187,10 +229,8 @@ class Upload:
             raise RefusedError(413, "too_large", "upload", expected=f"at most {self._limit} bytes",
                                got=f"more than {self._limit}", fix="send a smaller file")  # fmt: skip
         self._hash.update(piece)
-        try:
+        with _writing():
             self._file.write(piece)
-        except OSError as error:
-            raise _storage_failed(error) from error
 
     def commit(self) -> str:
         """Puts the file in its place and returns its hash.
@@ -203,10 +243,8 @@ class Upload:
             raise RefusedError(422, "hash_mismatch", "upload", expected=f"content with the SHA-256 {self._expected}",
                                got=f"{self.size} bytes with {sha256}",
                                fix="send the file again, it was damaged on the way")  # fmt: skip
-        try:
+        with _writing():
             self._store.finish(self._name, self._file, sha256)
-        except OSError as error:
-            raise _storage_failed(error) from error
         self._open = False
         return sha256
 
@@ -227,10 +265,49 @@ def _pieces(path: Path) -> Iterable[bytes]:
             yield piece
 
 
-def _storage_failed(error: OSError) -> RefusedError:
-    return RefusedError(507, "storage_failed", "blob store", expected="room for the file",
-                        got=error.strerror or type(error).__name__,
+def _span(file: Any, start: int, stop: int) -> Iterator[bytes]:
+    with file:
+        file.seek(start)
+        while start < stop:
+            piece = file.read(min(PIECE, stop - start))
+            if not piece:
+                return
+            start += len(piece)
+            yield piece
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Every way in which a store can fail to take a file is one refusal; drivers of remote ones raise their own."""
+    try:
+        yield
+    except RefusedError:
+        raise
+    except Exception as error:
+        raise _storage_failed(error) from error
+
+
+@contextlib.contextmanager
+def _reading(sha256: str) -> Iterator[None]:
+    try:
+        yield
+    except RefusedError:
+        raise
+    except FileNotFoundError:
+        raise unknown("blob", sha256, "upload it first with PUT /v1/blobs/SHA256") from None
+    except Exception as error:
+        raise RefusedError(503, "storage_away", "blob store", expected="an answer", got=_words(error),
+                           fix="try again later; the operator must look at the store",
+                           retry_after=30.0) from error  # fmt: skip
+
+
+def _storage_failed(error: Exception) -> RefusedError:
+    return RefusedError(507, "storage_failed", "blob store", expected="room for the file", got=_words(error),
                         fix="the operator must make room; the trial waits meanwhile")  # fmt: skip
+
+
+def _words(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
 def parse_range(header: str | None, size: int) -> tuple[int, int] | None:

@@ -94,6 +94,7 @@ def served(folder: Path) -> Iterator[Stage]:
         routes=[
             Route("/show/{key}", stage.page),
             Route("/v1/events", stage.events),
+            Route("/v1/robots/{name:path}/frame", lambda request: Response(status_code=204)),
             Mount("/static", static_files("offbook.arena.pages")),
             *files,
         ]

@@ -15,7 +15,9 @@ from starlette.concurrency import run_in_threadpool
 from offbook.arena import accounts
 from offbook.arena.accounts import Principal
 from offbook.arena.routes.doors import arena_of, identify, needs
-from offbook.arena.tables import Trial
+from offbook.arena.tables import Robot, Trial
+from offbook.arena.views.robots import ALIVE_SECONDS
+from offbook.service.database import now
 from offbook.service.fields import Text
 from offbook.service.refusal import error_body
 
@@ -90,8 +92,18 @@ def metrics(request: Request) -> PlainTextResponse:
     arena = arena_of(request)
     with arena.database.read() as session:
         states = session.execute(select(Trial.state, func.count(Trial.id)).group_by(Trial.state)).all()
+        seen = Robot.seen > now(session) - ALIVE_SECONDS
+        alive = session.scalar(select(func.count(Robot.id)).where(seen))
+        stopped = session.scalar(select(func.count(Robot.id)).where(Robot.stopped.is_not(None)))
     lines = ["# HELP offbook_trials Trials by state.", "# TYPE offbook_trials gauge"]
     lines += [f'offbook_trials{{state="{state}"}} {count}' for state, count in states]
-    lines += ["# HELP offbook_policies Connected policies.", "# TYPE offbook_policies gauge"]
-    lines += [f"offbook_policies {len(arena.gateway.present())}", ""]
+    gauges = {
+        "policies": ("Connected policies, at all servers.", len(arena.gateway.present())),
+        "robots": ("Robots heard of in the last 30 s.", alive),
+        "robots_stopped": ("Robots that their operator stopped.", stopped),
+        "storage_ready": ("1 while recordings can be kept, else 0.", int(arena.storage.sound())),
+    }
+    for name, (words, value) in gauges.items():
+        lines += [f"# HELP offbook_{name} {words}", f"# TYPE offbook_{name} gauge", f"offbook_{name} {value}"]
+    lines.append("")
     return PlainTextResponse(generate_latest(arena.meters.registry).decode() + "\n".join(lines))

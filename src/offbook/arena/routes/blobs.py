@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
@@ -25,7 +27,9 @@ MEDIA_TYPES = {"video/mp4", "image/jpeg", "image/png", "application/json", "appl
 _BINARY = "application/octet-stream"
 
 
-@router.put("/v1/blobs/{sha256}", status_code=201)
+@router.put(
+    "/v1/blobs/{sha256}", status_code=201, responses={507: {"description": "The store is full, or does not answer."}}
+)
 async def upload(request: Request, sha256: str, who: Annotated[Principal, Depends(identify)]) -> JSONResponse:
     """Takes a recording from a worker, or a safetensors checkpoint (application/octet-stream) from a submitter."""
     arena = arena_of(request)
@@ -37,16 +41,26 @@ async def upload(request: Request, sha256: str, who: Annotated[Principal, Depend
     _check_length(request, limit)
     if not worker:
         await run_in_threadpool(_check_daily, arena, who)
+    try:
+        size = await _receive(request, arena, sha256, limit, checkpoint=not worker)
+    except RefusedError as error:
+        if error.status == 507:
+            arena.storage.failed(error)
+        raise
+    kind = kind if worker else _BINARY
+    await run_in_threadpool(_record, arena, who, sha256, size, kind, not worker)
+    return JSONResponse({"sha256": sha256, "size": size}, status_code=201)
+
+
+async def _receive(request: Request, arena: Arena, sha256: str, limit: int, *, checkpoint: bool) -> int:
     with await run_in_threadpool(lambda: arena.blobs.upload(limit=limit, expected=sha256)) as incoming:
         try:
-            await _take(request, incoming, checkpoint=not worker)
+            await _take(request, incoming, checkpoint=checkpoint)
         except ClientDisconnect:
             raise RefusedError(400, "incomplete", "upload", expected="the whole file", got="a connection that ended",
                                fix="send the file again") from None  # fmt: skip
         await run_in_threadpool(incoming.commit)
-    kind = kind if worker else _BINARY
-    await run_in_threadpool(_record, arena, who, sha256, incoming.size, kind, not worker)
-    return JSONResponse({"sha256": sha256, "size": incoming.size}, status_code=201)
+    return incoming.size
 
 
 async def _take(request: Request, incoming: Upload, *, checkpoint: bool) -> None:
@@ -98,7 +112,8 @@ def _check_daily(arena: Arena, who: Principal) -> None:
 
 
 def _record(arena: Arena, who: Principal, sha256: str, size: int, kind: str, private: bool) -> None:
-    with arena.database.write() as session:
+    # Two workers may send the same file at the same moment: whose row comes first does not matter.
+    with contextlib.suppress(IntegrityError), arena.database.write() as session:
         if session.get(Blob, sha256) is None:
             session.add(
                 Blob(
@@ -115,7 +130,11 @@ def _record(arena: Arena, who: Principal, sha256: str, size: int, kind: str, pri
 @router.get(
     "/v1/blobs/{sha256}",
     response_class=Response,
-    responses={200: {"content": {_BINARY: {}}}, 206: {"description": "A part of the file."}},
+    responses={
+        200: {"content": {_BINARY: {}}},
+        206: {"description": "A part of the file."},
+        503: {"description": "The store does not answer."},
+    },
 )
 async def download(request: Request, sha256: str) -> Response:
     """A file, or the part of it that a Range header names; checkpoints only for their owner, workers and admins."""
@@ -138,7 +157,12 @@ async def download(request: Request, sha256: str) -> Response:
         headers["Content-Disposition"] = f'attachment; filename="{sha256[:16]}.bin"'
     if span is not None:
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{blob.size}"
-    pieces = arena.blobs.read(sha256, start, stop)
+    try:
+        pieces = await run_in_threadpool(arena.blobs.read, sha256, start, stop)
+    except RefusedError as error:
+        if error.status == 503:
+            arena.storage.failed(error)
+        raise
     return StreamingResponse(
         pieces, status_code=206 if span is not None else 200, headers=headers, media_type=blob.media_type
     )

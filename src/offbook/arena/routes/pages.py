@@ -65,7 +65,7 @@ def submission(request: Request, entry: str) -> HTMLResponse:
 def run(request: Request, trial: str) -> HTMLResponse:
     """Why did this trial end as it did."""
     blobs = arena_of(request).blobs
-    return _page(request, "run", lambda session: views.run(session, number("trial", trial), blobs))
+    return _page(request, "run", lambda session: views.run(session, number("trial", trial), blobs, base_url(request)))
 
 
 @router.get("/queue")
@@ -78,7 +78,7 @@ def queue(request: Request) -> HTMLResponse:
 @router.get("/robots/{robot}")
 def robot(request: Request, robot: str) -> HTMLResponse:
     """Is the robot healthy."""
-    return _page(request, "robot", lambda session: views.robot(session, robot))
+    return _page(request, "robot", lambda session: views.robot(session, robot, base_url(request)))
 
 
 @router.get("/submit")

@@ -21,7 +21,7 @@ class StudyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     a: Text = Field(max_length=20)
-    b: Text = Field(max_length=20)
+    b: Text | None = Field(default=None, max_length=20)
     question: Text = Field(default=comparisons.QUESTION, min_length=1, max_length=500)
     name: Text = Field(default="", max_length=120)
     raters_per_pair: int = Field(default=3, ge=1, le=1000)
@@ -31,9 +31,13 @@ class StudyRequest(BaseModel):
 async def compare_runs(
     request: Request, wanted: StudyRequest, who: Annotated[Principal, Depends(needs("admin"))]
 ) -> dict[str, Any]:
-    """Opens a blind study of two submissions' films, scene by scene; raters are invited under /api/rating/v1."""
+    """Opens a blind study of two submissions' films, scene by scene; raters are invited under /api/rating/v1.
+
+    Of two that were sent as a pair (`/v1/pairs`) either is enough: without `b`, the other is the second.
+    """
     arena = arena_of(request)
-    pair = number("submission", wanted.a), number("submission", wanted.b)
+    first = number("submission", wanted.a)
+    second = None if wanted.b is None else number("submission", wanted.b)
 
     def make() -> dict[str, Any]:
         made = comparisons.study_of_runs(
@@ -41,13 +45,14 @@ async def compare_runs(
             arena.blobs,
             arena.settings.folder / "cache",
             who.user,
-            *pair,
+            first,
+            second,
             question=wanted.question,
             name=wanted.name,
             raters_per_pair=wanted.raters_per_pair,
         )
         with arena.database.write() as session:
-            accounts.record_audit(session, who, "study.open", f"{made['study']}: {pair[0]} and {pair[1]}")
+            accounts.record_audit(session, who, "study.open", f"{made['study']}: {made['name']}")
         return made
 
     async with request.app.state.rating.cleaning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request
@@ -12,8 +13,10 @@ from starlette.concurrency import run_in_threadpool
 from offbook.arena import accounts, submissions, views
 from offbook.arena.accounts import Principal
 from offbook.arena.routes.doors import arena_of, needs
-from offbook.arena.service import Arena
+from offbook.arena.sandbox import SandboxedPolicy
+from offbook.arena.service import Arena, Settings
 from offbook.arena.tables import Submission
+from offbook.client.protocol import PolicyMeta
 from offbook.errors import CheckpointError, ConfigError
 from offbook.service.fields import Text, number
 from offbook.service.refusal import RefusedError, unknown
@@ -34,6 +37,13 @@ class SubmissionRequest(BaseModel):
     method: Text = Field(default="", max_length=200)
     imitates: Text = Field(default="", max_length=200)
     trials: int | None = Field(default=None, ge=1, le=10_000)
+
+
+class PairRequest(BaseModel):
+    """Two policies that are compared; benchmark, split and number of trials must be the same."""
+
+    model_config = ConfigDict(extra="forbid")
+    entries: list[SubmissionRequest] = Field(min_length=2, max_length=2)
 
 
 @router.get("/v1/benchmarks")
@@ -62,34 +72,61 @@ async def submit(
     request: Request, wanted: SubmissionRequest, who: Annotated[Principal, Depends(needs("submit"))]
 ) -> dict[str, Any]:
     """Takes a policy for trials; a checkpoint is opened and checked before it is accepted."""
-    arena, asked = arena_of(request), submissions.Request(**wanted.model_dump())
+    (view,) = await _submit(request, who, submissions.Request(**wanted.model_dump()))
+    return view
 
-    def check() -> str:
+
+@router.post("/v1/pairs", status_code=201)
+async def submit_pair(
+    request: Request, wanted: PairRequest, who: Annotated[Principal, Depends(needs("submit"))]
+) -> dict[str, Any]:
+    """Takes two policies that are compared: on each scene one runs right after the other, in an order drawn by lot."""
+    first, second = await _submit(request, who, *(submissions.Request(**each.model_dump()) for each in wanted.entries))
+    return {"entries": [first, second]}
+
+
+async def _submit(request: Request, who: Principal, *asked: submissions.Request) -> list[dict[str, Any]]:
+    arena = arena_of(request)
+
+    def check() -> list[str]:
         with arena.database.read() as session:
-            return submissions.check_request(session, who, asked)[0].robot_class
+            return [submissions.check_request(session, who, each)[0].robot_class for each in asked]
 
-    def accept() -> dict[str, Any]:
+    def accept() -> list[dict[str, Any]]:
         with arena.database.write() as session:
-            submission = submissions.accept(session, who, asked)
-            accounts.record_audit(session, who, "submission.create", f"{submission.id}: {wanted.name}")
+            one = len(asked) == 1
+            taken = [submissions.accept(session, who, *asked)] if one else submissions.accept_pair(session, who, *asked)
+            for submission in taken:
+                accounts.record_audit(session, who, "submission.create", f"{submission.id}: {submission.name}")
         with arena.database.read() as session:
-            return views.submission(session, submission.id, arena.gateway.present(), base_url(request))
+            present = arena.gateway.present()
+            return [views.submission(session, each.id, present, base_url(request)) for each in taken]
 
     # Once before the costly check of a checkpoint, and once more, for good, in the transaction that accepts it.
-    robot_class = await run_in_threadpool(check)
-    if asked.kind == "checkpoint" and asked.blob is not None:
-        # One at a time: each may take as much memory as the largest checkpoint, and who waits here holds no thread.
-        async with arena.checking:
-            await run_in_threadpool(_check_checkpoint, arena, asked.blob, robot_class)
+    robot_classes = await run_in_threadpool(check)
+    for each, robot_class in zip(asked, robot_classes, strict=True):
+        if each.kind == "checkpoint" and each.blob is not None:
+            # One at a time: each may take as much memory as the largest checkpoint, and who waits here holds no thread.
+            async with arena.checking:
+                await run_in_threadpool(_check_checkpoint, arena, each.blob, robot_class)
     return await run_in_threadpool(accept)
 
 
-def _check_checkpoint(arena: Arena, blob: str, robot_class: str) -> None:
+def _look_into(path: Path, settings: Settings) -> PolicyMeta:
+    """What a checkpoint says of itself, after it was loaded as a worker would."""
+    if settings.sandbox:
+        policy = SandboxedPolicy(path, max_bytes=settings.checkpoint_bytes)
+        policy.close()
+        return policy.meta
     from offbook.learning.policies import load_policy
 
+    return load_policy(path, max_bytes=settings.checkpoint_bytes).meta
+
+
+def _check_checkpoint(arena: Arena, blob: str, robot_class: str) -> None:
     path = arena.blobs.local(blob, arena.settings.folder / "cache")
     try:
-        meta = load_policy(path, max_bytes=arena.settings.checkpoint_bytes).meta
+        meta = _look_into(path, arena.settings)
     except (CheckpointError, ConfigError) as error:
         # The path in our store is nobody's business.
         where, expected, got = error.where.replace(str(path), "checkpoint"), error.expected, error.got
@@ -129,6 +166,14 @@ def show_submission(request: Request, entry: str) -> dict[str, Any]:
     arena = arena_of(request)
     with arena.database.read() as session:
         return views.submission(session, number("submission", entry), arena.gateway.present(), base_url(request))
+
+
+@router.get("/v1/runs/{trial}")
+def show_run(request: Request, trial: str) -> dict[str, Any]:
+    """A trial with its attempts, its traces and the addresses of what was recorded of it."""
+    arena = arena_of(request)
+    with arena.database.read() as session:
+        return views.run(session, number("trial", trial), arena.blobs, base_url(request))
 
 
 @router.post("/v1/submissions/{entry}/cancel")

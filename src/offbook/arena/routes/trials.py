@@ -9,11 +9,13 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import select
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from offbook.arena import accounts, scheduler, trials
 from offbook.arena.accounts import Principal
+from offbook.arena.live import FRAME_BYTES
 from offbook.arena.routes.doors import arena_of, identify, needs
-from offbook.arena.tables import Attempt, Blob, Worker
+from offbook.arena.tables import IN_FLIGHT, Attempt, Blob, Robot, Trial, Worker
 from offbook.client.protocol import PolicyMeta
 from offbook.errors import ConfigError
 from offbook.service.fields import SmallRecord, Text, number
@@ -98,7 +100,10 @@ class Fault(_Message):
     files: list[File] = Field(default_factory=list, max_length=32)
 
 
-@router.post("/v1/leases", responses={204: {"description": "Nothing for this robot now."}})
+@router.post(
+    "/v1/leases",
+    responses={204: {"description": "Nothing for this robot now."}, 507: {"description": "No room for recordings."}},
+)
 def lease(request: Request, wanted: LeaseRequest, who: IsWorker) -> Response:
     """The next trial for a robot, chosen fairly among users; 204 when there is none."""
     arena = arena_of(request)
@@ -109,8 +114,15 @@ def lease(request: Request, wanted: LeaseRequest, who: IsWorker) -> Response:
         robot_class=wanted.robot,
         spec=wanted.capabilities,
     )
+    arena.storage.check()
     with arena.database.write() as session:
-        given = scheduler.lease(session, applicant, connected=arena.gateway.connected(), rules=arena.settings.rules)
+        given = scheduler.lease(
+            session,
+            applicant,
+            connected=arena.gateway.connected(),
+            elsewhere=arena.gateway.elsewhere(),
+            rules=arena.settings.rules,
+        )
     return Response(status_code=204) if given is None else JSONResponse(given)
 
 
@@ -124,13 +136,35 @@ def start(request: Request, trial: str, message: Started, who: IsWorker) -> dict
 
 @router.post("/v1/trials/{trial}/heartbeat")
 def heartbeat(request: Request, trial: str, message: Heartbeat, who: IsWorker) -> dict[str, Any]:
-    """Keeps the lease; 409 means: stop the robot."""
+    """Keeps the lease; 409 means: stop the robot. `watched` asks for pictures, see `/v1/trials/{trial}/frame`."""
     arena = arena_of(request)
     with arena.database.write() as session:
         _own(session, trial, message.fence, who)
-        return trials.heartbeat(
+        answer = trials.heartbeat(
             session, number("trial", trial), message.fence, progress=message.progress, rules=arena.settings.rules
         )
+    return answer | {"watched": arena.gallery.watched(answer["robot"])}
+
+
+@router.post("/v1/trials/{trial}/frame", status_code=204)
+async def frame(request: Request, trial: str, fence: Fence, who: IsWorker) -> Response:
+    """What the robot sees now, as JPEG, for the readers of its page; it is not kept."""
+    arena, content = arena_of(request), await request.body()
+    if not content.startswith(b"\xff\xd8\xff") or len(content) > FRAME_BYTES:
+        raise RefusedError(422, "bad_frame", "body", expected=f"a JPEG of at most {FRAME_BYTES} bytes",
+                           got=f"{len(content)} bytes", fix="send a smaller picture")  # fmt: skip
+
+    def robot() -> str:
+        with arena.database.read() as session:
+            _own(session, trial, fence, who)
+            live = (Trial.id == number("trial", trial), Trial.fence == fence, Trial.state.in_(IN_FLIGHT))
+            name = session.scalar(select(Robot.name).join(Trial, Trial.robot_id == Robot.id).where(*live))
+            if name is None:
+                raise unknown("lease", f"{trial[:20]}.{fence}", "ask for a new one")
+            return name
+
+    arena.gallery.show(await run_in_threadpool(robot), content)
+    return Response(status_code=204)
 
 
 @router.post("/v1/trials/{trial}/result")

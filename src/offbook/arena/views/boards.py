@@ -38,6 +38,7 @@ def benchmark_view(session: Session, benchmark: Benchmark) -> dict[str, Any]:
         "metric": benchmark.metric,
         "range": None if benchmark.least is None else [benchmark.least, benchmark.most],
         "robot": benchmark.robot_class,
+        "prestage": {"name": benchmark.prestage, "score": benchmark.prestage_score} if benchmark.prestage else None,
         "splits": list(splits),
     }
 
@@ -201,7 +202,7 @@ def trial_outcome(state: str, faults: int, success: bool | None) -> str | None:
         return "done" if success is None else "success" if success else "failure"
     if state == "policy_fault":
         return state
-    return "robot_fault" if faults and state in ("queued", "needs_human") else None
+    return "robot_fault" if faults and state == "queued" else None
 
 
 def _strips(session: Session, entries: Collection[int]) -> dict[int, list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from offbook.arena.recordings import MANIFEST
 from offbook.arena.standing import success_interval
 from offbook.arena.submissions import used_today
 from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Event, Result, Robot, Submission, Trial, Worker
@@ -19,7 +20,6 @@ from offbook.service.database import now
 from offbook.service.refusal import RefusedError, unknown
 from offbook.service.storage import BlobStore
 
-MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 4 * 2**20
 
 
@@ -43,7 +43,8 @@ def submission(session: Session, entry: int, present: Collection[int], base_url:
         select(Event.time, Event.text).where(Event.submission_id == entry).order_by(Event.id.desc()).limit(500)
     ).all()
     success = success_interval(found.successes or 0, found.judged) if found.judged else None
-    ended = found.state != "open"
+    both = _compared(session, found)
+    ended = all(each.state != "open" for each in both)
     return {
         "id": str(found.id),
         "name": found.name,
@@ -71,7 +72,8 @@ def submission(session: Session, entry: int, present: Collection[int], base_url:
         "command": _command(found, base_url),
         "commitment": found.commitment,
         # Given away once it can no longer help anybody to choose: now the promise can be checked.
-        "opened": {"order": _order(session, found), "nonce": found.nonce} if ended else None,
+        "opened": {"order": _order(session, both), "nonce": found.nonce} if ended else None,
+        "rival": next(({"submission": str(each.id), "name": each.name} for each in both if each is not found), None),
         "quota": {"used": used_today(session, found.user_id), "limit": found.user.daily_trials},
         "generated": session.scalar(select(now(session))),
     }
@@ -102,7 +104,7 @@ def _trials(session: Session, found: Submission) -> list[dict[str, Any]]:
             "outcome": trial_outcome(trial.state, trial.faults, success),
             "score": score,
             "attempts": trial.attempt,
-            "fault": _fault(trial.state, last_outcome, reason),
+            "fault": _fault(trial, last_outcome, reason),
         }
         for trial, success, score, last_outcome, reason in rows
     ]
@@ -114,16 +116,35 @@ def _case(trial: Trial) -> dict[str, Any]:
     return {"scene": trial.scene if played else None, "seed": trial.seed if played else None}
 
 
-def _fault(state: str, last_outcome: str | None, reason: str | None) -> str | None:
+def _fault(trial: Trial, last_outcome: str | None, reason: str | None) -> str | None:
     """Why a trial stands where it stands, unless it ended well or runs."""
-    told = state in ("policy_fault", "needs_human", "needs_storage") or (
-        state == "queued" and last_outcome == "robot_fault"
+    if trial.state == "needs_human" and last_outcome == "robot_fault":
+        return f"{trial.faults} faults of the robot, the last: {reason}"
+    told = trial.state in ("policy_fault", "needs_human", "needs_storage") or (
+        trial.state == "queued" and last_outcome == "robot_fault"
     )
     return (reason or None) if told else None
 
 
-def _order(session: Session, found: Submission) -> list[int]:
-    return list(session.scalars(select(Trial.slot).where(Trial.submission_id == found.id).order_by(Trial.position)))
+def _compared(session: Session, found: Submission) -> list[Submission]:
+    """A submission with the one that it is compared to, in the order in which they were sent; or it alone."""
+    if found.pairing_id is None:
+        return [found]
+    query = select(Submission).where(Submission.pairing_id == found.pairing_id).order_by(Submission.id)
+    return list(session.scalars(query))
+
+
+def _order(session: Session, both: list[Submission]) -> list[Any]:
+    """What was promised: the order of the slots or, of a comparison, `[slot, side, letter]` of each trial."""
+    sides = {each.id: side for side, each in enumerate(both)}
+    rows = session.execute(
+        select(Trial.slot, Trial.submission_id, Trial.blind_label)
+        .where(Trial.submission_id.in_(sides))
+        .order_by(Trial.position)
+    ).all()
+    if len(both) == 1:
+        return [row.slot for row in rows]
+    return [[row.slot, sides[row.submission_id], row.blind_label[-1]] for row in rows]
 
 
 def _state_words(session: Session, found: Submission, trials: list[dict[str, Any]], present: Collection[int]) -> str:
@@ -147,8 +168,9 @@ def _state_words(session: Session, found: Submission, trials: list[dict[str, Any
     if states["queued"]:
         return f"{_queue_words(session, found, present)}{so_far}"
     if states["needs_storage"]:
-        return f"Paused, the arena's disk is full{so_far}"
-    return f"{states['needs_human']} trials failed on the robot three times over and wait for its operator{so_far}"
+        return f"Paused, the arena's store is full or away{so_far}"
+    wait = "trial waits" if states["needs_human"] == 1 else "trials wait"
+    return f"{states['needs_human']} {wait} for the operator of the robot{so_far}"
 
 
 def _queue_words(session: Session, found: Submission, present: Collection[int]) -> str:
@@ -175,8 +197,14 @@ def _command(found: Submission, base_url: str) -> str:
     return f"offbook arena submit RUN {where}"
 
 
-def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
+def run(session: Session, entry: int, blobs: BlobStore, base_url: str) -> dict[str, Any]:
     """One trial: what was seen, how fast the answers came, what went wrong, and every attempt at it.
+
+    Args:
+        session: any session.
+        entry: its id.
+        blobs: where its recording is.
+        base_url: the arena's address, for the command that puts it back into the queue.
 
     Raises:
         RefusedError: 404, no such trial.
@@ -196,12 +224,13 @@ def run(session: Session, entry: int, blobs: BlobStore) -> dict[str, Any]:
     ended = [attempt for attempt, _ in attempts if attempt.ended is not None]
     return {
         "id": trial.id,
+        "base_url": base_url,
         "submission": {"id": str(trial.submission_id), "name": trial.submission.name},
         "slot": trial.slot,
         **_case(trial),
         "state": trial.state,
         "outcome": trial_outcome(trial.state, trial.faults, result.success if result else None),
-        "fault": _fault(trial.state, ended[-1].outcome, ended[-1].reason) if ended else None,
+        "fault": _fault(trial, ended[-1].outcome, ended[-1].reason) if ended else None,
         "score": result.score if result else None,
         "steps": result.steps if result else None,
         "rate_hz": manifest.get("rate_hz"),

@@ -67,6 +67,9 @@ def _flying(session: Session) -> dict[int, Any]:
 
 def _state(session: Session, robot: Robot, trial: Any) -> dict[str, Any]:
     age = max(0.0, float(session.execute(select(now(session) - robot.seen)).scalar_one()))
+    if robot.stopped is not None:
+        words = "stopped by its operator" if trial is None else "is being stopped by its operator"
+        return {"state": "stopped", "words": words, "trial": trial and trial.id, "progress": None, "age": age}
     if trial is not None:
         words = f"runs trial {trial.position + 1} of {trial.wanted} of {trial.name}"
         return {"state": "running", "words": words, "trial": trial.id, "progress": trial.progress, "age": age}
@@ -103,6 +106,7 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
         .order_by(Submission.id)
     ).all()  # fmt: skip
     waiting: list[dict[str, Any]] = []
+    used = queueing.robot_seconds(session) if rows else {}
     for robot_class in dict.fromkeys(row.robot_class for row in rows):
         condition = (Submission.robot_class == robot_class) & (Submission.state == "open")
         queued = exists().where(Trial.submission_id == Submission.id, Trial.state == "queued")
@@ -110,11 +114,10 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
         tags = {user: turn.start_tag for user, turn in turns.items()}
         # Who had something queued in the first look may have nothing left in the second.
         own = [row for row in rows if row.robot_class == robot_class and row.user_id in tags]
-        used = {user: queueing.robot_seconds(session, user) for user in tags}
         places = []
         for row in own:
             places.append((tags[row.user_id], row))
-            tags[row.user_id] += row.trial_seconds * (1 + used[row.user_id] / 3600)
+            tags[row.user_id] += row.trial_seconds * (1 + used.get(row.user_id, 0.0) / 3600)
         alive = session.scalar(
             select(func.count(Robot.id)).where(
                 Robot.robot_class == robot_class, Robot.seen > now(session) - ALIVE_SECONDS
@@ -137,8 +140,13 @@ def positions(session: Session, present: Collection[int]) -> list[dict[str, Any]
     return waiting
 
 
-def robot(session: Session, name: str) -> dict[str, Any]:
+def robot(session: Session, name: str, base_url: str) -> dict[str, Any]:
     """One robot.
+
+    Args:
+        session: any session.
+        name: of the robot.
+        base_url: the arena's address, for the command that stops the robot.
 
     Raises:
         RefusedError: 404, no such robot.
@@ -154,6 +162,7 @@ def robot(session: Session, name: str) -> dict[str, Any]:
     rate = found.spec.get("rate_hz")
     return {
         "name": found.name,
+        "base_url": base_url,
         "kind": str(found.spec.get("kind", found.robot_class)),
         "state": state["state"],
         "words": state["words"],

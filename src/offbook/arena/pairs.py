@@ -1,0 +1,135 @@
+"""Which trials may run now: one of a submission at a time, and of a pair one half right after the other.
+
+Two submissions that are compared meet the same scenes and seeds. The lot puts all their trials into one order, in which
+the two halves of a pair, the same scene for the one and the other, are neighbours; which of them comes first, and which
+is called `policy A`, is drawn for each pair. When the first half has been played the second comes next, on the same
+robot as long as that one is there; nothing else of the two runs before it. A half that waits for a person or for
+storage keeps the other half waiting, but not the other pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, literal, or_, select
+from sqlalchemy.orm import Session, aliased
+
+from offbook.arena.tables import IN_FLIGHT, Robot, Submission, Trial
+from offbook.service.database import now
+
+KEPT_SECONDS = 30.0
+"""How long after its last sign of life the other half of a pair is kept for the robot that played the first."""
+
+PLAYED = ("done", "policy_fault")
+
+
+def ready(session: Session, robot_class: str, connected: Collection[int], robot_id: int) -> list[ColumnElement[bool]]:
+    """Which submissions could be served now: open, with a trial that may run, and the policies there that are remote.
+
+    Args:
+        session: whose clock counts.
+        robot_class: of the robot that is free.
+        connected: remote submissions whose policies are here and idle.
+        robot_id: of the robot.
+
+    Returns:
+        Conditions, to be tried in their order: first the pairs that this robot has begun, then all.
+    """
+    trial, running = aliased(Trial), aliased(Trial)
+    alone = and_(
+        Submission.pairing_id.is_(None),
+        _some(trial, trial.submission_id == Submission.id, trial.state == "queued"),
+        ~_some(running, running.submission_id == Submission.id, running.state.in_(IN_FLIGHT)),
+    )
+    waits = and_(Submission.state == "open", Submission.robot_class == robot_class)
+    here = or_(Submission.kind != "remote", Submission.id.in_(sorted(connected)))
+    paired = and_(waits, Submission.pairing_id.is_not(None))
+    if session.scalar(select(Submission.id).where(paired).limit(1)) is None:
+        # The rest is much to ask for nothing.
+        return [and_(waits, here, alone)]
+    may = _pair_ready(session, connected, robot_id)
+    return [and_(paired, here, may, _begun_on(robot_id)), and_(waits, here, or_(alone, and_(paired, may)))]
+
+
+def _some(rows: Any, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
+    """Whether there is a row of an alias, or of several in a tuple, that meets the conditions; all else is outside."""
+    own = rows if isinstance(rows, tuple) else (rows,)
+    return select(literal(1)).where(*conditions).correlate_except(*own).exists()
+
+
+def _pair_ready(session: Session, connected: Collection[int], robot_id: int) -> ColumnElement[bool]:
+    trial, rival = aliased(Trial), aliased(Submission)
+    # A pair is begun only when both policies are here.
+    rival_missing = _some(
+        rival,
+        rival.pairing_id == Submission.pairing_id,
+        rival.id != Submission.id,
+        rival.state == "open",
+        rival.kind == "remote",
+        rival.id.not_in(sorted(connected)),
+    )
+    may = _may_run(session, trial, robot_id)
+    return _some(trial, trial.submission_id == Submission.id, may, or_(half(trial), ~rival_missing))
+
+
+def _begun_on(robot_id: int) -> ColumnElement[bool]:
+    """Whether a submission has a trial whose other half this robot has played."""
+    trial, mate = aliased(Trial), aliased(Trial)
+    where = (trial.submission_id == Submission.id, half(trial), *_mates(mate, trial), mate.robot_id == robot_id)
+    return _some((trial, mate), *where)
+
+
+def next_trial(session: Session, submission: Submission, robot_id: int) -> Trial | None:
+    """The trial of a submission that this robot should play now; the caller has locked submission and pairing."""
+    query = select(Trial).where(Trial.submission_id == submission.id, Trial.state == "queued").limit(1)
+    if submission.pairing_id is None:
+        return session.scalar(query.order_by(Trial.position))
+    # Asked again, with the locks in hand: on PostgreSQL the rival may have begun a trial since the first look.
+    query = query.join(Submission, Submission.id == Trial.submission_id).where(_may_run(session, Trial, robot_id))
+    return session.scalar(query.order_by(half(Trial).desc(), Trial.position))
+
+
+def _may_run(session: Session, trial: Any, robot_id: int) -> ColumnElement[bool]:
+    """Whether a trial (or an alias of it) of the paired `Submission` may run now, as far as other trials decide it."""
+    own, both, running = aliased(Trial), aliased(Submission), aliased(Trial)
+    of_both = both.pairing_id == Submission.pairing_id
+    flying = _some((both, running), of_both, running.submission_id == both.id, running.state.in_(IN_FLIGHT))
+    half_waits = _some((both, own), of_both, own.submission_id == both.id, half(own))
+    second = and_(half(trial), _robot_is_right(session, trial, robot_id))
+    return and_(trial.state == "queued", ~flying, or_(second, and_(~half_waits, _is_next(trial))))
+
+
+def half(trial: Any) -> ColumnElement[bool]:
+    """Whether a trial of a pair waits whose other half has been played."""
+    mate = aliased(Trial)
+    return and_(trial.state == "queued", _some(mate, *_mates(mate, trial), mate.state.in_(PLAYED)))
+
+
+def _mates(mate: Any, trial: Any) -> tuple[ColumnElement[bool], ...]:
+    # The two of a pair have a `pair_id` of their own; see `submissions.accept_pair`.
+    return mate.pair_id == trial.pair_id, mate.id != trial.id
+
+
+def _is_next(trial: Any) -> ColumnElement[bool]:
+    """Whether a trial is the first half of the first pair that waits as a whole; or its other half was withdrawn."""
+    mate, both, earlier, other = aliased(Trial), aliased(Submission), aliased(Trial), aliased(Trial)
+    before = _some(
+        (both, earlier, other),
+        both.pairing_id == Submission.pairing_id,
+        earlier.submission_id == both.id,
+        earlier.position < trial.position,
+        earlier.state == "queued",
+        *_mates(other, earlier),
+        other.state == "queued",
+    )
+    # Its own other half is no earlier one, or it would be that one's turn.
+    waits = and_(mate.state == "queued", ~before)
+    return _some(mate, *_mates(mate, trial), or_(waits, mate.state == "cancelled"))
+
+
+def _robot_is_right(session: Session, trial: Any, robot_id: int) -> ColumnElement[bool]:
+    mate, robot = aliased(Trial), aliased(Robot)
+    gone = or_(robot.seen <= now(session) - KEPT_SECONDS, robot.stopped.is_not(None))
+    where = (*_mates(mate, trial), robot.id == mate.robot_id, or_(robot.id == robot_id, gone))
+    return _some((mate, robot), *where)
