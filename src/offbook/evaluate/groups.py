@@ -20,9 +20,9 @@ from numpy.typing import ArrayLike
 from offbook.client.protocol import Observation, ObservationSpec, Policy
 from offbook.data.chains import Trial
 from offbook.errors import ConfigError, needs_extra
+from offbook.evaluate.figures import COLOURS, save_figure, tidy
 from offbook.evaluate.rollout import pictures_for
 from offbook.evaluate.stats import Interval, bootstrap_mean, clopper_pearson, paired_bootstrap
-from offbook.runs.directory import atomic_path
 from offbook.runs.progress import track
 from offbook.runs.seeding import evaluation_seeds
 from offbook.sim.adapters import AnyEnv, make
@@ -41,7 +41,6 @@ _LABELS = {
     "success": "success in last trial",
 }
 _LEAF = ObservationSpec(state=((TRIAL, 3),))
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, told apart by all
 
 
 @runtime_checkable
@@ -452,7 +451,7 @@ def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
     axes = figure.subplots()
     most, beside = max(some.trials for some in groups.values()), 0.0
     for place, (name, some) in enumerate(groups.items()):
-        colour, numbers = _COLOURS[place % len(_COLOURS)], np.arange(1, some.trials + 1)
+        colour, numbers = COLOURS[place % len(COLOURS)], np.arange(1, some.trials + 1)
         means = [bootstrap_mean(column) for column in some.returns.T]
         axes.plot(numbers, [mean.value for mean in means], "o-", color=colour, markersize=7, label=name)
         if np.isfinite(means[0].low):
@@ -470,11 +469,8 @@ def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
         label = "last trial after another group's trials"
         axes.plot([], [], "o", color="#555555", markerfacecolor="white", markersize=7, label=label)
     axes.set(xlabel="trial", ylabel="return", xticks=range(1, most + 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    tidy(axes, "y")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     some = next(iter(groups.values()))
     figure.suptitle(f"{some.environment}, mean over groups (n={len(some.seeds)}) with 95% band", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(path, figure)

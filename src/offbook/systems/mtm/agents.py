@@ -12,11 +12,13 @@ import gymnasium as gym
 import numpy as np
 
 from offbook.errors import needs_extra
+from offbook.learning.arms import fit_all
+from offbook.runs.directory import kept
 from offbook.runs.parallel import run_parallel
 from offbook.runs.seeding import evaluation_seeds, generator
 from offbook.sim.adapters import make
 from offbook.sim.recording import record
-from offbook.systems.mtm.experiments import Arm, fit_all, kept
+from offbook.systems.mtm.experiments import Arm
 from offbook.systems.mtm.presets import MtmStudy
 from offbook.systems.mtm.roles import RolePolicy
 
