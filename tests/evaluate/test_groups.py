@@ -73,7 +73,7 @@ class Guesser(Scripted):
 
     def __init__(self):
         super().__init__()
-        self.rngs = {}
+        self.rngs, self.dropped, self.cut = {}, 0, 0
 
     def reset(self, sessions, prompts):
         super().reset(sessions, prompts)
@@ -275,6 +275,27 @@ def test_retry_value_is_of_the_same_groups():
     ):
         with pytest.raises(ConfigError, match=f"retry value of 'x' over 'single': expected the same {what}"):
             retry_value(made(), made(single.returns, policy="single", **changed))
+
+
+class Cramped(Searcher):
+    """Has room for two trials."""
+
+    def press(self, session, state):
+        self.dropped += int(state[1] >= 2 and state[2] == 0)
+        self.cut += int(state[1] == 1)
+        return super().press(session, state)
+
+
+def test_trials_that_went_out_of_view_are_counted():
+    policy = Cramped()
+    policy.dropped = 100
+    found = evaluate_trials(NAME, policy, trials=4, groups=3, foreign=True)
+    assert (found.dropped, found.cut) == (2 * 3, 3 * 3)
+    rows = group_rows({"cramped": found, "made": made()})[1]
+    assert rows[-2:] == [["trials that went out of view", "6", "0"], ["steps that went out of view", "9", "0"]]
+    again = Groups.from_json(json.loads(json.dumps(found.to_json())))
+    assert again.to_json() == found.to_json()
+    assert not any("out of view" in row[0] for row in group_rows({"made": made()})[1])
 
 
 def test_rows_tell_of_how_many_the_maximum_is():

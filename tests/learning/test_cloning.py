@@ -191,6 +191,17 @@ def test_failed_episodes_are_left_out(tmp_path):
         cloning._Recordings(failed, CONFIG)
 
 
+def test_the_best_share_of_those_trained_on_is_learnt_from(tmp_path):
+    store = point_world.record(tmp_path / "all", 20)
+    everything = cloning._Recordings(store, CONFIG)
+    best = cloning._Recordings(store, replace(CONFIG, top=0.25))
+    returns = store.episodes["return"]
+    assert len(best.train) == round(0.25 * len(everything.train))
+    assert set(best.train) < set(everything.train)
+    assert returns[best.train].min() > np.median(returns[everything.train])
+    assert (best.held_out == everything.held_out).all()
+
+
 @pytest.mark.faults
 def test_nan_in_the_recordings_names_episode_and_step(tmp_path):
     store = point_world.record(tmp_path / "store", 4, poison=2)
@@ -213,7 +224,7 @@ def test_fields_that_are_not_there(store, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("bad", [{"chunk": 0}, {"execute": 99}, {"dropout": 1.0}, {"held_out": -0.1}, {"depth": 0},
-                                 {"hidden": 6, "body": "transformer"}])  # fmt: skip
+                                 {"hidden": 6, "body": "transformer"}, {"top": 0.0}])  # fmt: skip
 def test_settings_that_make_no_sense(bad):
     with pytest.raises(ConfigError, match=f"--{next(iter(bad)).replace('_', '-')}"):
         CloningConfig(**bad)

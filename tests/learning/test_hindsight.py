@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, PolicyMeta
 from offbook.data.chains import Trial
-from offbook.errors import ConfigError, PolicyError
+from offbook.errors import ConfigError
 from offbook.learning.hindsight import VALUES, HindsightNetwork, HindsightSizes, hindsight_loss
 from offbook.learning.hindsight_presets import decision_transformer, tiny
 from offbook.learning.trying import HindsightPolicy
@@ -316,15 +316,25 @@ def test_more_sessions_than_places_are_answered_all_the_same(monkeypatch):
         assert np.array_equal(np.array(actions), wanted)
 
 
-def test_a_trial_without_end_is_refused():
-    policy = _policy(_network(trials=1, steps=4), BOX, 3)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_a_trial_longer_than_any_room_the_last_steps_are_in_view(layout, capsys):
+    network = _network(trials=1, steps=4, tokens=layout, head="mse")
+    policy, rng = _policy(network, BOX, 3), np.random.default_rng(0)
     policy.reset(["a"], [""])
-    steps = [np.array([[0, 0, 0, 0, step, 0]], np.float32) for step in range(5)]
-    seen = [Observation(sessions=("a",), state=state, images={}, time=np.zeros(1)) for state in steps]
-    for one in seen[:4]:
-        policy.infer(one)
-    with pytest.raises(PolicyError, match="trials of at most 4 steps, got a longer one; train on longer trials"):
-        policy.infer(seen[4])
+    kept = [1, 2, 3, 4, 2, 3, 4, 2, 3]  # steps in view: those after a cut, of which there is room for four, are two
+    for step, count in enumerate(kept):
+        state = np.concatenate([rng.normal(size=3), [0, step, 1.0 if step else 0.0]])[None].astype(np.float32)
+        told = policy.infer(Observation(sessions=("a",), state=state, images={}, time=np.zeros(1)))
+        life = policy._lives["a"]
+        assert (len(life), life.starts) == (count, [count - 1 - step])
+        # As if it had all been read at once, each step at its time in the trial.
+        afresh = network(policy._windows([life], count))[0, -1]
+        assert np.allclose(
+            told[0, 0], network.draw(afresh[None], torch.zeros(1, 2))[0].clamp(-1, 1).detach(), atol=1e-5
+        )
+    assert policy.cut == 6
+    assert policy.dropped == 0
+    assert capsys.readouterr().err.count("longer than the 4 steps that it has room for") == 1
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,9 @@ def test_all_learn_from_equally_many_trials():
         for config in kinds(STUDY, name).values():
             assert config.n_trials[1] * config.fit.batch_size == 4 * kinds(STUDY, name)["AT"].fit.batch_size
             assert config.fit.steps == kinds(STUDY, name)["AT"].fit.steps
-    assert {config.algorithm for config in learners(STUDY).values()} == {"iql", "td3bc"}
+    others = learners(STUDY)
+    assert list(others) == ["10 % BC", "IQL", "TD3+BC"]
+    assert {(config.fit.steps, config.fit.batch_size) for config in others.values()} == {(STUDY.offline_steps, 256)}
 
 
 def test_a_long_chain_takes_less_by_blocks_and_has_the_same_loss():

@@ -160,14 +160,15 @@ def test_hidden_values_have_no_influence(kind):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_visible_of_the_future_changes_what_is_told_of_the_past(kind):
-    model, data = build(KINDS[kind]), values(KINDS[kind])
+    # Random weights through which it shows well above rounding.
+    model, data = build(KINDS[kind], seed=3), values(KINDS[kind])
     visible = nothing(model)
     visible["state"][:, 3] = True
     told = model(data, visible)
     data["state"][:, 3] += 3
     again = model(data, visible)
     for name in model.modalities:
-        assert ((told[name] - again[name]).abs().amax((2, 3)) > 1e-6).all()
+        assert ((told[name] - again[name]).abs().amax((2, 3)) > 1e-4).all()
 
 
 @torch.no_grad()

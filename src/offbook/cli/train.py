@@ -83,6 +83,7 @@ def bc(
 
     Examples:
         offbook train bc --data recordings/pour --out runs/bc
+        offbook train bc --data recordings/hopper --out runs/best-tenth --top 0.1 --chunk 1 --execute 1
         offbook train bc --data recordings/pour --out runs/bc-images --parts joints --cameras front
         offbook train bc --data recordings/pour --out runs/seeing --parts joints --encoder runs/byol
         offbook train bc --data recordings/pour --out runs/queries --parts joints --cameras front --body transformer

@@ -45,7 +45,15 @@ _LEAF = ObservationSpec(state=((TRIAL, 3),))
 
 @runtime_checkable
 class RecallingPolicy(Policy, Protocol):
-    """A policy that remembers trials, and can be given some to remember."""
+    """A policy that remembers trials, and can be given some to remember.
+
+    Attributes:
+        dropped: whole trials that went out of its view so far, since it had no room for more.
+        cut: steps that did so, of trials longer than all its room.
+    """
+
+    dropped: int
+    cut: int
 
     def recall(self, session: str, trials: Sequence[Trial]) -> None:
         """Takes earlier trials, the oldest first, as if it had lived them in this session, which was just reset."""
@@ -81,6 +89,8 @@ class Groups:
     successes: tuple[bool, ...] | None = None
     foreign: Float64[np.ndarray, " groups"] | None = None
     fresh: Float64[np.ndarray, "groups fresh"] | None = None
+    dropped: int = 0
+    cut: int = 0
     summary: Mapping[str, Interval] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +116,24 @@ class Groups:
             "successes": None if self.successes is None else list(self.successes),
             "foreign": None if self.foreign is None else self.foreign.tolist(),
             "fresh": None if self.fresh is None else self.fresh.tolist(),
+            "dropped": self.dropped,
+            "cut": self.cut,
         }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Groups:
+        """What `to_json` gave."""
+
+        def array(name: str) -> Float64[np.ndarray, ...] | None:
+            return None if record[name] is None else np.asarray(record[name], np.float64)
+
+        return cls(
+            environment=record["environment"], settings=record["settings"], policy=record["policy"],
+            seeds=tuple(record["seeds"]), returns=np.asarray(record["returns"], np.float64),
+            steps=np.asarray(record["steps"], np.int64), foreign=array("foreign"), fresh=array("fresh"),
+            successes=None if record["successes"] is None else tuple(record["successes"]), dropped=record["dropped"],
+            cut=record["cut"],
+        )  # fmt: skip
 
 
 def _summarise(groups: Groups) -> dict[str, Interval]:
@@ -212,6 +239,10 @@ def group_rows(groups: Mapping[str, Groups]) -> tuple[list[str], list[list[str]]
             shown = [some.summary.get(measure) if n in (None, some.trials) else None for some in groups.values()]
             if any(shown):
                 rows.append([label.format(n=n), *("-" if interval is None else str(interval) for interval in shown)])
+    for what, name in (("trials", "dropped"), ("steps", "cut")):
+        lost = [getattr(some, name) for some in groups.values()]
+        if any(lost):
+            rows.append([f"{what} that went out of view", *map(str, lost)])
     return ["return", *groups], rows
 
 
@@ -265,7 +296,9 @@ def evaluate_trials(
         max_steps=max_steps,
         observation=policy.meta.observation,
     )
+    before = _out_of_view(policy)
     own, successes = rounds.play(policy, range(trials), f"evaluating {policy.meta.name}")
+    dropped, cut = (now - then for now, then in zip(_out_of_view(policy), before, strict=True))
     again = None
     if isinstance(policy, RecallingPolicy) and foreign:
         earlier = {str(seed): own[(i + 1) % groups][:-1] for i, seed in enumerate(rounds.seeds)}
@@ -284,7 +317,13 @@ def evaluate_trials(
         successes=None if None in successes else tuple(map(bool, successes)),
         foreign=None if again is None else _returns(again)[:, 0],
         fresh=None if apart is None else _returns(apart),
+        dropped=dropped,
+        cut=cut,
     )
+
+
+def _out_of_view(policy: Policy) -> tuple[int, int]:
+    return (policy.dropped, policy.cut) if isinstance(policy, RecallingPolicy) else (0, 0)
 
 
 def _check_counts(**counts: int) -> None:

@@ -21,7 +21,7 @@ from offbook.errors import ConfigError, DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.networks import HEADS, Body, CloningNetwork, shift_images
 from offbook.learning.policies import check_meta
-from offbook.learning.recordings import choose_episodes, choose_observation
+from offbook.learning.recordings import best_episodes, choose_episodes, choose_observation
 from offbook.runs.checkpoint import save_checkpoint
 from offbook.runs.directory import RunDirectory
 from offbook.runs.progress import note
@@ -48,6 +48,7 @@ class CloningConfig:
         dropout: share of their units that is dropped while training.
         shift: largest random shift of the images in pixels, sideways and up or down, while training.
         success_only: learn from successful episodes only, where the recordings know of success.
+        top: share of the training episodes that it learns from, those with the highest returns.
         held_out: share of the episodes kept for the validation loss, where the store does not say which; 0 for none.
         validate_every: steps between two validations; each also saves the policy.
         on_nan: refuse recordings with NaN or infinity, or drop the windows that hold such a step, and say how many.
@@ -64,6 +65,7 @@ class CloningConfig:
     dropout: float = 0.0
     shift: int = 1
     success_only: bool = True
+    top: float = 1.0
     held_out: float = 0.1
     validate_every: int = 250
     on_nan: Literal["refuse", "drop"] = "refuse"
@@ -80,6 +82,7 @@ class CloningConfig:
             "depth": (1 <= self.depth <= 64, "1 to 64"),
             "dropout": (0 <= self.dropout < 1, "a share in [0, 1)"),
             "shift": (0 <= self.shift <= 64, "0 to 64 pixels"),
+            "top": (0 < self.top <= 1, "a share above 0, at most 1"),
             "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
             "validate_every": (self.validate_every >= 1, "1 or more"),
         }
@@ -155,7 +158,8 @@ def _episodes(
     store: EpisodeStore, config: CloningConfig, fields: Sequence[str]
 ) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
     only, share = config.success_only, config.held_out
-    return choose_episodes(store, fields, success_only=only, held_out=share, seed=config.fit.seed)
+    train, held = choose_episodes(store, fields, success_only=only, held_out=share, seed=config.fit.seed)
+    return best_episodes(store, train, config.top), held
 
 
 def train_cloning(

@@ -1,4 +1,4 @@
-"""What of a store is learnt from: the parts and cameras that are looked at, and the episodes that are held out."""
+"""What of a store is learnt from: the parts and cameras that are looked at, the episodes, and those held out."""
 
 from __future__ import annotations
 
@@ -85,3 +85,26 @@ def choose_episodes(
     order = kept[generator(seed, "held out").permutation(len(kept))]
     count = min(round(held_out * len(kept)), len(kept) - 1)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def best_episodes(store: EpisodeStore, episodes: Int64[np.ndarray, " a"], share: float) -> Int64[np.ndarray, " b"]:
+    """The share of the episodes with the highest returns, at least one, in their order.
+
+    Args:
+        store: the recordings.
+        episodes: numbers of the episodes to choose from.
+        share: above 0, at most 1, which takes all of them, whether they have returns or not.
+
+    Raises:
+        DataError: none of them has a return.
+    """
+    if share == 1:
+        return episodes
+    returns = store.episodes["return"]
+    known = episodes[np.isfinite(returns[episodes])]
+    if not len(known):
+        fix = without_rewards(store, "learn from all of them")
+        expected = "a training episode with a return, to choose the best of"
+        raise DataError(str(store.path), expected=expected, got="none", fix=fix)
+    count = max(1, round(share * len(known)))
+    return np.sort(known[np.argsort(-returns[known], kind="stable")[:count]])

@@ -29,6 +29,7 @@ from offbook.errors import ConfigError, DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.memory import Memory
 from offbook.learning.networks import INPUT_LIMIT, standard
+from offbook.learning.recordings import best_episodes
 from offbook.learning.trajectories import ACTION, RETURN, STATE, Trajectories
 from offbook.runs.directory import RunDirectory
 from offbook.runs.seeding import generator
@@ -208,14 +209,7 @@ def _episodes(data: Trajectories, config: SpecialistConfig) -> np.ndarray:
         fix = "choose other recordings"
         expected = f"a training episode with {' and '.join(sorted(named))}"
         raise DataError(str(store.path), expected=expected, got="none", fix=fix)
-    if config.top == 1:
-        return kept
-    kept = kept[np.isfinite(store.episodes["return"][kept])]
-    if not len(kept):
-        fix, expected = "learn from all of them", "a training episode with a return, to choose the best of"
-        raise DataError(str(store.path), expected=expected, got="none", fix=fix)
-    count = max(1, round(config.top * len(kept)))
-    return np.sort(kept[np.argsort(-store.episodes["return"][kept], kind="stable")[:count]])
+    return best_episodes(store, kept, config.top)
 
 
 class SpecialistPolicy:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from offbook.client.protocol import Observation, PolicyMeta
 from offbook.data.chains import DONE, REWARD, TARGET, Trial
-from offbook.errors import ConfigError, PolicyError
+from offbook.errors import ConfigError
 from offbook.learning.hindsight import ACTION, STATE, HindsightNetwork, HindsightSizes
 from offbook.learning.policies import MAX_BYTES, check_meta
 from offbook.models.blockwise import KVCache
 from offbook.runs.checkpoint import save_checkpoint
+from offbook.runs.progress import note
 from offbook.runs.seeding import generator
 from offbook.sim.trials import TRIAL
 
@@ -38,7 +39,7 @@ class _Life:
     Attributes:
         rng: of its draws.
         rows: by name a list with an entry for each step.
-        starts: row at which each kept trial begins.
+        starts: row at which each kept trial begins; of one that lost its first steps, before the first row.
         return_: of the last trial, so far.
         open: whether the last row's reward is still to come.
         slot: of the cache; None without one.
@@ -70,6 +71,15 @@ class _Life:
             del values[:first]
         self.starts = [start - first for start in self.starts[1:]]
         self.cached = 0
+
+    def shorten(self, keep: int) -> int:
+        """Drops the oldest steps of the only trial; gives their number."""
+        more = len(self) - keep
+        for values in self.rows.values():
+            del values[:more]
+        self.starts = [self.starts[0] - more]  # so that each step keeps its time in the trial
+        self.cached = 0
+        return more
 
     def rise(self) -> int:
         """Gives its place in the cache away."""
@@ -105,11 +115,13 @@ class HindsightPolicy:
 
     Attributes:
         dropped: whole trials that went out of view so far.
+        cut: steps that did so alone, of trials for which there is not room enough; never while another trial is in
+            view.
     """
 
     def __init__(self, module: HindsightNetwork, meta: PolicyMeta, provenance: Mapping[str, Any]) -> None:
         self.module, self.meta, self.provenance = module.eval(), meta, dict(provenance)
-        self.target, self.dropped = float(self.provenance["target"]), 0
+        self.target, self.dropped, self.cut = float(self.provenance["target"]), 0, 0
         self._lives: dict[str, _Life] = {}
         self._cache: KVCache | None = None
         self._holders: list[str | None] = []
@@ -139,11 +151,7 @@ class HindsightPolicy:
 
     @torch.inference_mode()
     def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 action"]:
-        """The next action for each session, within the bounds of the actions.
-
-        Raises:
-            PolicyError: a trial is longer than all that the network has room for.
-        """
+        """The next action for each session, within the bounds of the actions."""
         lives = [self._see(session, observation.state[i]) for i, session in enumerate(observation.sessions)]
         self._seat(observation.sessions, lives)
         told = self.module.tell(self._told(lives)[:, None])[:, 0]
@@ -170,9 +178,11 @@ class HindsightPolicy:
             life.forget()
             self.dropped += 1
         if len(life) > room:
-            fix = "train on longer trials"
-            where = f"policy {self.meta.name!r}, session {session!r}"
-            raise PolicyError(where, expected=f"trials of at most {room} steps", got="a longer one", fix=fix)
+            if not self.cut:
+                said = f"a trial is longer than the {room} steps that it has room for; the oldest go out of view"
+                note(f"policy {self.meta.name!r}: {said}")
+            # Half of them at once, since all that stay are read anew.
+            self.cut += life.shorten(max(1, room // 2))
         return life
 
     def _begin(self, life: _Life) -> None:

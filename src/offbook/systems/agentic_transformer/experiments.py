@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from offbook.evaluate.groups import Groups, evaluate_trials
 from offbook.learning.arms import Arm
@@ -41,7 +39,7 @@ class Try:
     def played(self) -> Groups:
         """The groups, on seeds that are the same for all policies and for no training."""
         path = self.arm.folder / f"groups-{self.groups}-{self.trials}-{self.fresh}.json"
-        return _read(kept(path, self._play))
+        return Groups.from_json(kept(path, self._play))
 
     def _play(self) -> dict[str, Any]:
         policy = self.arm.fit()
@@ -49,18 +47,6 @@ class Try:
             self.task, policy, trials=self.trials, groups=self.groups, settings=json.loads(self.settings),
             parallel=self.groups, foreign=self.foreign and isinstance(policy, HindsightPolicy), fresh=self.fresh,
         ).to_json()  # fmt: skip
-
-
-def _read(record: Mapping[str, Any]) -> Groups:
-    def array(name: str) -> np.ndarray | None:
-        return None if record[name] is None else np.asarray(record[name], np.float64)
-
-    return Groups(
-        environment=record["environment"], settings=record["settings"], policy=record["policy"],
-        seeds=tuple(record["seeds"]), returns=np.asarray(record["returns"], np.float64),
-        steps=np.asarray(record["steps"], np.int64), foreign=array("foreign"), fresh=array("fresh"),
-        successes=None if record["successes"] is None else tuple(record["successes"]),
-    )  # fmt: skip
 
 
 def _played(one: Try) -> Groups:

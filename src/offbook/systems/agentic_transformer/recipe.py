@@ -11,7 +11,9 @@ from pathlib import Path
 
 from offbook.data.store import EpisodeStore
 from offbook.learning.arms import Arm, fit_all
+from offbook.learning.cloning import CloningConfig
 from offbook.learning.datasets import generate
+from offbook.learning.fit import FitConfig
 from offbook.learning.hindsight_presets import decision_transformer
 from offbook.learning.hindsight_training import HindsightConfig
 from offbook.learning.offline import OfflineConfig
@@ -93,9 +95,14 @@ def kinds(study: AtStudy, name: str) -> dict[str, HindsightConfig]:
     }
 
 
-def learners(study: AtStudy) -> dict[str, OfflineConfig]:
+def learners(study: AtStudy) -> dict[str, OfflineConfig | CloningConfig]:
     """Other offline learners, for the hopper."""
-    found = {"IQL": OfflineConfig(algorithm="iql"), "TD3+BC": OfflineConfig(algorithm="td3bc")}
+    cloning = FitConfig(batch_size=256, learning_rate=1e-3, ema=0.99)
+    found: dict[str, OfflineConfig | CloningConfig] = {
+        "10 % BC": CloningConfig(top=0.1, chunk=1, execute=1, validate_every=study.offline_steps, fit=cloning),
+        "IQL": OfflineConfig(algorithm="iql"),
+        "TD3+BC": OfflineConfig(algorithm="td3bc"),
+    }
     return {
         name: replace(config, fit=replace(config.fit, steps=study.offline_steps, device="cpu", threads=1))
         for name, config in found.items()
@@ -103,7 +110,7 @@ def learners(study: AtStudy) -> dict[str, OfflineConfig]:
 
 
 def _folder(out: RunDirectory, name: str, kind: str, seed: int) -> Path:
-    return out.path / name / f"{kind.replace(',', '').replace(' ', '-').replace('+', '-')}-{seed}"
+    return out.path / name / f"{kind.replace(',', '').replace(' % ', '-').replace(' ', '-').replace('+', '-')}-{seed}"
 
 
 def _try(study: AtStudy, store: EpisodeStore, arm: Arm, kind: str) -> Try:
