@@ -63,6 +63,10 @@ class RobotError(OffbookError):
     """A robot, real or simulated, that failed: the trial is nobody's loss and may be attempted again."""
 
 
+class NeedsHumanError(RobotError):
+    """A robot that cannot go on before a person has done something beside it."""
+
+
 class ResourceError(OffbookError):
     """The machine has too little memory or disk for what was asked."""
 

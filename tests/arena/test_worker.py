@@ -22,7 +22,7 @@ from offbook.arena.worker import run_worker
 from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
 from offbook.client.submit import ArenaClient
 from offbook.data.clips import read_clip
-from offbook.errors import SubmissionError
+from offbook.errors import NeedsHumanError, SubmissionError
 
 pytestmark = pytest.mark.service
 
@@ -153,6 +153,25 @@ def test_a_robot_that_fails_is_not_the_policys_loss(arena) -> None:
         ("robot_fault", True),
         ("done", False),
     ]
+
+
+def test_a_robot_that_needs_somebody_ends_its_worker_and_keeps_the_other_trials(arena) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random", name="random", trials=2)
+    robot, reset = Walker(), Walker.reset
+
+    def nobody(scene, seed):
+        raise NeedsHumanError("attendant", expected="a person", got="nobody", fix="see to the robot")
+
+    robot.reset = nobody
+    report = work(arena, robot)
+    assert report.trials == {"needs_human": 1}
+    assert report.needs_human == "attendant: expected a person, got nobody; see to the robot."
+    states = {trial["state"]: trial["id"] for trial in arena.status(entry)["trials"]}
+    assert set(states) == {"needs_human", "queued"}
+    with arena.client("root") as client:
+        client.request("POST", f"/v1/trials/{states['needs_human']}/requeue")
+    robot.reset = lambda scene, seed: reset(robot, scene, seed)
+    assert work(arena, robot, max_trials=2).trials == {"done": 2}
 
 
 def test_the_anchor_random_is_made_by_the_worker(arena) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from offbook.client.protocol import FunctionPolicy, ObservationSpec, PolicyMeta
 from offbook.errors import ConfigError, RobotError
-from offbook.robots import ROBOTS, make_robot
+from offbook.robots import ENVIRONMENTS, make_robot
 from offbook.robots.base import Robot
 from offbook.robots.gym import GymRobot
 from offbook.robots.trial import run_trial
@@ -16,7 +16,7 @@ from offbook.sim.play import play
 from offbook.sim.tabletop.pour import scenes
 
 
-@pytest.mark.parametrize("name", [*ROBOTS, "gym:Pendulum-v1", "minigrid:MiniGrid-Empty-5x5-v0"])
+@pytest.mark.parametrize("name", [*ENVIRONMENTS, "gym:Pendulum-v1", "minigrid:MiniGrid-Empty-5x5-v0"])
 def test_every_robot_keeps_its_own_description(name):
     robot = make_robot(name)
     assert isinstance(robot, Robot)

@@ -49,10 +49,12 @@ class WorkerReport:
     Attributes:
         trials: reports that the arena took, by outcome.
         dropped: attempts whose lease was lost.
+        needs_human: why it ended before its time: what somebody has to do beside the robot.
     """
 
     trials: dict[str, int] = field(default_factory=dict)
     dropped: int = 0
+    needs_human: str = ""
 
 
 class _Heart:
@@ -132,6 +134,7 @@ def run_worker(
     token: str,
     robot_name: str,
     *,
+    settings: Mapping[str, Any] | None = None,
     name: str | None = None,
     max_trials: int | None = None,
     idle_exit: float | None = None,
@@ -142,10 +145,13 @@ def run_worker(
 ) -> WorkerReport:
     """Lends a robot to an arena until it is told to stop. In the main thread SIGTERM and SIGINT stop it cleanly.
 
+    It also ends when the robot needs somebody: the trials that wait would only fail one after another.
+
     Args:
         url: the arena, such as `http://127.0.0.1:8000`.
         token: bearer token with the scope `worker`.
         robot_name: as `robots.make_robot` takes it; also its class in the arena's benchmarks.
+        settings: of the robot, for `robots.make_robot`.
         name: of this worker and its robot on the arena's pages; host and process by default.
         max_trials: return after so many trials.
         idle_exit: return after so many seconds without work.
@@ -161,7 +167,7 @@ def run_worker(
     from offbook.robots import make_robot
 
     stopping = stop or threading.Event()
-    machine = robot or make_robot(robot_name)
+    machine = robot or make_robot(robot_name, settings)
     arena = ArenaClient(url, token)
     name = name or f"{socket.gethostname().split('.')[0][:40]}-{os.getpid()}"
     with tempfile.TemporaryDirectory(prefix="offbook-worker-") as folder, _signals(stopping):
@@ -217,7 +223,7 @@ class _Worker:
         """Asks for trials and plays them."""
         self.say(f"{self.name}: robot {self.robot_name} is ready for {self.arena.url}")
         pause, idle_since, played = _POLL_FIRST, time.monotonic(), 0
-        while not self.stopping.is_set() and (max_trials is None or played < max_trials):
+        while not self._ends() and (max_trials is None or played < max_trials):
             lease = self._ask()
             if lease is not None:
                 played += self._play(lease)
@@ -230,6 +236,9 @@ class _Worker:
         done = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.report.trials.items())) or "no trials"
         self.say(f"{self.name}: ends after {done}")
         return self.report
+
+    def _ends(self) -> bool:
+        return self.stopping.is_set() or bool(self.report.needs_human)
 
     def _ask(self) -> dict[str, Any] | None:
         body = {
@@ -335,8 +344,9 @@ class _Worker:
 
     def _deliver(self, lease: Mapping[str, Any], record: TrialRecord, film: Film) -> None:
         """Encodes and uploads what was recorded, then reports; a robot's fault is reported without files."""
-        if record.outcome == "robot_fault":
-            self._end(lease, "fault", {"kind": "robot_fault", "reason": record.reason, "steps": record.steps})
+        if record.outcome in ("robot_fault", "needs_human"):
+            self.report.needs_human = record.reason if record.outcome == "needs_human" else ""
+            self._end(lease, "fault", {"kind": record.outcome, "reason": record.reason[:2000], "steps": record.steps})
             return
         files = recordings_of(record, self.robot.spec, film)
         for file in files:

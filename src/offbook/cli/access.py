@@ -1,9 +1,11 @@
-"""How verbs reach an arena: its address and the token."""
+"""How verbs reach an arena and a robot: address, token, settings."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from offbook.errors import ConfigError
 
@@ -30,3 +32,22 @@ def read_token(file: Path | None) -> str:
         fix = f"ask the arena's operator for one ('offbook arena token' makes it), then: export {TOKEN}=ob_..."
         raise ConfigError(TOKEN, expected=expected, got="neither", fix=fix)
     return text.strip()
+
+
+def read_settings(file: Path | None) -> dict[str, Any]:
+    """The settings of a robot: one JSON object; none without a file.
+
+    Raises:
+        ConfigError: the file cannot be read or holds something else.
+    """
+    if file is None:
+        return {}
+    where, expected = f"--settings {file}", 'one JSON object, such as {"host": "172.16.0.2"}'
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        got = str(getattr(error, "strerror", None) or error)
+        raise ConfigError(where, expected=expected, got=got, fix="correct the path or the file") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(where, expected=expected, got=f"a {type(settings).__name__}", fix="correct the file")
+    return settings

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import tyro
 
-from offbook.cli.access import TOKEN, URL, read_token
+from offbook.cli.access import TOKEN, URL, read_settings, read_token
 from offbook.cli.policy import find_policy, run_and_role
 from offbook.cli.report import Report, interval_text, table
 from offbook.client.submit import ArenaClient
@@ -117,6 +117,7 @@ def serve(folder: tyro.conf.Positional[Path] = Path("arena"), *, host: str = "12
 def worker(
     *,
     robot: str = "pour",
+    settings: Path | None = None,
     url: str = URL,
     name: str | None = None,
     max_trials: int | None = None,
@@ -125,9 +126,12 @@ def worker(
 ) -> Report:
     """Lends a robot, real or simulated, to an arena. The token (scope worker) comes from OFFBOOK_TOKEN.
 
+    It ends with exit code 1 when the robot needs somebody beside it.
+
     Args:
-        robot: pour, or a simulator as LIBRARY:NAME, such as gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four
-            trials in a row.
+        robot: pour, franka, lerobot, a robot of another installed package, or a simulator as LIBRARY:NAME, such as
+            gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four trials in a row.
+        settings: JSON file with the robot's address, cameras and limits.
         url: address of the arena.
         name: of this robot on the arena's pages; host and process by default.
         max_trials: end after so many trials.
@@ -137,6 +141,7 @@ def worker(
     Examples:
         offbook arena worker
         offbook arena worker --robot gym:Pendulum-v1 --url https://arena.example --name swing-1
+        offbook arena worker --robot franka --settings cell.json --url https://arena.example
     """
     with needs_extra("arena"):
         from offbook.arena.worker import run_worker
@@ -144,13 +149,16 @@ def worker(
         url,
         read_token(token_file),
         robot,
+        settings=read_settings(settings),
         name=name,
         max_trials=max_trials,
         idle_exit=idle_exit,
         on_event=lambda line: print(line, file=sys.stderr, flush=True),
     )
     played = ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.trials.items())) or "none"
-    return Report(text=f"trials: {played}", data={"trials": report.trials, "dropped": report.dropped})
+    text = f"trials: {played}" + (f"\nThe robot needs somebody: {report.needs_human}" if report.needs_human else "")
+    data = {"trials": report.trials, "dropped": report.dropped, "needs_human": report.needs_human}
+    return Report(text=text, data=data, exit_code=1 if report.needs_human else 0)
 
 
 def token(

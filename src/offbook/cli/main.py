@@ -55,6 +55,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "arena submit": ("offbook.cli.arena:submit", "submit a policy for trials"),
     "arena status": ("offbook.cli.arena:status", "how far a submission is"),
     "policy serve": ("offbook.cli.policy:serve", "let a policy dial out to an arena and play its trials"),
+    "policy bridge": ("offbook.cli.bridge:bridge", "let a policy of openpi's, RoboArena's or LeRobot's server play"),
     "policy check": ("offbook.cli.policy:check", "dry run of a policy: shapes, ranges, speed"),
     "context plan": ("offbook.cli.context:plan", "which context fits a memory, before the run"),
     "context bench": ("offbook.cli.context:bench", "measure a training step beside the plan and the ordinary ways"),

@@ -1,4 +1,4 @@
-"""`offbook policy serve` and `policy check`: a policy that plays for an arena, and its dry run at home."""
+"""`offbook policy serve`, `bridge` and `check`: a policy that plays for an arena, and its dry run at home."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from offbook.cli.access import URL, read_token
+from offbook.cli.access import URL, read_settings, read_token
 from offbook.cli.report import Report, table
 from offbook.client.protocol import Policy
 from offbook.errors import ConfigError, OffbookError, needs_extra
 from offbook.runs.checkpoint import read_header
+
+if TYPE_CHECKING:
+    from offbook.robots.base import Robot
 
 _POLICIES = "a run folder or checkpoint, perhaps with :ROLE, expert, expert:GRADE, random, or MODULE:NAME"
 
@@ -54,10 +57,13 @@ def serve(
         offbook policy serve my_policies:make_policy --url https://arena.example --submission 3f9c2a
         offbook policy serve expert:0.5 --task offbook:pour --submission 3f9c2a --once
     """
+    return play(find_policy(target, task, seed), url, read_token(token_file), submission, images, once)
+
+
+def play(policy: Policy, url: str, token: str, submission: str, images: str | None, once: bool) -> Report:
+    """Plays the trials of a submission, with a line on stderr for each thing that happens."""
     from offbook.client.serve import serve_policy
 
-    token = read_token(token_file)
-    policy = find_policy(target, task, seed)
     lines: list[str] = []
 
     def report(line: str) -> None:
@@ -74,6 +80,7 @@ def check(
     target: tyro.conf.Positional[str],
     *,
     robot: str | None = None,
+    settings: Path | None = None,
     task: str | None = None,
     seconds: float = 20.0,
     seed: int = 0,
@@ -87,6 +94,7 @@ def check(
         target: as for offbook policy serve.
         robot: robot to try it on, such as pour, or gym:Hopper-v5@4 for four trials in a row; by default the world of
             the policy's recordings, with as many trials as it reads.
+        settings: JSON file with that robot's settings.
         task: the same by the name of an environment, such as offbook:pour or gym:Hopper-v5.
         seconds: longest duration.
         seed: of the episode, and of expert and random.
@@ -106,10 +114,18 @@ def check(
         raise ConfigError("--robot", expected="a robot to try it on", got="none", fix=fix)
     with needs_extra("sim"):
         from offbook.robots import make_robot
+    with closing(make_robot(name, read_settings(settings))) as machine:
+        return rehearsed(find_policy(target, name, seed), machine, name, seed, seconds)
+
+
+def rehearsed(policy: Policy, machine: Robot, name: str, seed: int, seconds: float) -> Report:
+    """The report of a dry run."""
+    if not machine.spec.simulated:
+        fix = "try the policy on a simulated robot, such as pour"
+        raise ConfigError("--robot", expected="a robot that waits for the policy", got=f"{name}, a real one", fix=fix)
+    with needs_extra("sim"):
         from offbook.robots.rehearsal import rehearse
-    with closing(make_robot(name)) as machine:
-        policy = find_policy(target, name, seed)
-        rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
+    rehearsal = rehearse(machine, policy, seed=seed, seconds=seconds)
     rows = [[item.name, item.verdict, item.words] for item in rehearsal.checks]
     verdict = "fine" if rehearsal.ok else "NOT FIT for an arena: " + "; ".join(rehearsal.failures)
     lines = [f"{policy.meta.name} on {name}: {verdict}", "", table(["check", "verdict", ""], rows)]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offbook.client.protocol import Observation, Policy
 from offbook.robots.base import Robot
-from offbook.robots.trial import DONE, POLICY_FAULT, ROBOT_FAULT, TrialRecord, run_trial
+from offbook.robots.trial import DONE, POLICY_FAULT, TrialRecord, run_trial
 
 FINE, NOTE, FAIL = "fine", "note", "FAIL"
 _KEPT = 16  # questions that are asked again
@@ -168,9 +168,8 @@ def _episode(record: TrialRecord, time_is_up: bool, watched: _Watched) -> Check:
         return Check(name="episode", verdict=FINE, words=words)
     if time_is_up:
         return Check(name="episode", verdict=FAIL, words="no answer until the time was up")
-    if record.outcome in (POLICY_FAULT, ROBOT_FAULT):
+    if record.outcome != DONE:
         return Check(name="episode", verdict=FAIL, words=record.reason)
-    assert record.outcome == DONE
     words = f"{record.steps} steps, {answers} answers, shapes and numbers are right, score {record.score.value:.3g}"
     return Check(name="episode", verdict=FINE, words=words)
 

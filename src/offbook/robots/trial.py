@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from offbook.client.channel import InferenceThread
 from offbook.client.protocol import Observation, Policy, check_chunk, check_fit
-from offbook.errors import ConfigError, OffbookError, RobotError
+from offbook.errors import ConfigError, NeedsHumanError, OffbookError, RobotError
 from offbook.robots.base import ActResult, Robot, SafeRobot, Score
 
-DONE, POLICY_FAULT, ROBOT_FAULT = "done", "policy_fault", "robot_fault"
+DONE, POLICY_FAULT, ROBOT_FAULT, NEEDS_HUMAN = "done", "policy_fault", "robot_fault", "needs_human"
 _RESET_S = 30.0  # a policy may load and warm up before its first step
 _PATIENCE_S = 0.5  # longest time without a heartbeat while the policy thinks
 _MOST_EVENTS = 100
@@ -43,8 +43,9 @@ class TrialRecord:
     """One trial, T control steps long.
 
     Attributes:
-        outcome: `done`, `policy_fault` (the policy failed: it stands as it is) or `robot_fault` (robot, worker or
-            arena failed: the trial may be attempted again with the same scene and seed).
+        outcome: `done`, `policy_fault` (the policy failed: it stands as it is), `robot_fault` (robot, worker or arena
+            failed: the trial may be attempted again with the same scene and seed), or `needs_human` (the same, but
+            somebody has to see to the robot before).
         reason: one line; empty when done.
         score: how well it went; the worst unless done.
         time: (T,) seconds since the reset at which each step began.
@@ -199,6 +200,8 @@ class _Trial:
     def _robot(self, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return call(*arguments)
+        except NeedsHumanError as error:
+            raise _FaultError(NEEDS_HUMAN, str(error)) from error
         except Exception as error:  # drivers fail in ways of their own; none may take the worker down
             raise _FaultError(ROBOT_FAULT, _line(error)) from error
 

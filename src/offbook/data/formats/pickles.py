@@ -5,14 +5,17 @@ reader here knows only the instructions that build numbers, words, lists, tuples
 that pickled arrays name are its own stand-ins, so NumPy never sees a state that it did not write, and whatever else a
 pickle names is refused by that name. What a file can make it do is bounded by the size of the file: a value may be used
 again and again, but copied only until the copies come to some times the file.
+
+`load` reads files of recordings. `read` reads bytes in which further names stand for plain data, each with a stand-in.
 """
 
 import codecs
+import io
 import mmap
 import pickletools
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,19 @@ class _Unfinished:
     places: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Record:
+    """Stands for an object of a class that a reader admits: its attributes, and nothing that it could do."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
 class _ForeignError(ValueError):
     """Something in the pickle that is not plain data."""
+
+
+BROKEN = (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError)
+"""What reading raises for bytes that are no pickle, damaged, or not plain data."""
 
 
 def load(path: Path) -> Any:
@@ -75,21 +89,52 @@ def load(path: Path) -> Any:
                 got = f"{size} bytes"
                 raise DataError(where, expected=f"a pickle of 1 to {MAX_BYTES} bytes", got=got, fix=again)
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                return _run(content)
+                # It has read and readline, which is all that is asked of it.
+                return _run(content, len(content), _STAND_INS)
     except OSError as error:
         got = error.strerror or str(error)
         raise DataError(where, expected="a pickle", got=got, fix="give the path of the file") from error
     except _ForeignError as error:
         fix = "nothing of it was run; save the recordings as plain dicts of NumPy arrays"
         raise DataError(where, expected="a pickle of plain data", got=str(error)[:300], fix=fix) from None
-    except (ValueError, IndexError, KeyError, TypeError, struct.error, OverflowError) as error:
+    except BROKEN as error:
         got = f"one that is damaged or cut short ({str(error).partition(chr(10))[0] or error!r})"
         raise DataError(where, expected="a whole pickle", got=got, fix=again) from error
 
 
-def _run(content: mmap.mmap) -> Any:
-    machine = _Machine(2**20 + 4 * len(content))
-    stream: Any = content  # it has read and readline, which is all that is asked of it
+def read(
+    stream: io.BytesIO,
+    size: int,
+    names: Mapping[tuple[str, str], Callable[..., Any]],
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The value of the next pickle in a stream, in which some further names are admitted.
+
+    Args:
+        stream: it is left where the pickle ends.
+        size: of all of it; no more than some times as much is copied.
+        names: by module and name, what is called in their place; a class is called without arguments where an object
+            of it is made, and gives a `Record`.
+        persistent: what is called with what a pickle says of things that stand outside of it.
+
+    Raises:
+        ValueError: something else is named; any of `BROKEN` where the bytes are no whole pickle.
+
+    Example:
+        >>> import io, pickle
+        >>> read(io.BytesIO(pickle.dumps({"a": [1, 2]})), 30, {})
+        {'a': [1, 2]}
+    """
+    return _run(stream, size, {**_STAND_INS, **names}, persistent)
+
+
+def _run(
+    stream: Any,
+    size: int,
+    names: Mapping[tuple[str, str], Callable[..., Any]],
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    machine = _Machine(2**20 + 4 * size, names, persistent)
     for _ in range(MAX_INSTRUCTIONS):
         code = stream.read(1)
         if code not in _OPCODES:
@@ -114,11 +159,21 @@ def _string(line: bytes) -> str:
     return content.decode("latin-1")
 
 
+@dataclass(frozen=True)
+class _StandIn:
+    call: Callable[..., Any]
+
+
 class _Machine:
     """The stack and the memo; `copies` is how many more letters and entries may be handed to functions."""
 
-    def __init__(self, copies: int) -> None:
-        self.copies = copies
+    def __init__(
+        self,
+        copies: int,
+        names: Mapping[tuple[str, str], Callable[..., Any]],
+        persistent: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.copies, self.names, self.persistent = copies, names, persistent
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -156,27 +211,46 @@ class _Machine:
             case "POP":
                 stack.pop()
             case "GLOBAL":
-                stack.append(_stand_in(*str(argument).split(" ", 1)))
+                stack.append(self.stand_in(*str(argument).split(" ", 1)))
             case "STACK_GLOBAL":
                 last, module = stack.pop(), stack.pop()
                 if not isinstance(last, str) or not isinstance(module, str):
                     raise _ForeignError("a name that is no word")
-                stack.append(_stand_in(module, last))
+                stack.append(self.stand_in(module, last))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
                 if not isinstance(function, _StandIn) or not isinstance(arguments, tuple):
                     raise _ForeignError("a call of something that is no function")
                 self.spend(arguments)
                 stack.append(function.call(*arguments))
+            case "NEWOBJ":
+                arguments, function = stack.pop(), stack.pop()
+                made = function.call() if isinstance(function, _StandIn) and arguments == () else None
+                if not isinstance(made, Record):
+                    raise _ForeignError("an object that is no plain data")
+                stack.append(made)
             case "BUILD":
+                if isinstance(stack[-1], dict):
+                    self.describe(stack.pop())
+                    return
                 if not isinstance(stack[-1], tuple):
                     raise _ForeignError("an object with a state of its own")
                 self.spend(stack[-1])
                 self.build(stack.pop())
+            case "BINPERSID" if self.persistent is not None:
+                stack.append(self.persistent(stack.pop()))
             case _ if _CONSTANT.fullmatch(name):
                 stack.append(argument)
             case _:
                 raise _ForeignError(f"the instruction {name}")
+
+    def stand_in(self, module: str, name: str) -> _StandIn:
+        """What is called in the place of something that the pickle names."""
+        same = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core", "numpy.core"))
+        known = self.names.get((same, name))
+        if known is None:
+            raise _ForeignError(f"one that names {module}.{name}")
+        return _StandIn(known)
 
     def since_mark(self) -> list[Any]:
         """Takes everything above the last mark."""
@@ -197,6 +271,12 @@ class _Machine:
         self.copies -= len(arguments) + sum(map(len, parts))
         if self.copies < 0:
             raise _ForeignError("one that copies the same values again and again")
+
+    def describe(self, attributes: dict[Any, Any]) -> None:
+        """Gives a record its attributes."""
+        if not isinstance(self.stack[-1], Record):
+            raise _ForeignError("an object with a state of its own")
+        self.stack[-1].fields = attributes
 
     def build(self, state: tuple[Any, ...]) -> None:
         """Gives an array or a dtype its state."""
@@ -219,19 +299,6 @@ def _fill(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
             raise _ForeignError(f"a dict with a {type(key).__name__} as key")
         target[key] = value
     return target
-
-
-@dataclass(frozen=True)
-class _StandIn:
-    call: Callable[..., Any]
-
-
-def _stand_in(module: str, name: str) -> _StandIn:
-    same = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core", "numpy.core"))
-    known = _STAND_INS.get((same, name))
-    if known is None:
-        raise _ForeignError(f"one that names {module}.{name}")
-    return _StandIn(known)
 
 
 def _dtype(code: Any, *_: Any) -> _Dtype:

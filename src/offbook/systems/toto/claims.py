@@ -81,6 +81,7 @@ def drops(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
     gaps = {
         (policy, split): _gap(study, found, task, policy, split)
         for policy in _policies(found, task, study.main) for split in study.splits[1:]
+        if ((task, study.main, policy, study.seeds[0]), split) in found
     }  # fmt: skip
     last = study.splits[-1]
     lost = [policy for policy in judged if gaps[policy, last].low > 0]
@@ -180,8 +181,12 @@ def draw(study: TotoStudy, path: Path, found: Found) -> None:
                 left.plot([x], [means.mean()], "_", color=colours[policy], markersize=13, markeredgewidth=2.5)
         left.set_xticks(range(len(shown)), shown)
         for policy in _policies(found, task, study.main):
-            every = [_scores(study, found, task, study.main, policy, split).mean() for split in study.splits]
-            right.plot(range(len(every)), every, "o-", color=colours[policy], label=policy)
+            every = {
+                place: _scores(study, found, task, study.main, policy, split).mean()
+                for place, split in enumerate(study.splits)
+                if ((task, study.main, policy, study.seeds[0]), split) in found
+            }
+            right.plot([*every], [*every.values()], "o-", color=colours[policy], label=policy)
         for name, line in zip(ANCHORS, ("--", ":"), strict=True):
             every = [found[(task, name, name, 0), split].values("score").mean() for split in study.splits]
             right.plot(range(len(every)), every, line, color="#333333", label=name)

@@ -66,8 +66,8 @@ class TotoStudy:
         own: cloning end to end, likewise.
         vinn: neighbours.
         offline: implicit Q-learning.
-        transformer: of chains of trials, the Agentic Transformer, which is tried on `main` alone; and of as many steps
-            in single trials, a policy that is told its return.
+        transformer: of chains of trials, the Agentic Transformer, tried on `main`, on the first and on the last split
+            alone; and of as many steps in single trials, a policy that is told its return.
         trials: episodes on each split, the same for all.
         splits: the first is what was recorded, the last has everything new.
         seeds: of everything that is trained, encoders too.

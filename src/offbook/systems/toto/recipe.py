@@ -54,7 +54,7 @@ def run(study: TotoStudy, out: RunDirectory) -> list[Claim]:
             policy=arm, folder=arm.folder / "plays", task=stores[key[0]].schema.environment, split=split,
             episodes=study.trials,
         )
-        for key, arm in arms.items() for split in _splits(study, key[1])
+        for key, arm in arms.items() for split in _splits(study, *key[1:3])
     }  # fmt: skip
     plays |= {
         ((task, name, name, 0), split): Play(
@@ -94,8 +94,11 @@ def kinds(study: TotoStudy, seed: int) -> Iterator[tuple[str, str, Any]]:
             yield representation, "AT", chains
 
 
-def _splits(study: TotoStudy, representation: str) -> tuple[str, ...]:
-    return study.splits if representation == study.main else study.splits[:1]
+def _splits(study: TotoStudy, representation: str, policy: str) -> tuple[str, ...]:
+    """All for the policies that are held against the paper's, on the one representation; else what was recorded."""
+    if representation != study.main:
+        return study.splits[:1]
+    return (study.splits[0], study.splits[-1]) if policy == "AT" else study.splits
 
 
 def _eyes(study: TotoStudy, store: EpisodeStore, method: Method, seed: int, out: Path) -> Eyes:
