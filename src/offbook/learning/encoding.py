@@ -243,6 +243,9 @@ def train_encoded(
     _remember(run.path / "encoder.json", facts["encoder"])
     inner = _OnFeatures(run.path)
     train(store, config, inner, resume=resume)
+    if not inner.checkpoint().exists():  # nothing was left to do
+        done: EncodedPolicy = load_policy(run.path)  # type: ignore[assignment]
+        return done
     checkpoint, policy = load_checkpoint(inner.checkpoint()), load_policy(inner.checkpoint())
     looked = {name for name, _ in policy.meta.observation.state}
     cameras = {name: size for name, size in facts["sizes"].items() if name + FEATURES in looked}
@@ -262,6 +265,7 @@ def train_encoded(
     module = nn.ModuleDict({"encoder": encoder, "policy": policy.module})  # type: ignore[attr-defined]
     found = EncodedPolicy(module, _seeing(policy.meta, cameras, encoder), provenance)
     found.save(run.checkpoint())
+    inner.checkpoint().unlink()
     return found
 
 
