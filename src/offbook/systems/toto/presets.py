@@ -26,7 +26,7 @@ def _fit(steps: int, batch: int, rate: float, **settings: float) -> FitConfig:
 
 
 def _encoder() -> EncoderConfig:
-    return EncoderConfig(cameras=CAMERA, save_every=500, fit=_fit(500, 64, 1e-3, weight_decay=1e-4))
+    return EncoderConfig(cameras=CAMERA, save_every=800, fit=_fit(800, 64, 1e-3, weight_decay=1e-4))
 
 
 def _cloning() -> CloningConfig:
