@@ -15,11 +15,12 @@ from arena_world import BENCHMARK
 from offbook.arena import accounts, submissions
 from offbook.arena.database import Database
 from offbook.arena.service import Settings
-from offbook.arena.serving import Server
+from offbook.arena.serving import arena_server
 from offbook.client.protocol import ActionSpec, FunctionPolicy, Observation, ObservationSpec, PolicyMeta
 from offbook.client.serve import serve_policy
 from offbook.client.submit import ArenaClient
 from offbook.robots.base import ActResult, RobotSpec, Score
+from offbook.service.serving import Server
 
 OBSERVATION = ObservationSpec(state=(("place", 2),))
 ACTION = ActionSpec(size=1, low=(-1.0,), high=(1.0,))
@@ -63,7 +64,7 @@ def running(folder: Path, **settings: Any) -> Iterator[Arena]:
             owner = accounts.find_user(session, user, create=True)
             tokens[user] = accounts.issue_token(session, owner, [scope])
     opened = threading.Event()
-    server = Server(chosen, lambda url: opened.set())
+    server = arena_server(chosen, lambda url: opened.set())
     thread = threading.Thread(target=server.serve_here, daemon=True)
     thread.start()
     try:

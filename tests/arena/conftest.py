@@ -1,15 +1,10 @@
-"""Databases for the arena's tests: SQLite in a folder, PostgreSQL in a server of our own when it is installed."""
+"""Databases for the arena's tests: SQLite in a folder, and PostgreSQL where it is installed."""
 
 from __future__ import annotations
 
-import os
-import pwd
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from urllib.parse import quote
 from uuid import uuid4
 
 import pytest
@@ -19,43 +14,6 @@ from sqlalchemy import NullPool, create_engine, text
 from offbook.arena.database import Database
 
 MakeDatabase = Callable[..., Database]
-
-
-@pytest.fixture(scope="session")
-def postgres_address() -> Iterator[str]:
-    """The address of a PostgreSQL server without its database: socket only, in a temporary folder, nothing synced."""
-    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    if not binaries:
-        pytest.skip("PostgreSQL is not installed (no /usr/lib/postgresql/*/bin/initdb)")
-    folder = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
-    user = {}
-    if os.geteuid() == 0:
-        try:
-            owner = pwd.getpwnam("postgres")
-        except KeyError:
-            pytest.skip("PostgreSQL does not run as root and there is no user postgres")
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-        user = {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}
-
-    def run(*command: str) -> None:
-        # pg_ctl's server inherits what it is given: a pipe would keep this call waiting for ever.
-        with (folder / "setup.log").open("ab") as log:
-            subprocess.run(
-                command, check=True, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=folder, timeout=60, **user
-            )
-
-    data, control = str(folder / "data"), str(binaries[-1].parent / "pg_ctl")
-    options = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off -c max_connections=80"
-    options += " -c synchronous_commit=off -c full_page_writes=off"
-    try:
-        run(str(binaries[-1]), "-D", data, "-U", "offbook", "-A", "trust", "--no-sync", "-E", "UTF8")
-        run(control, "-D", data, "-w", "-t", "30", "-o", options, "-l", str(folder / "server.log"), "start")
-        try:
-            yield f"postgresql+psycopg://offbook@/{{name}}?host={quote(str(folder), safe='')}"
-        finally:
-            run(control, "-D", data, "-w", "-t", "30", "-m", "immediate", "stop")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

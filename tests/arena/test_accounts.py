@@ -10,8 +10,8 @@ from sqlalchemy import select
 
 from offbook.arena import accounts
 from offbook.arena.database import Database
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import Token
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 

@@ -10,9 +10,9 @@ import pytest
 from arena_world import open_arena
 from sqlalchemy import select
 
-from offbook.arena.refusal import RefusedError
 from offbook.arena.routes import blobs
 from offbook.arena.tables import Audit, Submission, Trial
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 
@@ -118,6 +118,9 @@ ROUTES = [
     ("POST", "/v1/trials/1/result", "worker"),
     ("POST", "/v1/trials/1/fault", "worker"),
     ("POST", "/v1/trials/1/requeue", "admin"),
+    ("POST", "/v1/studies", "admin"),
+    *(("POST", f"/api/rating/v1/studies{rest}", "admin") for rest in ("", "/1/outputs", "/1/open", "/1/close")),
+    *(("POST", f"/api/rating/v1/studies/1/{rest}", "admin") for rest in ("raters", "exclusions")),
     ("PUT", f"/v1/blobs/{'0' * 64}", "worker"),
 ]
 
@@ -140,7 +143,8 @@ def test_the_table_above_misses_no_route(client) -> None:
         for method in methods
         if method != "get"
     }
-    assert writing - {(method, path) for method, path, _ in ROUTES} == {("DELETE", "/v1/tokens/1")}
+    by_raters = {("POST", f"/api/rating/v1/{rest}") for rest in ("consent", "assignments/1/vote")}
+    assert writing - {(method, path) for method, path, _ in ROUTES} == {("DELETE", "/v1/tokens/1"), *by_raters}
 
 
 @pytest.mark.parametrize(

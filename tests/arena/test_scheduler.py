@@ -11,8 +11,8 @@ from sqlalchemy import func, select
 
 from offbook.arena import submissions, trials
 from offbook.arena.database import Database
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import Attempt, Event, Result, Submission, Trial, User
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 

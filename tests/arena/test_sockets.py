@@ -10,7 +10,7 @@ import pytest
 from arena_server import running, until
 from websockets.sync.client import connect
 
-from offbook.arena import sockets
+from offbook.service import sockets
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 

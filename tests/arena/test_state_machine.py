@@ -21,8 +21,8 @@ from sqlalchemy import select, text
 
 from offbook.arena import submissions, trials
 from offbook.arena.database import Database
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Result, Submission, Table, Trial
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 

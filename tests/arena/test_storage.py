@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileOpener
 
-from offbook.arena.refusal import RefusedError
-from offbook.arena.storage import BlobStore, parse_range
 from offbook.errors import ConfigError
+from offbook.service.refusal import RefusedError
+from offbook.service.storage import BlobStore, parse_range
 
 HELLO = hashlib.sha256(b"hello").hexdigest()
 
@@ -89,7 +89,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch, whe
 def test_a_killed_upload_is_never_seen_and_is_cleared_at_the_next_start(tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from offbook.arena.storage import BlobStore\n"
+        "from offbook.service.storage import BlobStore\n"
         "upload = BlobStore(sys.argv[1]).upload(limit=10**9)\n"
         "upload.write(b'x' * 10**6)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -15,8 +15,8 @@ from sqlalchemy import insert, select
 from offbook.arena import submissions, trials, views
 from offbook.arena.database import Database
 from offbook.arena.pages import render
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import Attempt, Result, Robot, Submission, Trial
+from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
 

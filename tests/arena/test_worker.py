@@ -15,7 +15,6 @@ from arena_server import ACTION, OBSERVATION, Walker, dialled_in, running, until
 from sqlalchemy import select
 
 from offbook.arena import recordings, trials, worker
-from offbook.arena.database import now
 from offbook.arena.recordings import Film
 from offbook.arena.tables import Attempt, Result, Trial
 from offbook.arena.worker import run_worker
@@ -23,6 +22,7 @@ from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
 from offbook.client.submit import ArenaClient
 from offbook.data.clips import read_clip
 from offbook.errors import NeedsHumanError, SubmissionError
+from offbook.service.database import now
 
 pytestmark = pytest.mark.service
 

@@ -15,9 +15,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 MODULES = sorted(
-    info.name
-    for info in pkgutil.walk_packages(offbook.__path__, "offbook.")
-    if not info.name.startswith("offbook.arena.migrations")
+    info.name for info in pkgutil.walk_packages(offbook.__path__, "offbook.") if ".migrations" not in info.name
 )
 
 

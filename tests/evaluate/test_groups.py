@@ -13,7 +13,8 @@ from PIL import Image
 
 from offbook.client.protocol import ActionSpec, FunctionPolicy, ObservationSpec, PolicyMeta
 from offbook.errors import ConfigError
-from offbook.evaluate.groups import Groups, draw_groups, evaluate_trials, group_rows, luck_only_max, retry_value
+from offbook.evaluate.figures import draw_groups
+from offbook.evaluate.groups import Groups, evaluate_trials, group_rows, luck_only_max, retry_value
 from offbook.evaluate.stats import bootstrap_mean, clopper_pearson, paired_bootstrap
 from offbook.runs.seeding import evaluation_seeds, generator
 from offbook.sim.trials import TRIAL

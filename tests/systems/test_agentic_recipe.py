@@ -113,7 +113,7 @@ def test_smoke_runs_from_the_command_line_and_goes_on_from_its_folder(cli, tmp_p
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert (out / "agentic_transformer.png").stat().st_size > 20_000
     weights = {path: path.stat().st_mtime_ns for path in Path(out).rglob("last.safetensors")}
-    assert len(weights) == sum(len(kinds(smoke(), name)) for name in (claims.HIDDEN, claims.FIXED, claims.HOPPER)) + 2
+    assert len(weights) == sum(len(kinds(smoke(), name)) for name in (claims.HIDDEN, claims.FIXED, claims.HOPPER)) + 3
     again = cli([*words, "--resume"])
     assert again.exit_code == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in weights} == weights

@@ -13,9 +13,9 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from offbook.arena.database import now
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.tables import Audit, Token, User
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError, unknown
 
 SCOPES = ("admin", "submit", "worker")
 """What a token may allow. `admin` includes all others; a person without a token may read the public pages."""

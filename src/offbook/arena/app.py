@@ -6,47 +6,31 @@ import asyncio
 import contextlib
 import json
 import logging
-import secrets
-import time
 from collections.abc import AsyncIterator
 from functools import partial
-from http import HTTPStatus
-from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
-from sqlalchemy.exc import IntegrityError
+from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Scope
 
 from offbook import __version__
 from offbook.arena import trials
 from offbook.arena.database import Database
 from offbook.arena.events import Feed
-from offbook.arena.pages import CONTENT_SECURITY_POLICY, STATIC_DIR, render
-from offbook.arena.refusal import RefusedError, error_body
+from offbook.arena.pages import BRAND, NAVIGATION, render
 from offbook.arena.routes import ROUTERS
+from offbook.arena.routes.doors import identify_operator
 from offbook.arena.service import Arena, Settings
-from offbook.errors import OffbookError
+from offbook.rating import page as rating_pages
+from offbook.rating import routes as rating_routes
+from offbook.rating.routes import body_limit
+from offbook.rating.service import Rating
+from offbook.service.pages import static_files
+from offbook.service.web import RESPONSES, dress
 
 logger = logging.getLogger(__name__)
 
-BODY_LIMIT = 1 << 20
-"""Bytes of a request's body, except of an upload, which has its own limit."""
-
 TICK_SECONDS = 0.5
-
-_HEADERS = {
-    "content-security-policy": CONTENT_SECURITY_POLICY,
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "permissions-policy": "camera=(), geolocation=(), microphone=()",
-}
 
 
 def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
@@ -81,29 +65,28 @@ def create_app(settings: Settings, database: Database | None = None) -> FastAPI:
         # The interactive pages of the framework load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
-        responses={"4XX": {"description": "A refusal.", "content": {"application/json": {"schema": _ERROR_SCHEMA}}}},
+        responses=RESPONSES,
     )
     app.state.arena, app.state.feed = arena, feed
-    for router in ROUTERS:
+    app.state.rating = Rating(
+        database=arena.database,
+        blobs=arena.blobs,
+        identify_owner=identify_operator,
+        brand=BRAND,
+        navigation=NAVIGATION,
+        turnstile=arena.turnstile,
+    )
+    for router in (*ROUTERS, rating_routes.router, rating_pages.router):
         app.include_router(router)
-    app.mount("/static", StaticFiles(directory=STATIC_DIR), name="static")
-    for kind in (RefusedError, OffbookError, RequestValidationError, HTTPException, IntegrityError):
-        app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(_Door, arena=arena)
+    app.mount("/static", static_files("offbook.arena.pages", "offbook.rating.page"), name="static")
+
+    def count(scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        arena.meters.requests.labels(scope["method"], route, str(status)).inc()
+        arena.meters.seconds.labels(route).observe(seconds)
+
+    dress(app, partial(render, "error"), limit=_limit, count=count)
     return app
-
-
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["ok", "error", "detail", "hint", "status"],
-    "properties": {
-        "ok": {"const": False},
-        "error": {"type": "string"},
-        "detail": {"type": "string"},
-        "hint": {"type": "string"},
-        "status": {"type": "integer"},
-    },
-}
 
 
 async def _tick(arena: Arena, feed: Feed) -> None:
@@ -123,102 +106,8 @@ async def _tick(arena: Arena, feed: Feed) -> None:
                 logger.exception("a step of the arena's clock failed; it goes on")
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    """Every error as the one JSON shape, or as a page for somebody who reads pages."""
-    if isinstance(error, RefusedError):
-        body = error.body()
-    elif isinstance(error, OffbookError):
-        body = error_body(422, "unusable", f"{error.where}: expected {error.expected}, got {error.got}.", error.fix)
-    elif isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        body = error_body(422, "invalid_request", f"{where}: {first['msg']}"[:400], "See /openapi.json for the form.")
-    elif isinstance(error, IntegrityError):
-        body = error_body(409, "conflict", "Somebody else did the same at the same moment.", "Send the request again.")
-    elif isinstance(error, HTTPException):
-        words = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
-        hint = {404: "See /openapi.json for what there is.", 405: "Use a method that /openapi.json lists."}
-        detail = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        body = error_body(
-            error.status_code,
-            words.get(error.status_code, HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")),
-            detail,
-            hint.get(error.status_code, "Correct the request."),
-        )
-    else:
-        raise error
-    return _shape(request.scope, body, getattr(error, "headers", None))
-
-
-def _shape(scope: Scope, body: dict[str, Any], headers: Any = None) -> Response:
-    status = int(body["status"])
-    extra = dict(headers or {})
-    if status == 401:
-        extra["WWW-Authenticate"] = "Bearer"
-    if "retry_after" in body:
-        extra["Retry-After"] = str(max(1, round(body["retry_after"])))
-    accept = next((value for name, value in scope.get("headers", []) if name == b"accept"), b"")
-    if b"text/html" in accept and not str(scope.get("path", "")).startswith("/v1/"):
-        return HTMLResponse(render("error", body), status_code=status, headers=extra)
-    return JSONResponse(body, status_code=status, headers=extra)
-
-
-class _Door:
-    """The outermost layer: request ids, headers, body limits, counts, and the last catch for what nobody foresaw."""
-
-    def __init__(self, app: ASGIApp, arena: Arena) -> None:
-        self._app, self._meters = app, arena.meters
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        began, name = time.perf_counter(), secrets.token_hex(8)
-        status, received = 500, 0
-        limited = scope["method"] != "PUT"
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if limited and received > BODY_LIMIT:
-                raise HTTPException(413, f"a body of more than {BODY_LIMIT} bytes")
-            return message
-
-        async def dressed(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                present = {key.lower() for key, _ in message["headers"]}
-                extra = _HEADERS | {"x-request-id": name}
-                if not scope["path"].startswith("/static/"):
-                    extra["cache-control"] = "no-store"
-                message["headers"] = [
-                    *message["headers"],
-                    *((k.encode(), v.encode()) for k, v in extra.items() if k.encode() not in present),
-                ]
-                self._count(scope, status, time.perf_counter() - began)
-            await send(message)
-
-        if "\0" in scope["path"] or b"%00" in scope["query_string"] or "\ufffd" in scope["path"]:
-            hint = "Send UTF-8 text without NUL."
-            body = error_body(400, "bad_address", "The address holds a NUL or bytes that are no text.", hint)
-            await _shape(scope, body)(scope, receive, dressed)
-            return
-        try:
-            await self._app(scope, counted, dressed)
-        except Exception:
-            # The traceback stays here, under the id that the caller was told.
-            logger.exception("request %s: %s %s failed", name, scope["method"], scope["path"])
-            if status != 500:
-                raise
-            body = error_body(500, "internal", f"The arena failed at request {name}.", "Tell the operator this number.")
-            await _shape(scope, body)(scope, receive, dressed)
-
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        self._meters.requests.labels(scope["method"], route, str(status)).inc()
-        self._meters.seconds.labels(route).observe(seconds)
+def _limit(scope: Scope) -> int | None:
+    return None if scope["method"] == "PUT" else body_limit(scope)
 
 
 def openapi(settings: Settings) -> str:

@@ -1,55 +1,16 @@
-"""One way to the database, the same for SQLite and PostgreSQL: sessions, transactions, the clock and migrations."""
+"""The arena's database: its own tables, and beside them those of the studies in which people compare runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Connection, Engine, Float, create_engine, event
-from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import Session
-from sqlalchemy.sql import ColumnElement
-from sqlalchemy.sql.functions import FunctionElement
-
-from offbook.errors import ConfigError
+from offbook.arena.tables import Table
+from offbook.rating.tables import SCHEMA
+from offbook.service import database
 
 
-class database_now(FunctionElement[float]):  # noqa: N801 - it stands in statements beside func.max and its like
-    """Seconds since 1970 by the clock of the database, evaluated when the statement runs."""
-
-    type = Float(53)
-    inherit_cache = True
-
-
-@compiles(database_now, "sqlite")
-def _sqlite_now(element: database_now, compiler: Any, **options: Any) -> str:
-    return "((julianday('now') - 2440587.5) * 86400.0)"
-
-
-@compiles(database_now, "postgresql")
-def _postgresql_now(element: database_now, compiler: Any, **options: Any) -> str:
-    # Not CURRENT_TIMESTAMP: that is the start of the transaction, which may have waited for a lock since.
-    return "CAST(extract(epoch FROM clock_timestamp()) AS double precision)"
-
-
-def now(session: Session) -> ColumnElement[float]:
-    """The present, as an expression; the only clock of the arena. Tests put their own under `session.info["now"]`."""
-    clock: Callable[[], ColumnElement[float]] = session.info.get("now", database_now)
-    return clock()
-
-
-class Database:
-    """An engine and its two kinds of transaction.
-
-    Args:
-        url: `sqlite:///path/arena.db` or `postgresql+psycopg://user@host/name`.
-        clock: makes the expression of the present; only tests give another than the database's own.
-
-    Raises:
-        ConfigError: the address is not one of these two databases.
+class Database(database.Database):
+    """A database with the schema of the arena and that of studies.
 
     Example:
         >>> import tempfile
@@ -58,82 +19,4 @@ class Database:
         >>> database.close()
     """
 
-    def __init__(self, url: str, clock: Callable[[], ColumnElement[float]] = database_now) -> None:
-        self.engine = _engine(url)
-        self._info: dict[Any, Any] = {"now": clock}
-        self._writing = self.engine.execution_options(write=True)
-
-    @contextmanager
-    def read(self) -> Iterator[Session]:
-        """A session that only looks; nothing it does is kept."""
-        with Session(self.engine, info=self._info, autoflush=False) as session:
-            yield session
-
-    @contextmanager
-    def write(self) -> Iterator[Session]:
-        """A session in one transaction, committed at the end of the block, undone by any error."""
-        with Session(self._writing, info=self._info, expire_on_commit=False) as session, session.begin():
-            yield session
-
-    def migrate(self) -> None:
-        """Brings the schema to this version's; nothing happens when it is there already.
-
-        Raises:
-            ConfigError: the database cannot be reached or opened.
-        """
-        from alembic import command
-
-        try:
-            with self._writing.begin() as connection:
-                command.upgrade(_alembic(connection), "head")
-        except SQLAlchemyError as error:
-            raise ConfigError(
-                f"database {self.engine.url.render_as_string()}",
-                expected="a reachable database that this user may change",
-                got=str(error.__cause__ or error).strip().split("\n")[0],
-                fix="check the address and that the server runs",
-            ) from error
-
-    def close(self) -> None:
-        """Gives all connections back."""
-        self.engine.dispose()
-
-
-def _alembic(connection: Connection) -> Any:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
-    return config
-
-
-def _engine(url: str) -> Engine:
-    try:
-        engine = create_engine(url, pool_size=20, max_overflow=20, pool_pre_ping=not url.startswith("sqlite"))
-    except (SQLAlchemyError, ModuleNotFoundError, ValueError, TypeError) as error:
-        raise _bad_address(url) from error
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _prepare_sqlite)
-        event.listen(engine, "begin", _begin_sqlite)
-    elif engine.dialect.name != "postgresql":
-        raise _bad_address(url)
-    return engine
-
-
-def _bad_address(url: str) -> ConfigError:
-    return ConfigError(f"database address {url.split('@')[-1]!r}",
-                       expected="sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME", got="another kind of database",
-                       fix="give one of these two")  # fmt: skip
-
-
-def _prepare_sqlite(connection: Any, record: Any) -> None:
-    # The driver's own implicit transactions would make every first write upgrade a read lock, which can deadlock.
-    connection.isolation_level = None
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "busy_timeout = 15000"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    writing = connection.get_execution_options().get("write")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writing else "BEGIN")
+    schemas = (database.Schema(metadata=Table.metadata, migrations=Path(__file__).parent / "migrations"), SCHEMA)

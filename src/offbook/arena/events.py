@@ -11,8 +11,8 @@ from sqlalchemy import func, select
 from starlette.concurrency import run_in_threadpool
 
 from offbook.arena.database import Database
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import Event
+from offbook.service.refusal import RefusedError
 
 KEEP_ALIVE_SECONDS = 15.0
 

@@ -23,12 +23,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket, WebSocketState
 
 from offbook.arena import accounts
-from offbook.arena.database import Database, now
-from offbook.arena.refusal import RefusedError, unknown
+from offbook.arena.database import Database
 from offbook.arena.submissions import check_robot
 from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Token, Trial, Worker
 from offbook.client import wire
 from offbook.client.protocol import PolicyMeta
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError, unknown
 
 if TYPE_CHECKING:
     from offbook.arena.service import Meters

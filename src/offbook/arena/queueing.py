@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, and_, case, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from offbook.arena.database import now
 from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Trial, User
+from offbook.service.database import now
 
 WEEK = 7 * 86400.0
 

@@ -15,10 +15,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from offbook.arena import queueing
-from offbook.arena.database import now
-from offbook.arena.refusal import RefusedError
 from offbook.arena.tables import IN_FLIGHT, Attempt, Benchmark, Robot, Split, Submission, Trial, Worker
 from offbook.arena.trials import Report, Rules, move, note_trial, reap, settle
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

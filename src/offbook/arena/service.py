@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,11 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from offbook.arena.database import Database
 from offbook.arena.gateway import Gateway
-from offbook.arena.refusal import RefusedError
-from offbook.arena.storage import BlobStore
 from offbook.arena.trials import Rules
 from offbook.errors import ConfigError, nearest
 from offbook.runs.directory import write_atomic
+from offbook.service.storage import BlobStore
+from offbook.service.web import Turnstile
 
 _FILE = "arena.json"
 
@@ -112,34 +110,6 @@ class Settings:
                     f"{path}: {name}", expected=f"a {types[name].__name__}", got=repr(value), fix="correct the value"
                 )
         return cls(folder=Path(folder), **record)
-
-
-@dataclass
-class Turnstile:
-    """Refuses an address for a while after many failed attempts to enter.
-
-    Attributes:
-        limit: failures within a minute after which it is refused.
-    """
-
-    limit: int = 30
-    _failures: dict[str, deque[float]] = field(default_factory=dict)
-
-    def check(self, address: str) -> None:
-        """Raises 429 for an address that failed too often in the last minute."""
-        failures = self._failures.get(address)
-        while failures and failures[0] < time.monotonic() - 60:
-            failures.popleft()
-        if failures is not None and len(failures) >= self.limit:
-            raise RefusedError(429, "too_many_failures", "Authorization header",
-                               expected=f"fewer than {self.limit} failed attempts in a minute", got=str(len(failures)),
-                               fix="wait a minute, then use a valid token")  # fmt: skip
-
-    def fail(self, address: str) -> None:
-        """Notes a failure; the oldest addresses are forgotten so that memory stays flat."""
-        while len(self._failures) > 10_000:
-            self._failures.pop(next(iter(self._failures)))
-        self._failures.setdefault(address, deque(maxlen=self.limit)).append(time.monotonic())
 
 
 class Meters:

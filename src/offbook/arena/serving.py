@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import socket
 from collections.abc import Callable
-from types import FrameType
-
-import uvicorn
+from functools import partial
 
 from offbook.arena.app import create_app
 from offbook.arena.service import Settings
-from offbook.arena.sockets import protocols
 from offbook.client.wire import RAW_FRAME_LIMIT
 from offbook.errors import ConfigError
+from offbook.service.serving import Server
 
 
-class Server(uvicorn.Server):
-    """A server that says when it is open, and closes the live streams of its pages before it waits for them.
+def arena_server(
+    settings: Settings, announce: Callable[[str], None], *, host: str = "127.0.0.1", port: int = 0
+) -> Server:
+    """A server of an arena, which listens and waits to be run.
 
     Args:
         settings: of the arena.
@@ -29,52 +26,18 @@ class Server(uvicorn.Server):
     Raises:
         ConfigError: the port cannot be had.
     """
-
-    def __init__(
-        self, settings: Settings, announce: Callable[[str], None], *, host: str = "127.0.0.1", port: int = 0
-    ) -> None:
-        self._announce = announce
-        self._socket = _listen(host, port)
-        port = self._socket.getsockname()[1]
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        self._app = create_app(settings)
-        http, websocket = protocols(settings.connections_per_address)
-        super().__init__(
-            uvicorn.Config(
-                self._app,
-                log_level=logging.WARNING,
-                access_log=False,
-                server_header=False,
-                ws=websocket,
-                ws_max_size=RAW_FRAME_LIMIT,
-                ws_per_message_deflate=False,
-                ws_ping_interval=10.0,
-                ws_ping_timeout=20.0,
-                timeout_graceful_shutdown=5,
-                timeout_keep_alive=30,
-                h11_max_incomplete_event_size=64 * 1024,
-                http=http,
-            )
-        )
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Opens the port and says so."""
-        await super().startup(sockets)
-        if not self.should_exit:
-            self._announce(self.url)
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends the streams that would never end by themselves, then everything else."""
-        self._app.state.feed.close()
-        await super().shutdown(sockets)
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal closes the arena; a second one does not wait for what is still open."""
-        self.force_exit, self.should_exit = self.should_exit, True
-
-    def serve_here(self) -> None:
-        """Serves until a signal, or until `should_exit` is set."""
-        asyncio.run(self.serve([self._socket]))
+    return Server(
+        partial(create_app, settings),
+        announce,
+        host=host,
+        port=port,
+        connections=settings.connections_per_address,
+        closing=lambda app: app.state.feed.close(),
+        ws_max_size=RAW_FRAME_LIMIT,
+        ws_per_message_deflate=False,
+        ws_ping_interval=10.0,
+        ws_ping_timeout=20.0,
+    )
 
 
 def serve_arena(
@@ -85,19 +48,9 @@ def serve_arena(
     Raises:
         ConfigError: the port cannot be had, or the database cannot be used.
     """
-    server = Server(settings, announce, host=host, port=port)
+    server = arena_server(settings, announce, host=host, port=port)
     server.serve_here()
     if not server.started:
         raise ConfigError(f"arena in {settings.folder}", expected="to start", got="a failure that is told above",
                           fix="check database and blob store in arena.json")  # fmt: skip
     return server.url
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"{host}:{port}", expected="an address and a free port of this machine", got=str(error),
-                          fix="choose another with --port or --host") from error  # fmt: skip
-    return listener

@@ -15,12 +15,12 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
 
 from offbook.arena.accounts import Principal
-from offbook.arena.database import now
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.tables import Attempt, Benchmark, Blob, Robot, Split, Submission, Trial, User
 from offbook.arena.trials import close_if_finished, note
 from offbook.client.protocol import PolicyMeta, check_fit
 from offbook.errors import ConfigError
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError, unknown
 
 ANCHORS = ("expert", "random")
 """Policies that every worker can make itself; they mark the two ends of a benchmark's scale."""

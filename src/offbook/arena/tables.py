@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import (
-    JSON,
     BigInteger,
     CheckConstraint,
-    Float,
     ForeignKey,
     Index,
     MetaData,
@@ -18,6 +16,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from offbook.service.database import NAMES, TYPES
 
 TRIAL_STATES = (
     "queued",
@@ -38,18 +38,10 @@ _in_flight = text("state IN ('leased', 'running')")
 
 
 class Table(DeclarativeBase):
-    """All tables of one schema, with names for constraints that both databases agree on."""
+    """All tables of the arena's schema."""
 
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "ck": "ck_%(table_name)s_%(constraint_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {float: Float(53), dict[str, Any]: JSON, list[Any]: JSON, str: String(200)}  # noqa: RUF012
+    metadata = MetaData(naming_convention=NAMES)
+    type_annotation_map = TYPES
 
 
 class User(Table):

@@ -27,10 +27,10 @@ from typing import Any
 from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
-from offbook.arena.database import now
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import refresh_summary
 from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Benchmark, Event, Result, Robot, Split, Submission, Trial
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError, unknown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -101,7 +101,8 @@ def _in_groups(
     settings: Mapping[str, Any],
 ) -> Report:
     """Several trials in a row of each policy, on the same tasks."""
-    from offbook.evaluate.groups import RecallingPolicy, draw_groups, evaluate_trials, group_rows
+    from offbook.evaluate.figures import draw_groups
+    from offbook.evaluate.groups import RecallingPolicy, evaluate_trials, group_rows
 
     found = {}
     for run in runs:

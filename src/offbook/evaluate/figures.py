@@ -1,15 +1,17 @@
-"""Pictures of results: what each policy did in each episode, and its mean with the interval."""
+"""Pictures of results: what each policy did in each episode or trial, and its mean with the interval."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from offbook.errors import needs_extra
+from offbook.evaluate.groups import Groups
 from offbook.evaluate.rollout import Evaluation
+from offbook.evaluate.stats import bootstrap_mean
 from offbook.runs.directory import atomic_path
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
@@ -63,4 +65,42 @@ def draw_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
         axes.tick_params(axis="y", length=0)
     count = len(evaluations[0].results)
     figure.suptitle(f"{evaluations[0].environment}, {count} episodes each, mean with 95% interval", fontsize=10)
+    save_figure(path, figure)
+
+
+def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
+    """Draws the mean return by the number of the trial, with a 95% band; hollow is the last one after foreign trials.
+
+    Args:
+        path: a PNG file, replaced atomically.
+        groups: of one task, by the name that is shown.
+    """
+    with needs_extra("models"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    most, beside = max(some.trials for some in groups.values()), 0.0
+    for place, (name, some) in enumerate(groups.items()):
+        colour, numbers = COLOURS[place % len(COLOURS)], np.arange(1, some.trials + 1)
+        means = [bootstrap_mean(column) for column in some.returns.T]
+        axes.plot(numbers, [mean.value for mean in means], "o-", color=colour, markersize=7, label=name)
+        if np.isfinite(means[0].low):
+            low, high = [mean.low for mean in means], [mean.high for mean in means]
+            axes.fill_between(numbers, low, high, color=colour, alpha=0.16, linewidth=0)
+        if some.foreign is not None:
+            # Side by side at the right of the last trials, so that none hides another.
+            beside += 0.03 * most
+            at, foreign = some.trials + beside, bootstrap_mean(some.foreign)
+            axes.plot([some.trials, at], [means[-1].value, foreign.value], ":", color=colour, linewidth=1.2)
+            if np.isfinite(foreign.low):
+                axes.plot([at, at], [foreign.low, foreign.high], color=colour, linewidth=1.8)
+            axes.plot([at], [foreign.value], "o", color=colour, markerfacecolor="white", markersize=7)
+    if beside:
+        label = "last trial after another group's trials"
+        axes.plot([], [], "o", color="#555555", markerfacecolor="white", markersize=7, label=label)
+    axes.set(xlabel="trial", ylabel="return", xticks=range(1, most + 1))
+    tidy(axes, "y")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    some = next(iter(groups.values()))
+    figure.suptitle(f"{some.environment}, mean over groups (n={len(some.seeds)}) with 95% band", fontsize=10)
     save_figure(path, figure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,8 +18,7 @@ from numpy.typing import ArrayLike
 
 from offbook.client.protocol import Observation, ObservationSpec, Policy
 from offbook.data.chains import Trial
-from offbook.errors import ConfigError, needs_extra
-from offbook.evaluate.figures import COLOURS, save_figure, tidy
+from offbook.errors import ConfigError
 from offbook.evaluate.rollout import pictures_for
 from offbook.evaluate.stats import Interval, bootstrap_mean, clopper_pearson, paired_bootstrap
 from offbook.runs.progress import track
@@ -475,41 +473,3 @@ class _Forgetting:
 def _columns(wanted: ObservationSpec) -> list[int]:
     """Where number, step and last reward of the trial stand in the state of a policy; empty if it does not see them."""
     return wanted.columns(_LEAF) if TRIAL in dict(wanted.state) else []
-
-
-def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
-    """Draws the mean return by the number of the trial, with a 95% band; hollow is the last one after foreign trials.
-
-    Args:
-        path: a PNG file, replaced atomically.
-        groups: of one task, by the name that is shown.
-    """
-    with needs_extra("models"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(6.5, 4.4), layout="constrained")
-    axes = figure.subplots()
-    most, beside = max(some.trials for some in groups.values()), 0.0
-    for place, (name, some) in enumerate(groups.items()):
-        colour, numbers = COLOURS[place % len(COLOURS)], np.arange(1, some.trials + 1)
-        means = [bootstrap_mean(column) for column in some.returns.T]
-        axes.plot(numbers, [mean.value for mean in means], "o-", color=colour, markersize=7, label=name)
-        if np.isfinite(means[0].low):
-            low, high = [mean.low for mean in means], [mean.high for mean in means]
-            axes.fill_between(numbers, low, high, color=colour, alpha=0.16, linewidth=0)
-        if some.foreign is not None:
-            # Side by side at the right of the last trials, so that none hides another.
-            beside += 0.03 * most
-            at, foreign = some.trials + beside, bootstrap_mean(some.foreign)
-            axes.plot([some.trials, at], [means[-1].value, foreign.value], ":", color=colour, linewidth=1.2)
-            if np.isfinite(foreign.low):
-                axes.plot([at, at], [foreign.low, foreign.high], color=colour, linewidth=1.8)
-            axes.plot([at], [foreign.value], "o", color=colour, markerfacecolor="white", markersize=7)
-    if beside:
-        label = "last trial after another group's trials"
-        axes.plot([], [], "o", color="#555555", markerfacecolor="white", markersize=7, label=label)
-    axes.set(xlabel="trial", ylabel="return", xticks=range(1, most + 1))
-    tidy(axes, "y")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    some = next(iter(groups.values()))
-    figure.suptitle(f"{some.environment}, mean over groups (n={len(some.seeds)}) with 95% band", fontsize=10)
-    save_figure(path, figure)

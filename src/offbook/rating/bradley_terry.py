@@ -52,7 +52,7 @@ def normalised_difference(a: float, b: float) -> float:
     """The difference of a feature of two outputs, in [-1, 1]: (a - b) / (|a| + |b|), and 0 where both are 0.
 
     Example:
-        >>> normalised_difference(300, 100)
+        >>> normalised_difference(300.0, 100.0)
         0.5
     """
     return (a - b) / (abs(a) + abs(b)) if a or b else 0.0

@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
 
 from offbook.arena import pages
+from offbook.service.pages import CONTENT_SECURITY_POLICY, static_files
 
 FRAMES = 100
 
@@ -59,7 +59,7 @@ class Stage:
     async def page(self, request: Request) -> Response:
         key = request.path_params["key"]
         text = pages.render(VIEWS[key][0], self.views[key](), query=dict(request.query_params))
-        return HTMLResponse(text, headers={"Content-Security-Policy": pages.CONTENT_SECURITY_POLICY})
+        return HTMLResponse(text, headers={"Content-Security-Policy": CONTENT_SECURITY_POLICY})
 
     async def events(self, request: Request) -> Response:
         if not self.live:
@@ -94,7 +94,7 @@ def served(folder: Path) -> Iterator[Stage]:
         routes=[
             Route("/show/{key}", stage.page),
             Route("/v1/events", stage.events),
-            Mount("/static", StaticFiles(directory=pages.STATIC_DIR)),
+            Mount("/static", static_files("offbook.arena.pages")),
             *files,
         ]
     )

@@ -6,14 +6,11 @@ from collections.abc import Iterator
 import pytest
 from page_server import FRAMES, Stage, served
 from page_views import VIEWS, hostile, queue
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
+
+from browsing import chromium, overflow, until
 
 pytestmark = pytest.mark.page
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +21,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -44,10 +39,6 @@ def opened(browser: Browser, stage: Stage) -> Iterator[Page]:
     page.set_default_timeout(8000)
     yield page
     context.close()
-
-
-def overflow(page: Page) -> int:
-    return int(page.evaluate("document.documentElement.scrollWidth - innerWidth"))
 
 
 @pytest.mark.parametrize("width", [390, 1440])
@@ -166,15 +157,6 @@ def grey(page: Page, film: int) -> float:
             film,
         )
     )
-
-
-def until(page: Page, expression: str) -> None:
-    """Waits for an expression; Playwright's own way evaluates text inside the page, which the page's policy forbids."""
-    for _ in range(400):
-        if page.evaluate(expression):
-            return
-        page.wait_for_timeout(20)
-    pytest.fail(f"never true: {expression}")
 
 
 def settled(page: Page) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_views import ANCHORS, trials
 
-from offbook.arena import charts
+from offbook.service.pages import charts
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)

@@ -4,9 +4,9 @@ import re
 
 import pytest
 from arena_world import DONE, FAULT, LEFT, lease, play, submit
-from test_page_structure import Reader
 
 from offbook.arena import trials
+from reading import Reader
 
 pytestmark = pytest.mark.service
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offbook.arena.pages import words
+from offbook.service.pages import words
 
 
 @pytest.mark.parametrize(

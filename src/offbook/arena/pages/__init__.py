@@ -1,28 +1,27 @@
 """The arena's pages: what a person sees. `render` turns a view-model (a plain dict) into HTML.
 
-The templates stand beside this file, the stylesheet and the scripts in `static/`, served under `/static/`. Pages read
-without scripts, bring nothing from another host, hold no inline script or style, and escape whatever they are given.
+The templates stand beside this file; the frame around them, the stylesheet and common pieces in `service.pages`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 
-from offbook import __version__
-from offbook.arena import charts
-from offbook.arena.pages import words
+from offbook.service.pages import environment, words
 
-STATIC_DIR = Path(__file__).parent / "static"
-CONTENT_SECURITY_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-ROWS_PER_PAGE = 50
+BRAND = "arena"
+NAVIGATION = (
+    ("/", "Benchmarks", "index"),
+    ("/queue", "Queue", "queue"),
+    ("/studies", "Studies", "studies"),
+    ("/submit", "Take part", "submit"),
+)
 
 
 def render(name: str, view: Mapping[str, Any], **context: Any) -> str:
@@ -45,16 +44,8 @@ def render(name: str, view: Mapping[str, Any], **context: Any) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    environment.filters.update(
-        {name: getattr(words, name) for name in _FILTERS},
+    made = environment(Path(__file__).parent, BRAND, NAVIGATION)
+    made.filters.update(
         bands=bands,
         entry_record=entry_record,
         by_difference=by_difference,
@@ -62,48 +53,8 @@ def _environment() -> Environment:
         faults_first=faults_first,
         marked=marked,
         present=present,
-        searched=searched,
     )
-    environment.globals.update(
-        charts=charts, marks=words.MARKS, static=_static, sheet=sheet, link=link, version=__version__
-    )
-    return environment
-
-
-_FILTERS = (
-    *("bounds", "duration", "figure", "finite", "leaders", "local", "mark", "number", "p_value", "percent"),
-    *("percent_bounds", "plain", "rank", "scene_labels", "segment", "share", "state_in_words", "when"),
-)
-
-
-@cache
-def _static(name: str) -> str:
-    """The address of a static file; its content's hash lets browsers keep it for good."""
-    digest = hashlib.sha256((STATIC_DIR / name).read_bytes()).hexdigest()[:10]
-    return f"/static/{name}?v={digest}"
-
-
-def link(path: str, **query: object) -> str:
-    """A path with a query string, without the parameters that are None or empty.
-
-    Example:
-        >>> link("/benchmarks/pour", split="seen", q="", page=None)
-        '/benchmarks/pour?split=seen'
-    """
-    wanted = {key: value for key, value in query.items() if value not in (None, "")}
-    return f"{path}?{urlencode(wanted)}" if wanted else path
-
-
-def sheet(rows: Sequence[Any], number: str | None) -> tuple[Sequence[Any], int, int]:
-    """One sheet of at most 50 rows: the rows, the sheet's number and the count of sheets."""
-    count = max(1, -(-len(rows) // ROWS_PER_PAGE))
-    chosen = min(count, max(1, int(number))) if number and number.isascii() and number.isdigit() else 1
-    return rows[(chosen - 1) * ROWS_PER_PAGE : chosen * ROWS_PER_PAGE], chosen, count
-
-
-def searched(rows: Sequence[Mapping[str, Any]], wanted: str | None, *keys: str) -> list[Mapping[str, Any]]:
-    """The rows in whose named fields every word of a search occurs."""
-    return [row for row in rows if words.matches(wanted, *(row.get(key) for key in keys))]
+    return made
 
 
 def bands(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

@@ -14,9 +14,10 @@ from starlette.concurrency import run_in_threadpool
 
 from offbook.arena import accounts
 from offbook.arena.accounts import Principal
-from offbook.arena.refusal import error_body
-from offbook.arena.routes.doors import Text, arena_of, identify, needs
+from offbook.arena.routes.doors import arena_of, identify, needs
 from offbook.arena.tables import Trial
+from offbook.service.fields import Text
+from offbook.service.refusal import error_body
 
 router = APIRouter()
 

@@ -11,13 +11,13 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from offbook.arena.accounts import Principal
-from offbook.arena.database import now
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.routes.doors import arena_of, identify
 from offbook.arena.service import Arena
-from offbook.arena.storage import Upload, parse_range
 from offbook.arena.tables import Blob
 from offbook.runs.checkpoint import MAGIC
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError, unknown
+from offbook.service.storage import Upload, parse_range
 
 router = APIRouter()
 

@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Annotated, Any
 
 from fastapi import Depends
-from pydantic import AfterValidator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import HTTPConnection
 
 from offbook.arena import accounts
 from offbook.arena.accounts import Principal
-from offbook.arena.refusal import RefusedError
 from offbook.arena.service import Arena
-
-
-def _storable(value: str) -> str:
-    """Databases refuse NUL and half of a surrogate pair, in ways of their own."""
-    if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError("text with a NUL or half a character")
-    return value
-
-
-def _small(value: dict[str, Any]) -> dict[str, Any]:
-    """JSON that both databases take, and not much of it."""
-    try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False)
-        text.encode()
-    except (ValueError, RecursionError) as error:
-        raise ValueError("numbers that JSON does not know, or text that is none") from error
-    if len(text) > 16_384 or "\\u0000" in text:
-        raise ValueError("more than 16 KiB, or a NUL")
-    return value
-
-
-Text = Annotated[str, AfterValidator(_storable)]
-SmallRecord = Annotated[dict[str, Any], AfterValidator(_small)]
+from offbook.service.refusal import RefusedError
 
 
 def arena_of(connection: HTTPConnection) -> Arena:
@@ -76,3 +50,10 @@ def needs(scope: str) -> Callable[[Principal], Principal]:
         return who
 
     return check
+
+
+async def identify_operator(connection: HTTPConnection) -> str:
+    """The operator's name: who makes studies of runs and sees those that are open."""
+    who = await identify(connection)
+    who.require("admin")
+    return who.user

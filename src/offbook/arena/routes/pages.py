@@ -13,7 +13,8 @@ from offbook.arena import views
 from offbook.arena.events import Feed
 from offbook.arena.pages import render
 from offbook.arena.routes.doors import arena_of
-from offbook.arena.routes.submissions import base_url, number
+from offbook.arena.routes.submissions import base_url
+from offbook.service.fields import number
 
 router = APIRouter(include_in_schema=False)
 

@@ -11,11 +11,12 @@ from starlette.concurrency import run_in_threadpool
 
 from offbook.arena import accounts, submissions, views
 from offbook.arena.accounts import Principal
-from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.routes.doors import Text, arena_of, needs
+from offbook.arena.routes.doors import arena_of, needs
 from offbook.arena.service import Arena
 from offbook.arena.tables import Submission
 from offbook.errors import CheckpointError, ConfigError
+from offbook.service.fields import Text, number
+from offbook.service.refusal import RefusedError, unknown
 
 router = APIRouter()
 
@@ -141,17 +142,6 @@ def cancel(request: Request, entry: str, who: Annotated[Principal, Depends(needs
         cancelled = submissions.cancel(session, found)
         accounts.record_audit(session, who, "submission.cancel", str(found.id))
         return {"id": str(found.id), "state": found.state, "cancelled": cancelled}
-
-
-def number(what: str, name: str) -> int:
-    """An id from an address.
-
-    Raises:
-        RefusedError: 404, it is no number, so there is no such thing.
-    """
-    if not (name.isascii() and name.isdigit() and len(name) < 10):
-        raise unknown(what, name[:40], f"use the number of the {what}")
-    return int(name)
 
 
 def base_url(request: Request) -> str:

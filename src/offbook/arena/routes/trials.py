@@ -12,12 +12,12 @@ from sqlalchemy.orm import Session
 
 from offbook.arena import accounts, scheduler, trials
 from offbook.arena.accounts import Principal
-from offbook.arena.refusal import RefusedError, unknown
-from offbook.arena.routes.doors import SmallRecord, Text, arena_of, identify, needs
-from offbook.arena.routes.submissions import number
+from offbook.arena.routes.doors import arena_of, identify, needs
 from offbook.arena.tables import Attempt, Blob, Worker
 from offbook.client.protocol import PolicyMeta
 from offbook.errors import ConfigError
+from offbook.service.fields import SmallRecord, Text, number
+from offbook.service.refusal import RefusedError, unknown
 
 router = APIRouter()
 

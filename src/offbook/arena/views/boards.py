@@ -11,13 +11,13 @@ import numpy as np
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from offbook.arena.database import now
-from offbook.arena.pages import searched, sheet
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import mean_difference, success_interval
 from offbook.arena.submissions import find_benchmark, find_split, robot_spec
 from offbook.arena.tables import Benchmark, Result, Split, Submission, Trial, User
 from offbook.evaluate.stats import mcnemar_exact
+from offbook.service.database import now
+from offbook.service.pages import searched, sheet
+from offbook.service.refusal import RefusedError, unknown
 
 SEARCHED = ("name", "owner", "method", "kind", "imitates")
 
@@ -219,14 +219,13 @@ def _strips(session: Session, entries: Collection[int]) -> dict[int, list[dict[s
     return strips
 
 
-def compare(session: Session, first: int, second: int) -> dict[str, Any]:
-    """Two submissions of one split, scene by scene: the paired difference and the exact test of their successes.
+def paired(session: Session, first: int, second: int) -> tuple[Submission, Submission]:
+    """Two submissions that met the same scenes.
 
     Raises:
         RefusedError: 404, an unknown submission; 422, they did not meet the same scenes.
     """
-    pair = [session.get(Submission, entry) for entry in (first, second)]
-    a, b = pair
+    a, b = (session.get(Submission, entry) for entry in (first, second))
     if a is None or b is None:
         raise unknown("submission", first if a is None else second, "choose two rows of a leaderboard")
     if a.split_id != b.split_id or a.id == b.id:
@@ -238,7 +237,17 @@ def compare(session: Session, first: int, second: int) -> dict[str, Any]:
             got="one and the same" if a.id == b.id else "two different splits",
             fix="choose two rows of one leaderboard",
         )
-    sides = [_results(session, entry.id) for entry in (a, b)]
+    return a, b
+
+
+def compare(session: Session, first: int, second: int) -> dict[str, Any]:
+    """Two submissions of one split, scene by scene: the paired difference and the exact test of their successes.
+
+    Raises:
+        RefusedError: as of `paired`.
+    """
+    a, b = paired(session, first, second)
+    sides = [results(session, entry.id) for entry in (a, b)]
     scenes = [_scene(case, sides[0].get(slot), sides[1].get(slot), slot) for slot, case in enumerate(a.split.cases)]
     scenes = [scene for scene in scenes if scene["a"] is not None or scene["b"] is not None]
     both = sorted(sides[0].keys() & sides[1].keys())
@@ -264,7 +273,8 @@ def compare(session: Session, first: int, second: int) -> dict[str, Any]:
     }
 
 
-def _results(session: Session, entry: int) -> dict[int, Any]:
+def results(session: Session, entry: int) -> dict[int, Any]:
+    """By slot, the trial of a submission and what came of it."""
     rows = session.execute(
         select(Trial.slot, Trial.id, Result.score, Result.success, Result.files)
         .join(Result, Result.trial_id == Trial.id)

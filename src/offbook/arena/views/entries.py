@@ -10,14 +10,14 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from offbook.arena.database import now
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.arena.standing import success_interval
-from offbook.arena.storage import BlobStore
 from offbook.arena.submissions import used_today
 from offbook.arena.tables import FINAL, IN_FLIGHT, Attempt, Event, Result, Robot, Submission, Trial, Worker
 from offbook.arena.views.boards import anchors, benchmark_view, interval, trial_outcome, videos
 from offbook.arena.views.robots import ALIVE_SECONDS, positions
+from offbook.service.database import now
+from offbook.service.refusal import RefusedError, unknown
+from offbook.service.storage import BlobStore
 
 MANIFEST = "manifest.json"
 _MANIFEST_BYTES = 4 * 2**20

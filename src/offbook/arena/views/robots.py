@@ -9,11 +9,11 @@ from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
 from offbook.arena import queueing
-from offbook.arena.database import now
-from offbook.arena.refusal import unknown
 from offbook.arena.submissions import find_benchmark
 from offbook.arena.tables import IN_FLIGHT, Attempt, Benchmark, Robot, Split, Submission, Trial, User
 from offbook.arena.views.boards import benchmark_view
+from offbook.service.database import now
+from offbook.service.refusal import unknown
 
 ALIVE_SECONDS = 30.0
 _LISTED_SECONDS = 7 * 86400.0

@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from offbook.arena.pages.words import MARKS, bounds, decimals, figure, known, mark, number
+from offbook.service.pages.words import MARKS, bounds, decimals, figure, known, mark, number
 
 Interval = Mapping[str, Any]
 """A dict with the keys value, low and high."""

@@ -18,8 +18,8 @@ from typing import Any, Self
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from offbook.arena.refusal import RefusedError, unknown
 from offbook.errors import ConfigError
+from offbook.service.refusal import RefusedError, unknown
 
 PIECE = 256 * 1024
 """Bytes that are held in memory at a time."""
