@@ -167,6 +167,17 @@ def test_a_policy_check_finds_a_robot_with_as_many_trials_as_the_policy_reads(ru
     assert cli(["policy", "check", "random", "--robot", ROBOT]).exit_code == 0
 
 
+@pytest.mark.parametrize("name", ["pour", "scoop"])
+def test_each_split_of_a_task_on_the_table_can_be_played_on_its_robot(name):
+    suite = make_suite(name, 3, seed=2)
+    assert list(suite.splits) == ["seen", "position", "object", "lighting", "all"]
+    with closing(make_robot(suite.robot_class)) as robot:
+        for cases in suite.splits.values():
+            assert [case["seed"] for case in cases] == [case["seed"] for case in suite.splits["seen"]]
+            shown = robot.reset(cases[0]["scene"], cases[0]["seed"]).state[0]
+            np.testing.assert_allclose(shown[7:9], cases[0]["scene"]["bowl"], atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["darkpoint", "hopper-tries"])
 def test_both_splits_have_the_same_seeds_and_a_robot_that_plays_them(name):
     suite = make_suite(name, 5, seed=2)

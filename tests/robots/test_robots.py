@@ -32,12 +32,13 @@ def test_every_robot_keeps_its_own_description(name):
     assert record.frames[0].dtype == np.uint8
 
 
-def test_a_trial_on_the_pouring_cell_is_the_local_evaluation_bit_for_bit():
-    expert, scene = make_expert("offbook:pour"), scenes("all", 1, seed=4)[0]
-    robot = make_robot("pour")
+@pytest.mark.parametrize("task", ["pour", "scoop"])
+def test_a_trial_on_a_simulated_cell_is_the_local_evaluation_bit_for_bit(task):
+    expert, scene = make_expert(f"offbook:{task}"), scenes("all", 1, 4, task)[0]
+    robot = make_robot(task)
     record = run_trial(robot, expert, scene, 11, frame_every=0)
     robot.close()
-    env = make("offbook:pour")
+    env = make(f"offbook:{task}")
     [played] = play([env], expert, [11], options=[{"scene": scene}])
     env.close()
     # The guard may clip a jump that the simulated servos would not have followed either: same motion.

@@ -26,6 +26,7 @@ WORLDS = [
     ("robotics:FrankaKitchen-v1", 12.0, True),
     ("ale:Pong-v5", 15.0, False),
     ("offbook:pour", 30.0, True),
+    ("offbook:scoop", 30.0, True),
     ("offbook:darkpoint", 10.0, True),
     ("offbook:keyed-door", 4.0, True),
 ]

@@ -15,21 +15,44 @@ TRIES = 4
 
 def pour(trials: int, seed: int) -> BenchmarkSpec:
     """Pouring grains into a bowl, on scenes like those of the recordings and on four kinds of new ones."""
+    return _on_the_table(
+        "pour",
+        trials,
+        seed,
+        title="Pouring",
+        task="Pour the grains from the cup into the bowl, wherever the bowl stands.",
+        metric="share of the grains in the bowl",
+    )
+
+
+def scoop(trials: int, seed: int) -> BenchmarkSpec:
+    """Scooping grains out of a bowl, likewise."""
+    return _on_the_table(
+        "scoop",
+        trials,
+        seed,
+        title="Scooping",
+        task="Scoop grains out of the bowl with the spoon and hold them up, wherever the bowl stands.",
+        metric="share of a level spoonful that is lifted",
+    )
+
+
+def _on_the_table(name: str, trials: int, seed: int, **words: Any) -> BenchmarkSpec:
     with needs_extra("sim"):
         from offbook.sim.tabletop.scene import SPLITS, scenes
     seeds = _trial_seeds(seed, trials)
     return BenchmarkSpec(
-        name="pour",
-        title="Pouring",
-        task="Pour the grains from the cup into the bowl, wherever the bowl stands.",
-        metric="share of the grains in the bowl",
-        robot_class="pour",
+        name=name,
+        robot_class=name,
         splits={
-            split: [{"scene": scene, "seed": s} for scene, s in zip(scenes(split, trials, seed), seeds, strict=True)]
+            split: [
+                {"scene": scene, "seed": s} for scene, s in zip(scenes(split, trials, seed, name), seeds, strict=True)
+            ]
             for split in SPLITS
         },
         trial_seconds=6.0,
         score_range=(0.0, 1.0),
+        **words,
     )
 
 
@@ -103,6 +126,7 @@ def _trial_seeds(seed: int, trials: int) -> list[int]:
 
 SUITES: Mapping[str, Callable[[int, int], BenchmarkSpec]] = {
     "pour": pour,
+    "scoop": scoop,
     "pendulum": pendulum,
     "darkpoint": darkpoint,
     "hopper-tries": hopper_tries,

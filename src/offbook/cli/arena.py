@@ -26,7 +26,7 @@ _ANCHORS = ("expert", "random")
 def init(
     folder: tyro.conf.Positional[Path] = Path("arena"),
     *,
-    benchmarks: tuple[str, ...] = ("pour", "pendulum"),
+    benchmarks: tuple[str, ...] = ("pour", "scoop", "pendulum"),
     trials: int = 20,
     seed: int | None = None,
     database: str = "",
@@ -40,7 +40,8 @@ def init(
 
     Args:
         folder: where settings, the embedded database and recordings will stand.
-        benchmarks: what policies are tried on: pour, pendulum; and several trials in a row on darkpoint, hopper-tries.
+        benchmarks: what policies are tried on: pour, scoop, pendulum; and several trials in a row on darkpoint,
+            hopper-tries.
         trials: scenes in each split of a benchmark.
         seed: from which scenes and seeds follow; drawn in secret for a new arena, which keeps it in arena.json.
         database: address of a PostgreSQL database; SQLite in the folder when empty.
@@ -129,8 +130,8 @@ def worker(
     It ends with exit code 1 when the robot needs somebody beside it.
 
     Args:
-        robot: pour, franka, lerobot, a robot of another installed package, or a simulator as LIBRARY:NAME, such as
-            gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four trials in a row.
+        robot: pour, scoop, franka, lerobot, a robot of another installed package, or a simulator as LIBRARY:NAME, such
+            as gym:Pendulum-v1; gym:Hopper-v5@4 for a benchmark of four trials in a row.
         settings: JSON file with the robot's address, cameras and limits.
         url: address of the arena.
         name: of this robot on the arena's pages; host and process by default.

@@ -44,7 +44,7 @@ def record(
         policy: the environment's scripted expert, random actions, or random ones that change slowly.
         grades: from 0 to 1 (flawless), given to the expert by turns: 1.0 0.5 makes every second episode a poor one.
         trials: how many episodes in a row are tries at one instance of the task.
-        split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
+        split: which arrangements of offbook:pour or offbook:scoop to draw: seen, position, object, lighting or all.
         image_size: width and height of the camera's picture; 0 for none.
         seed: seed of the recording.
         jobs: worker processes; the store does not depend on how many.
@@ -128,11 +128,13 @@ def export(store: tyro.conf.Positional[Path], target: tyro.conf.Positional[str])
 
     Args:
         store: folder of the store.
-        target: format and new name: minari:pour/expert-v0, minari:./FOLDER, or lerobot:FOLDER for LeRobotDataset v3.0.
+        target: format and new name: minari:pour/expert-v0, minari:./FOLDER, lerobot:FOLDER for LeRobotDataset v3.0, or
+            toto:FOLDER for joints, one camera and an amount at the end, as TOTO keeps its recordings.
 
     Examples:
         offbook data export stores/pour minari:pour/expert-v0
         offbook data export stores/pour lerobot:./pour-lerobot
+        offbook data export stores/pour toto:./pour-toto
     """
     from offbook.data.formats import export_dataset, left_out
     from offbook.data.store import EpisodeStore

@@ -45,7 +45,7 @@ def evaluate(
         task: the environment, such as offbook:pour or gym:Hopper-v5; by default where the policy's recordings are from.
         episodes: how many for each policy.
         seed: from which the episodes' seeds follow.
-        split: which arrangements of offbook:pour to draw: seen, position, object, lighting or all.
+        split: which arrangements of offbook:pour or offbook:scoop to draw: seen, position, object, lighting or all.
         trials: give each policy so many trials in a row at each episode's task, and tell first, last, mean and best
             apart, and what its own earlier trials are worth beside another task's.
         max_steps: cut longer episodes.

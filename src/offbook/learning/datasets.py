@@ -46,6 +46,8 @@ class Dataset:
 
 # Of 16 trials each has two. They do not rise or fall, so that trials in order of time show no learning by accident.
 _ALL_GRADES = (0.6, 0.0, 1.0, 0.3, 0.85, 0.15, 0.7, 0.45)
+# Mild and grave faults by turns.
+_A_QUARTER_IMPERFECT = (1.0, 1.0, 1.0, 0.6, 1.0, 1.0, 1.0, 0.3)
 
 DATASETS: dict[str, Dataset] = {
     "pointmaze-mixed": Dataset(
@@ -90,6 +92,20 @@ DATASETS: dict[str, Dataset] = {
         size=200,
         grades=(1.0, 0.6, 1.0, 0.3),
         digest="72757792ea045a2325c846e1839661886fc52c038a23abe88ba1409d118ed28e",
+    ),
+    "toto-pour": Dataset(
+        about="TOTO's pouring task: the scripted expert, every fourth episode with faults",
+        env_id="offbook:pour",
+        size=300,
+        grades=_A_QUARTER_IMPERFECT,
+        digest="b65182246896e0174b51b4ecf14abb2857c38337a42f32bd92977cc964c5ac6e",
+    ),
+    "toto-scoop": Dataset(
+        about="TOTO's scooping task, likewise",
+        env_id="offbook:scoop",
+        size=300,
+        grades=_A_QUARTER_IMPERFECT,
+        digest="0d76324af01d3f8ad2abd9be216b470a0bbf4702367d0034bc08506b1f34e8c3",
     ),
     "walker-explore": Dataset(
         about="a planar walker under slowly drifting random actions, without rewards; keeps the state of the physics",

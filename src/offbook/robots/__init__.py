@@ -11,7 +11,8 @@ from offbook.errors import ConfigError, MissingExtraError, OffbookError, nearest
 from offbook.robots.base import Robot
 
 ROBOTS = {
-    "pour": "offbook.robots.simulated:pour",
+    "pour": "offbook.robots.simulated:pouring",
+    "scoop": "offbook.robots.simulated:scooping",
     "franka": "offbook.robots.franka:franka",
     "lerobot": "offbook.robots.lerobot:lerobot",
 }
@@ -20,7 +21,7 @@ ROBOTS = {
 PLUGINS = "offbook.robots"
 """The entry points under which other packages offer functions that make robots."""
 
-ENVIRONMENTS = {"pour": "offbook:pour"}
+ENVIRONMENTS = {"pour": "offbook:pour", "scoop": "offbook:scoop"}
 """The environment of each robot that is a simulated one."""
 
 

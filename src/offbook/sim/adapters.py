@@ -22,6 +22,7 @@ from offbook.sim.darkpoint import Darkpoint
 from offbook.sim.keyed_door import KeyedDoor
 from offbook.sim.tabletop.pour import Pour
 from offbook.sim.tabletop.render import Renderer, close_at_exit, prepare_mujoco
+from offbook.sim.tabletop.scoop import Scoop
 from offbook.sim.trials import Trials
 
 AnyEnv = gym.Env[Any, Any]
@@ -33,9 +34,11 @@ def make(env_id: str, *, image_size: int | None = None, trials: int | None = Non
     Args:
         env_id: `gym:` (Gymnasium and whatever is registered with it), `dmc:domain-task` (the DeepMind control suite),
             `metaworld:` (with the goal visible), `minigrid:` (MiniGrid and BabyAI, as numbers), `robotics:`
-            (Gymnasium-Robotics), `ale:` (Atari), `offbook:pour`, `offbook:darkpoint`, `offbook:keyed-door`.
+            (Gymnasium-Robotics), `ale:` (Atari), `offbook:pour`, `offbook:scoop`, `offbook:darkpoint`,
+            `offbook:keyed-door`.
         image_size: for worlds of MuJoCo, adds a square camera picture of so many pixels as the leaf "image"; for
-            `offbook:pour` it is the size of its picture "front" (64 by default). 0 draws none, which is quicker.
+            `offbook:pour` and `offbook:scoop` it is the size of their picture "front" (64 by default). 0 draws none,
+            which is quicker.
         trials: makes one episode of so many trials in a row, see `offbook.sim.trials.Trials`; 1 or more.
         settings: further arguments of the environment's own constructor.
 
@@ -285,9 +288,10 @@ def _metaworld(name: str, image_size: int | None, settings: dict[str, Any]) -> A
 
 def _offbook(name: str, image_size: int | None, settings: dict[str, Any]) -> AnyEnv:
     small = {"darkpoint": Darkpoint, "keyed-door": KeyedDoor}
-    _check_name("offbook", name, ["pour", *small])
-    if name == "pour":
-        return Pour(image_size=64 if image_size is None else image_size, **settings)
+    _check_name("offbook", name, ["pour", "scoop", *small])
+    if name in ("pour", "scoop"):
+        task = Pour if name == "pour" else Scoop
+        return task(image_size=64 if image_size is None else image_size, **settings)
     world = small[name](**settings)
     return Adapter(world, prompt=world.prompt, image_size=image_size)
 

@@ -19,12 +19,12 @@ from offbook.sim.darkpoint import STRIDE, goal_of
 from offbook.sim.keyed_door import CORNERS, DOORS, MOVES, SIDE, Cell, places_of
 from offbook.sim.planners import DoorKeyExpert, Drift, MazeExpert
 from offbook.sim.spaces import action_spec
-from offbook.sim.tabletop import arm
-from offbook.sim.tabletop.pour import CUP_HEIGHT, OBJECTS, START, cup_frame
+from offbook.sim.tabletop.experts import PouringExpert, ScoopingExpert
 from offbook.sim.tabletop.render import prepare_mujoco
 
 EXPERTS = (
     "offbook:pour",
+    "offbook:scoop",
     "offbook:darkpoint",
     "offbook:keyed-door",
     "metaworld:<task>",
@@ -55,6 +55,8 @@ def make_expert(env_id: str, grade: float = 1.0, seed: int = 0, settings: Mappin
         raise ConfigError("grade", expected="0 (hopeless) to 1 (expert)", got=str(grade), fix="choose another grade")
     if env_id == "offbook:pour":
         return PouringExpert(grade, seed)
+    if env_id == "offbook:scoop":
+        return ScoopingExpert(grade, seed)
     if env_id == "offbook:darkpoint":
         return DarkpointExpert(grade, seed, fixed=(settings or {}).get("goal") == "fixed")
     if env_id == "offbook:keyed-door":
@@ -125,118 +127,6 @@ class RandomPolicy:
 def random_policy(env: gym.Env[Any, Any], seed: int = 0, memory: float = 0.0) -> RandomPolicy:
     """The random policy for the actions of an environment; the floor of every comparison."""
     return RandomPolicy(action_spec(env.action_space), seed, memory)
-
-
-@dataclass
-class _Faults:
-    """What goes wrong in one session of a graded expert."""
-
-    rng: np.random.Generator
-    aim: Float[np.ndarray, "2"]  # metres beside the bowl's centre
-    full_tilt: float  # radians
-    start_distance: float  # metres from the goal at which the pouring begins
-    give_up: int  # step at which the arm stops for good
-    noise: float  # radians
-    step: int = 0
-
-
-class PouringExpert:
-    """Carries the cup over the bowl and tips it, deciding from the joints and the bowl's place at each step.
-
-    The law has no memory and no clock: at each step the cup's mouth is drawn towards its place beside the bowl, the
-    more the cup is there, the more it is tipped, and inverse kinematics gives the joint angles. A policy that imitates
-    it therefore finds every action explained by what it sees. (A graded expert's faults are drawn per session.)
-
-    Args:
-        grade: 1 without faults, down to 0.
-        seed: for the faults.
-    """
-
-    def __init__(self, grade: float = 1.0, seed: int = 0) -> None:
-        name = "scripted-expert" if grade == 1 else f"scripted-grade-{grade:g}"
-        self.meta = PolicyMeta(
-            name=name,
-            observation=ObservationSpec(state=(("joints", 7), ("objects", len(OBJECTS)))),
-            action=ActionSpec(size=7, low=tuple(arm.LOW.tolist()), high=tuple(arm.HIGH.tolist())),
-        )
-        self._grade, self._seed = grade, seed
-        self._faults: dict[str, _Faults] = {}
-
-    def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
-        """Draws what will go wrong in each session."""
-        for session in sessions:
-            self._faults[session] = self._draw(generator(self._seed, "pouring faults", session))
-
-    def _draw(self, rng: np.random.Generator) -> _Faults:
-        badness = 1.0 - self._grade
-        aim, kind, how_much = rng.standard_normal(2), rng.random(), rng.random()
-        faults = _Faults(
-            rng=rng,
-            aim=aim * 0.10 * badness,
-            full_tilt=2.2,
-            start_distance=0.04,
-            give_up=10**9,
-            noise=0.05 * badness,
-        )
-        if kind < badness * 0.3:
-            faults.full_tilt = 0.5 + 0.7 * how_much
-        elif kind < badness * 0.5:
-            faults.start_distance = 0.08 + 0.2 * how_much
-        elif kind < badness * 0.7:
-            faults.give_up = 10 + int(50 * how_much)
-        return faults
-
-    def infer(self, observation: Observation) -> Float32[np.ndarray, "batch 1 7"]:
-        """The next joint angles for each session."""
-        answers = np.empty((len(observation.sessions), 1, 7), np.float32)
-        for i, session in enumerate(observation.sessions):
-            state = observation.state[i].astype(np.float64)
-            answers[i, 0] = self._act(state[:7], state[7:], self._faults[session])
-        return answers
-
-    def _act(
-        self, joints: Float[np.ndarray, "7"], objects: Float[np.ndarray, "k"], faults: _Faults
-    ) -> Float[np.ndarray, "7"]:
-        faults.step += 1
-        if faults.step > faults.give_up:
-            return joints
-        bowl, rim, cup_radius = objects[:2] + faults.aim, float(objects[2]), float(objects[4])
-        point, axis = cup_frame(cup_radius)
-        flange = arm.forward(joints)[7]
-        mouth, now = flange[:3, 3] + flange[:3, :3] @ point, flange[:3, :3] @ axis
-        # The cup is tipped sideways, seen from the arm, to its left.
-        side = np.array([-bowl[1], bowl[0], 0.0]) / max(float(np.hypot(*bowl)), 1e-6)
-        tilt = float(np.arctan2(now @ side, now[2]))
-        here = float(np.hypot(*(mouth - _mouth_goal(bowl, rim, cup_radius, side, tilt))[:2]))
-        # Tipping starts within `start_distance` of the goal, and backs off should the cup be pushed away from it.
-        eagerness = np.clip(1.5 - here / faults.start_distance, -1.0, 1.0)
-        next_tilt = float(np.clip(tilt + 0.09 * eagerness, 0.0, faults.full_tilt))
-        goal = _mouth_goal(bowl, rim, cup_radius, side, next_tilt)
-        way = goal - mouth
-        stride = min(1.0, 0.035 / max(float(np.linalg.norm(way)), 1e-9))
-        answer = arm.reach(
-            joints,
-            point=point,
-            axis=axis,
-            target_point=mouth + stride * way,
-            target_axis=np.array([0.0, 0.0, np.cos(next_tilt)]) + np.sin(next_tilt) * side,
-            rest=START,
-            iterations=2,
-        )
-        return answer + faults.noise * faults.rng.standard_normal(7)
-
-
-def _mouth_goal(
-    bowl: Float[np.ndarray, "2"], rim: float, cup_radius: float, side: Float[np.ndarray, "3"], tilt: float
-) -> Float[np.ndarray, "3"]:
-    """Where the centre of the cup's mouth belongs at a tilt, so that its lip stays above the bowl.
-
-    Upright, the whole cup hangs higher than the rim, to pass over it; tipped, the lip comes down to 5 cm above the rim.
-    """
-    clearance = 0.05 + (CUP_HEIGHT - 0.02) * float(np.clip(1.0 - tilt / 1.2, 0.0, 1.0))
-    lip = np.array([*(bowl - 0.025 * side[:2]), rim + clearance])
-    from_lip = np.cos(tilt) * side - np.sin(tilt) * np.array([0.0, 0.0, 1.0])
-    return np.asarray(lip - cup_radius * from_lip)
 
 
 class MetaWorldExpert:

@@ -147,10 +147,10 @@ def test_what_an_unknown_or_unwritable_format_says(tmp_path, make_store, cli):
     with pytest.raises(ConfigError, match=r"format 'd4lr'; did you mean 'd4rl'\?"):
         import_dataset("d4lr:x.hdf5", tmp_path / "store")
     store = make_store([3])
-    for name in sorted(set(FORMATS) - {"minari", "lerobot"}):
+    for name in sorted(set(FORMATS) - {"minari", "lerobot", "toto"}):
         outcome = cli(["data", "export", str(store.path), f"{name}:{tmp_path}/new"])
         assert (outcome.exit_code, outcome.stderr.count("\n")) == (2, 1)
-        assert f"expected a format that can be written, got {name}; export to minari or lerobot" in outcome.stderr
+        assert f"expected a format that can be written, got {name}; export to minari, lerobot or toto" in outcome.stderr
     assert not (tmp_path / "new").exists()
 
 

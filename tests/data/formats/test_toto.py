@@ -1,12 +1,17 @@
 """TOTO's recordings: a pickle, and pictures beside it that lie where they must."""
 
 import pickle
+import pickletools
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from foreign import assert_same, toto, walks
+from PIL import Image
 
-from offbook.data.formats import import_dataset
+from offbook.data.formats import export_dataset, import_dataset, left_out
+from offbook.data.store import EpisodeStore, FieldSpec, Schema
 from offbook.errors import DataError
 
 RENAME = {"observation": "joints", "front": "cam0c"}
@@ -118,3 +123,129 @@ def test_files_that_are_cut_or_absent(tmp_path, cli):
     file.unlink()
     assert "parsed.pkl: expected a pickle, got No such file" in cli(words).stderr
     assert not list(tmp_path.glob("store*"))
+
+
+ARM = Schema(
+    (
+        FieldSpec("joints", "float32", (7,), "observation", "rad"),
+        FieldSpec("objects", "float32", (3,), "observation"),
+        FieldSpec("front", "uint8", (18, 16, 3), "observation"),
+        FieldSpec("action", "float32", (7,), "action", "rad"),
+        FieldSpec("reward", "float64", (), "reward"),
+    ),
+    environment="offbook:pour",
+    rate_hz=30.0,
+    source="scripted expert",
+)
+
+
+def arm(folder, scores=(0.75, 0.0, 1.0), schema=ARM, **changes):
+    """A store as the worlds on the table record it: the amount is the last reward."""
+    random = np.random.default_rng(3)
+    with EpisodeStore.create(folder, schema) as writer:
+        for number, score in enumerate(scores):
+            length = 4 + number
+            reward = np.zeros(length)
+            reward[-1] = score
+            fields = {
+                "joints": random.normal(size=(length + 1, 7)).astype(np.float32),
+                "objects": random.normal(size=(length + 1, 3)).astype(np.float32),
+                "front": random.integers(0, 256, (length + 1, 18, 16, 3), dtype=np.uint8),
+                "action": random.normal(size=(length, 7)).astype(np.float32),
+                "reward": reward,
+            }
+            fields = {spec.name: changes.get(spec.name, fields[spec.name]) for spec in schema.fields}
+            outcome = {"seed": number, "success": score > 0, "score": score, "task": "pour", "source": "expert:1"}
+            writer.append(fields, terminated=number == 0, truncated=number != 0, **outcome)
+    return EpisodeStore.open(folder)
+
+
+def test_a_store_goes_out_and_comes_back_equal(tmp_path):
+    store = arm(tmp_path / "store")
+    target = f"toto:{tmp_path / 'out'}"
+    assert left_out(store, target) == ["objects"]
+    assert export_dataset(store, target) == str(tmp_path / "out")
+    back = import_dataset(target, tmp_path / "back")
+    assert back.schema == replace(ARM, fields=tuple(spec for spec in ARM.fields if spec.name != "objects"))
+    for number in range(len(store)):
+        ours, theirs = store.episode(number), back.episode(number)
+        for name in ("joints", "front", "action", "reward"):
+            assert theirs.fields[name].dtype == ours.fields[name].dtype
+            np.testing.assert_array_equal(theirs.fields[name], ours.fields[name])
+        assert replace(theirs, fields={}) == replace(ours, fields={})
+    # Once objects are gone, nothing is lost any more.
+    export_dataset(back, f"toto:{tmp_path / 'again'}")
+    assert import_dataset(f"toto:{tmp_path / 'again'}", tmp_path / "third").digest == back.digest
+    small = import_dataset(f"{target}@24x20", tmp_path / "small")
+    assert small.schema.observation_spec().cameras == {"front": (24, 20)}
+    assert import_dataset(f"{target}@0", tmp_path / "bare").schema.observations == ("joints",)
+
+
+def test_what_is_written_is_what_totos_own_loader_reads(tmp_path):
+    store = arm(tmp_path / "store")
+    folder = Path(export_dataset(store, f"toto:{tmp_path / 'out'}"))
+    content = (folder / "parsed.pkl").read_bytes()
+    # Nothing that only some versions of NumPy have: these recordings are read with old ones too.
+    words = [argument for opcode, argument, _ in pickletools.genops(content) if opcode.name == "SHORT_BINUNICODE"]
+    assert {word for word in words if "numpy" in word} == {"numpy"}
+    paths = pickle.loads(content)
+    keys = ["traj_id", "observations", "actions", "rewards", "terminated", "cam0c"]
+    assert [list(path) for path in paths] == [keys] * 3
+    for number, path in enumerate(paths):
+        rows = store.episode(number).length + 1
+        assert path["observations"].shape == path["actions"].shape == (rows, 7)
+        assert path["rewards"].tolist() == [0.0] * (rows - 1) + [store.episode(number).score]
+        assert path["terminated"].tolist() == [0] * (rows - 1) + [1]
+        for row, name in enumerate(path["cam0c"]):
+            with Image.open(folder / "data" / path["traj_id"] / name) as picture:
+                np.testing.assert_array_equal(np.asarray(picture), store.episode(number).fields["front"][row])
+        # As its loader takes every second row of everything but the name.
+        assert {len(path[key][::2]) for key in keys[1:]} == {(rows + 1) // 2}
+    assert [path["traj_id"] for path in paths if path["rewards"][-1] > 0] == ["trajectory_000000", "trajectory_000002"]
+
+
+def test_poses_go_out_again_and_a_changed_pickle_is_read_as_a_foreign_one(tmp_path):
+    toto(tmp_path / "toto", walks(size=7, actions=7))
+    file = tmp_path / "toto" / "parsed.pkl"
+    made = pickle.loads(file.read_bytes())
+    for path in made:
+        path["eef_pose_observations"] = np.random.default_rng(0).normal(size=(len(path["actions"]), 7))
+    file.write_bytes(pickle.dumps(made))
+    store = import_dataset(f"toto:{file}@0", tmp_path / "store")
+    folder = Path(export_dataset(store, f"toto:{tmp_path / 'out'}"))
+    assert import_dataset(f"toto:{folder}", tmp_path / "back").digest == store.digest
+    paths = pickle.loads((folder / "parsed.pkl").read_bytes())
+    paths[0]["rewards"][-1] = 9.0
+    (folder / "parsed.pkl").write_bytes(pickle.dumps(paths))
+    changed = import_dataset(f"toto:{folder}", tmp_path / "changed")
+    assert changed.episodes["score"][0] == 9.0
+    assert changed.schema.extra["import"]["format"] == "toto"
+
+
+def lacking(name):
+    return replace(ARM, fields=tuple(spec for spec in ARM.fields if spec.name != name))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"schema": lacking("joints")}, "expected episodes with joints, action and reward, got 3 with objects, front"),
+        ({"schema": lacking("reward")}, "expected episodes with joints, action and reward"),
+        ({"scores": ()}, "expected episodes with joints, action and reward, got 0 with"),
+        ({"scores": (1.0,), "reward": np.full(4, 0.25)}, "episode 0: expected rewards of 0, and at the last step the"),
+        ({"scores": (1.0,), "reward": np.array([0, 0, 0, 0.5])}, "end with 0.5 and sum up to 0.5, and the score 1.0"),
+    ],
+)
+def test_what_the_layout_cannot_hold_is_refused(tmp_path, cli, settings, words):
+    store = arm(tmp_path / "store", **settings)
+    outcome = cli(["data", "export", str(store.path), f"toto:{tmp_path}/out"])
+    assert (outcome.exit_code, outcome.stderr.count("\n")) == (1, 1)
+    assert words in outcome.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+def test_an_export_never_takes_the_place_of_a_folder(tmp_path):
+    store = arm(tmp_path / "store")
+    with pytest.raises(DataError, match="expected a new name, got a folder that exists"):
+        export_dataset(store, f"toto:{tmp_path}/store")

@@ -9,10 +9,11 @@ import fcntl
 import functools
 import importlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -292,6 +293,15 @@ def appearing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def outcomes(store: EpisodeStore) -> list[dict[str, Any]]:
+    """What is said of each episode as a whole, as JSON types."""
+    columns = {spec.name: store.episodes[spec.name].tolist() for spec in fields(Outcome)}
+    for name in ("success", "score"):
+        columns[name] = [None if math.isnan(value) else value for value in columns[name]]
+    columns["success"] = [None if value is None else bool(value) for value in columns["success"]]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
 def left_out(store: EpisodeStore, target: str) -> list[str]:
     """What of a store the format of an export has no place for, as `export_dataset` takes both."""
     names: list[str] = _format_of(target, "left_out")[0](store.schema)
@@ -310,6 +320,6 @@ def _format_of(text: str, wanted: str) -> tuple[Callable[..., Any], str]:
         )
     function = getattr(importlib.import_module(FORMATS[scheme]), wanted, None)
     if function is None:
-        fix = "export to minari or lerobot"
+        fix = "export to minari, lerobot or toto"
         raise ConfigError(f"export to {text!r}", expected="a format that can be written", got=scheme, fix=fix)
     return function, name

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from offbook.data.formats import appearing
+from offbook.data.formats import appearing, outcomes
 from offbook.data.formats.lerobot_layout import DONE, FINAL, INDEX, INFO, OURS, SUCCESS, Feature, features_of
-from offbook.data.index import Outcome
 from offbook.data.layout import file_sha256
 from offbook.data.store import EpisodeStore, Schema
 from offbook.data.video import Video, frame_times
@@ -78,7 +75,7 @@ class _Export:
         self.tasks: dict[str, int] = {}
         self.rows: list[dict[str, Any]] = []
         self.statistics: dict[str, list[Statistics]] = {}
-        self.outcomes = _outcomes(store)
+        self.outcomes = outcomes(store)
         self.final: dict[str, list[np.ndarray]] = {
             key: [] for key, feature in self.features.items() if feature.observed and not feature.camera
         }
@@ -320,15 +317,6 @@ def _rows(store: EpisodeStore, name: str, number: int) -> np.ndarray:
     if store.schema[name].role == "observation":
         values = np.concatenate([values, store.final(name)[number : number + 1]])
     return values
-
-
-def _outcomes(store: EpisodeStore) -> list[dict[str, Any]]:
-    """What is said of each episode as a whole, as JSON types."""
-    columns = {field.name: store.episodes[field.name].tolist() for field in fields(Outcome)}
-    for name in ("success", "score"):
-        columns[name] = [None if math.isnan(value) else value for value in columns[name]]
-    columns["success"] = [None if value is None else bool(value) for value in columns["success"]]
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _padded(values: np.ndarray, feature: Feature) -> np.ndarray:

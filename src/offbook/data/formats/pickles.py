@@ -1,4 +1,4 @@
-"""Pickles of plain values and NumPy arrays, read without running anything that is in them.
+"""Pickles of plain values and NumPy arrays, written, and read without running anything that is in them.
 
 A pickle is a program for a small machine with a stack, and Python's own reader lets it call whatever it names. The
 reader here knows only the instructions that build numbers, words, lists, tuples, dicts and arrays. The few functions
@@ -12,6 +12,7 @@ again and again, but copied only until the copies come to some times the file.
 import codecs
 import io
 import mmap
+import pickle
 import pickletools
 import re
 import struct
@@ -100,6 +101,24 @@ def load(path: Path) -> Any:
     except BROKEN as error:
         got = f"one that is damaged or cut short ({str(error).partition(chr(10))[0] or error!r})"
         raise DataError(where, expected="a whole pickle", got=got, fix=again) from error
+
+
+def save(value: Any, path: Path) -> None:
+    """Writes a pickle that names nothing but `numpy.ndarray` and `numpy.dtype`, which every version of NumPy has.
+
+    Python's own way names functions where the installed NumPy keeps them; before version 1.26 they were elsewhere.
+
+    Args:
+        value: numbers, words, lists, tuples, dicts and arrays of numbers.
+        path: the file.
+    """
+    with path.open("wb") as file:
+        _Pickler(file, protocol=4).dump(value)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        return (np.ndarray, ((0,),), value.__reduce__()[2]) if type(value) is np.ndarray else NotImplemented
 
 
 def read(

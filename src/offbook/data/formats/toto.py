@@ -5,12 +5,16 @@ pictures, which lie in `data/TRAJ_ID/`; poses of the hand and embeddings may be 
 pickle is run. The material is weighed when the arm has stopped, and the weight stands as reward in the last row: it
 becomes the episode's score, its success when above 0, and the reward of the last step that is kept.
 
+What is written is the same layout, with pictures without loss. Beside it lies what the layout has no place for: the
+schema, how each episode ended, and a checksum of the pickle that they belong to.
+
 Source: Zhou et al., "Train Offline, Test Online: A Real Robot Learning Benchmark" (2023), section III, and the
     description of the dataset that was released with it.
 """
 
+import json
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,14 +22,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from offbook.data.formats import Recordings, limits
+from offbook.data.formats import Recordings, appearing, limits, outcomes
 from offbook.data.formats.paths import check_paths
-from offbook.data.formats.pickles import load
+from offbook.data.formats.pickles import load, save
 from offbook.data.formats.transitions import Steps, need, numbers, recordings, same_rows
 from offbook.data.index import Outcome
+from offbook.data.layout import file_sha256
+from offbook.data.store import EpisodeStore, Schema
 from offbook.errors import DataError
+from offbook.runs.progress import track
 
 RATE_HZ = 30.0
+_FILE, _OURS = "parsed.pkl", "offbook.json"
 _CAMERA, _FIX = "cam0c", "give the file that the pictures belong to"
 _OTHERS = {
     "eef_pose_observations": "eef_pose",
@@ -48,7 +56,7 @@ def read(source: str) -> Recordings:
     """
     name, _, ending = source.rpartition("@") if re.search(r"@(0|\d{2,4}x\d{2,4})$", source) else (source, "", "")
     path = Path(name).expanduser()
-    path = path / "parsed.pkl" if path.is_dir() else path
+    path = path / _FILE if path.is_dir() else path
     paths = check_paths(load(path), path)
     height, _, width = ending.partition("x")
     size = (int(height), int(width)) if width else None
@@ -76,7 +84,99 @@ def read(source: str) -> Recordings:
     )
     units = {"joints": "rad", "action": "rad"}
     fields = tuple(replace(spec, units=units.get(spec.name, "")) for spec in made.schema.fields)
-    return replace(made, schema=replace(made.schema, fields=fields))
+    return _as_exported(replace(made, schema=replace(made.schema, fields=fields)), path)
+
+
+def _as_exported(made: Recordings, path: Path) -> Recordings:
+    """The recordings with what an export of ours kept beside them, unless someone has changed the pickle since."""
+    beside = path.with_name(_OURS)
+    if not beside.is_file():
+        return made
+    with limits.explained(beside, "what an export of offbook writes"):
+        record = json.loads(beside.read_bytes())
+        if record["sha256"] != file_sha256(path).hex():
+            return made
+        own, ended = Schema.from_json(record["schema"], str(beside)), [Outcome(**one) for one in record["outcomes"]]
+        camera = _camera(own) or _CAMERA
+    found = {camera if spec.name == _CAMERA else spec.name: spec for spec in made.schema.fields}
+    kept = [replace(found[spec.name], name=spec.name, units=spec.units) for spec in own.fields if spec.name in found]
+
+    def episodes() -> Iterable[tuple[Mapping[str, Any], Outcome]]:
+        for (values, _), outcome in zip(made.episodes, ended, strict=True):
+            yield {camera if name == _CAMERA else name: value for name, value in values.items()}, outcome
+
+    return replace(made, schema=replace(own, fields=tuple(kept)), episodes=episodes())
+
+
+def _camera(schema: Schema) -> str | None:
+    """The field whose pictures become `cam0c`: of several, the one of that name, else the first."""
+    cameras = [spec.name for spec in schema.fields if spec.camera]
+    return _CAMERA if _CAMERA in cameras else next(iter(cameras), None)
+
+
+def left_out(schema: Schema) -> list[str]:
+    """The fields that the format has no place for."""
+    placed = {"joints", _camera(schema), "action", schema.reward, *_OTHERS.values()}
+    return [spec.name for spec in schema.fields if spec.name not in placed]
+
+
+def write(store: EpisodeStore, target: str) -> str:
+    """Writes a store in TOTO's layout, which appears under its name only when it is whole.
+
+    Args:
+        store: recordings with the observation `joints`, the action `action` and rewards that are 0 before the last
+            step; the last one is the amount.
+        target: the new folder.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: the folder exists, the layout cannot hold the recordings, or the disk does not take them.
+    """
+    folder, schema = Path(target).expanduser().resolve(), store.schema
+    if folder.exists():
+        raise DataError(f"toto:{folder}", expected="a new name", got="a folder that exists", fix="choose another")
+    sizes = {spec.name: spec.shape for spec in schema.fields if spec.name in ("joints", *schema.actions)}
+    right = len(sizes) == 2 and "action" in sizes and all(len(shape) == 1 for shape in sizes.values())
+    if not right or schema.reward is None or not len(store):
+        got = f"{len(store)} with {', '.join(spec.name for spec in schema.fields)}"
+        expected, fix = "episodes with joints, action and reward", "export recordings of an arm, such as offbook:pour"
+        raise DataError(str(store.path), expected=expected, got=got, fix=fix)
+    with appearing(folder) as partial:
+        wanted = track(range(len(store)), "exporting", len(store))
+        save([_path(store, number, partial / "data") for number in wanted], partial / _FILE)
+        kept = {"schema": schema.to_json(), "outcomes": outcomes(store), "sha256": file_sha256(partial / _FILE).hex()}
+        (partial / _OURS).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return str(folder)
+
+
+def _path(store: EpisodeStore, number: int, data: Path) -> dict[str, Any]:
+    """An episode as a dict of T + 1 rows, the last of them with the final observation and the amount."""
+    episode, name = store.episode(number), f"trajectory_{number:06d}"
+    (data / name).mkdir(parents=True)
+    fields, rows = episode.fields, episode.length + 1
+    reward = fields[store.schema.reward or ""]
+    reward = np.concatenate([reward[:-1], np.zeros_like(reward[:1]), reward[-1:]])
+    amount = float(reward[-1])
+    if reward[:-1].any() or (episode.score is not None and episode.score != amount):
+        got = f"rewards that end with {amount:g} and sum up to {reward.sum():g}, and the score {episode.score}"
+        expected, fix = "rewards of 0, and at the last step the score", "choose minari or lerobot, which hold any"
+        raise DataError(f"{store.path}, episode {number}", expected=expected, got=got, fix=fix)
+
+    def filled(values: np.ndarray) -> np.ndarray:
+        # What was done last is said of the row of the final observation too, for which there is nothing else to say.
+        return np.concatenate([values, values[-1:]])
+
+    path = {"traj_id": name, "observations": np.array(fields["joints"]), "actions": filled(fields["action"])}
+    path |= {"rewards": reward, "terminated": (np.arange(rows) == rows - 1).astype(np.int64)}
+    path |= {key: filled(fields[ours]) for key, ours in _OTHERS.items() if ours in fields}
+    camera = _camera(store.schema)
+    if camera is not None:
+        path[_CAMERA] = [f"{row:05d}c.png" for row in range(rows)]
+        for file, picture in zip(path[_CAMERA], fields[camera], strict=True):
+            Image.fromarray(picture).save(data / name / file)
+    return path
 
 
 def _steps(one: Mapping[str, Any], where: str) -> Steps:
