@@ -79,7 +79,8 @@ def test_an_encoder_and_policies_on_it(cli, store, tmp_path):
     assert RunDirectory.open(eyes).config()["cameras"] == ["front"]
     seeing = ["--data", str(store), "--parts", "place", "--encoder", str(eyes)]
     told = {"bc": BRIEF, "vinn": ["--neighbours", "3"],
-            "dt": ["--preset", "smoke", "--fit.steps", "4", "--validate-every", "4"]}  # fmt: skip
+            "dt": ["--preset", "smoke", "--fit.steps", "4", "--validate-every", "4"],
+            "mtm": ["--preset", "smoke", "--fit.steps", "4", "--validate-every", "4"]}  # fmt: skip
     for name, more in told.items():
         out = tmp_path / name
         done = cli(["train", name, *seeing, "--out", str(out), *more])

@@ -21,6 +21,8 @@ from offbook.learning.fit import FitConfig
 from offbook.learning.hindsight import HindsightSizes
 from offbook.learning.hindsight_presets import decision_transformer
 from offbook.learning.hindsight_training import HindsightConfig
+from offbook.learning.masked_model import Sizes
+from offbook.learning.masked_training import MtmConfig
 from offbook.learning.offline import OfflineConfig
 from offbook.learning.policies import load_policy
 from offbook.learning.self_supervised import EncoderConfig, TwoViews, train_encoder
@@ -38,6 +40,7 @@ LEARNERS = {
     "dt": decision_transformer(
         HindsightConfig(parts=("place",), model=HindsightSizes(width=8, layers=1, heads=2), validate_every=2, fit=BRIEF)
     ),
+    "mtm": MtmConfig(parts=("place",), model=Sizes(dim=16, heads=2, encoder=1), validate_every=2, fit=BRIEF),
     "vinn": VinnConfig(parts=("place",), neighbours=3),
 }
 
@@ -113,6 +116,21 @@ def test_a_policy_on_features_is_asked_what_the_store_would_have_said(store, enc
     np.testing.assert_allclose(policy.infer(outside), policy.inner.infer(inside), atol=1e-5)
     other = replace(outside, images={"front": outside.images["front"][:, ::-1].copy()})
     assert np.abs(policy.infer(other) - policy.infer(outside)).max() > 1e-4
+
+
+def test_a_model_of_many_roles_has_them_through_an_encoder_too(store, encoder, tmp_path):
+    arms = (
+        Arm(store=store.path, config=LEARNERS[name], folder=tmp_path / name, encoder=encoder) for name in ("mtm", "bc")
+    )
+    model, cloned = (arm.fit() for arm in arms)
+    assert model.inner.role == "rcbc"
+    told = model.in_role("rcbc", 0.2)
+    assert np.abs(answer(told) - answer(model)).max() > 1e-6
+    told.save(tmp_path / "told.safetensors")
+    assert np.array_equal(answer(load_policy(tmp_path / "told.safetensors")), answer(told))
+    assert model.in_role("bc").inner.role == "bc"
+    with pytest.raises(ConfigError, match="role 'bc': expected a policy with roles"):
+        cloned.in_role("bc")
 
 
 def test_features_are_computed_once_and_gone_on_with(store, encoder, monkeypatch):

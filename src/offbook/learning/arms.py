@@ -12,6 +12,7 @@ from offbook.data.store import EpisodeStore
 from offbook.learning.cloning import CloningConfig, train_cloning
 from offbook.learning.encoding import through
 from offbook.learning.hindsight_training import HindsightConfig, train_hindsight
+from offbook.learning.masked_training import MtmConfig, train_mtm
 from offbook.learning.offline import OfflineConfig, train_offline
 from offbook.learning.policies import load_policy
 from offbook.learning.vinn import VinnConfig, train_vinn
@@ -21,6 +22,7 @@ from offbook.runs.parallel import run_parallel
 LEARNERS: dict[type, Callable[..., Policy]] = {
     CloningConfig: train_cloning,
     HindsightConfig: train_hindsight,
+    MtmConfig: train_mtm,
     OfflineConfig: train_offline,
     VinnConfig: train_vinn,
 }

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import nn
 
-from offbook.client.protocol import Observation, ObservationSpec, Policy, PolicyMeta
+from offbook.client.protocol import Observation, ObservationSpec, PolicyMeta
 from offbook.data.index import Outcome
 from offbook.data.schema import FieldSpec, Schema
 from offbook.data.splits import read_splits, write_splits
@@ -155,7 +155,7 @@ class EncodedPolicy:
             raise TypeError("an encoded policy has an encoder")
         self._encoder, self._features = encoder, PolicyMeta.from_json(encoded["meta"])
         own = {name: value for name, value in self.provenance.items() if name != "encoded"}
-        self.inner: Policy = policy_class(encoded["kind"])(module["policy"], self._features, own)
+        self.inner: Any = policy_class(encoded["kind"])(module["policy"], self._features, own)
 
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
         """Begins an episode for each session."""
@@ -171,6 +171,18 @@ class EncodedPolicy:
             parts[camera + FEATURES] = encode(self._encoder, observation.images[camera])
         state = np.concatenate([parts[name] for name, _ in self._features.observation.state], 1)
         return np.asarray(self.inner.infer(replace(observation, state=state, images={})), np.float32)
+
+    def in_role(self, role: str, target: float | None = None) -> EncodedPolicy:
+        """The same policy in another role, or aiming at another return, where what stands on features has roles.
+
+        Raises:
+            ConfigError: it has none, or cannot play that one.
+        """
+        if not hasattr(self.inner, "in_role"):
+            got, fix = f"{self.meta.name}, without", "leave the role out"
+            raise ConfigError(f"role {role!r}", expected="a policy with roles", got=got, fix=fix)
+        told = self.inner.in_role(role, target).provenance
+        return EncodedPolicy(self.module, self.meta, {**told, "encoded": self.provenance["encoded"]})
 
     def save(self, path: Path) -> None:
         """Writes the policy as one file that needs nothing else to run."""

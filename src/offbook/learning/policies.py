@@ -15,7 +15,7 @@ from offbook.runs.checkpoint import Header, load_checkpoint, read_header
 KINDS: dict[str, str] = {
     "bc": "offbook.learning.cloning:ClonedPolicy",
     "encoded": "offbook.learning.encoding:EncodedPolicy",
-    "mtm": "offbook.systems.mtm.roles:RolePolicy",
+    "mtm": "offbook.learning.masked_roles:RolePolicy",
     "hindsight": "offbook.learning.trying:HindsightPolicy",
     "offline": "offbook.learning.offline:OfflinePolicy",
     "vinn": "offbook.learning.vinn:VinnPolicy",

@@ -13,6 +13,7 @@ import numpy as np
 
 from offbook.errors import needs_extra
 from offbook.learning.arms import fit_all
+from offbook.learning.masked_roles import RolePolicy
 from offbook.runs.directory import kept
 from offbook.runs.parallel import run_parallel
 from offbook.runs.seeding import evaluation_seeds, generator
@@ -20,7 +21,6 @@ from offbook.sim.adapters import make
 from offbook.sim.recording import record
 from offbook.systems.mtm.experiments import Arm
 from offbook.systems.mtm.presets import MtmStudy
-from offbook.systems.mtm.roles import RolePolicy
 
 TASK = "dmc:cartpole-swingup"
 KINDS = ("raw state", "frozen features", "tuned features")

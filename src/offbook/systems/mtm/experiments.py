@@ -17,14 +17,14 @@ from offbook.data.store import EpisodeStore
 from offbook.evaluate.rollout import evaluate_policy
 from offbook.learning import arms
 from offbook.learning.hindsight_training import HindsightConfig
+from offbook.learning.masked_roles import RolePolicy
+from offbook.learning.masked_training import MtmConfig, train_mtm, trajectories
 from offbook.learning.offline import OfflineConfig
 from offbook.learning.specialists import Specialist, SpecialistConfig, SpecialistPolicy, train_specialist
 from offbook.learning.trajectories import Trajectories
 from offbook.runs.directory import RunDirectory, kept
 from offbook.runs.parallel import run_all
 from offbook.systems.mtm.card import role_card
-from offbook.systems.mtm.roles import RolePolicy
-from offbook.systems.mtm.train import MtmConfig, train_mtm, trajectories
 
 Config = MtmConfig | SpecialistConfig | OfflineConfig | HindsightConfig
 

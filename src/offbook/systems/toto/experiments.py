@@ -18,7 +18,7 @@ from offbook.sim.adapters import make
 from offbook.sim.experts import make_expert, random_policy
 
 # Worlds that take turns, each with a canvas of its own.
-_AT_ONCE = 10
+_AT_ONCE = 12
 
 
 @dataclass(frozen=True, kw_only=True)

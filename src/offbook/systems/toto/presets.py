@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from offbook.data.returns import ReturnSpec
 from offbook.learning.cloning import CloningConfig
 from offbook.learning.fit import FitConfig
 from offbook.learning.hindsight import HindsightSizes
 from offbook.learning.hindsight_training import HindsightConfig
+from offbook.learning.masked_model import Sizes
+from offbook.learning.masked_training import MtmConfig
 from offbook.learning.offline import OfflineConfig
 from offbook.learning.self_supervised import EncoderConfig, Method
 from offbook.learning.vinn import VinnConfig
@@ -26,7 +29,7 @@ def _fit(steps: int, batch: int, rate: float, **settings: float) -> FitConfig:
 
 
 def _encoder() -> EncoderConfig:
-    return EncoderConfig(cameras=CAMERA, save_every=800, fit=_fit(800, 64, 1e-3, weight_decay=1e-4))
+    return EncoderConfig(cameras=CAMERA, save_every=600, fit=_fit(600, 64, 1e-3, weight_decay=1e-4))
 
 
 def _cloning() -> CloningConfig:
@@ -40,16 +43,23 @@ def _own() -> CloningConfig:
 
 
 def _offline() -> OfflineConfig:
-    config = OfflineConfig(algorithm="iql", parts=JOINTS, save_every=4_000)
-    fit = replace(config.fit, steps=4_000, learning_rate=1e-3, checkpoint_every=4_000, device="cpu", threads=1)
+    config = OfflineConfig(algorithm="iql", parts=JOINTS, save_every=2_000)
+    fit = replace(config.fit, steps=2_000, learning_rate=1e-3, checkpoint_every=2_000, device="cpu", threads=1)
     return replace(config, fit=fit)
 
 
 def _transformer() -> HindsightConfig:
     # Joint angles are told as they are: a tenth of their range is far too coarse a bin.
     sizes = HindsightSizes(head="mse")
-    fit = _fit(600, 8, 1e-3, weight_decay=1e-4, clip_norm=0.25)
-    return HindsightConfig(parts=JOINTS, n_trials=(4, 4), model=sizes, validate_every=600, fit=fit)
+    fit = _fit(500, 4, 1e-3, weight_decay=1e-4, clip_norm=0.25)
+    return HindsightConfig(parts=JOINTS, n_trials=(4, 4), model=sizes, validate_every=500, fit=fit)
+
+
+def _masked() -> MtmConfig:
+    # The reward comes with the last step: a mean over the steps that are left would tell when an episode ends.
+    fit = _fit(800, 128, 1e-3, weight_decay=5e-3, ema=0.99)
+    returns = ReturnSpec(kind="sum")
+    return MtmConfig(parts=JOINTS, model=Sizes(dim=64), returns=returns, validate_every=800, fit=fit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +76,9 @@ class TotoStudy:
         own: cloning end to end, likewise.
         vinn: neighbours.
         offline: implicit Q-learning.
-        transformer: of chains of trials, the Agentic Transformer, tried on `main`, on the first and on the last split
-            alone; and of as many steps in single trials, a policy that is told its return.
+        masked: a masked trajectory model that is told its return.
+        transformer: of chains of trials, the Agentic Transformer; and of as many steps in single trials, a policy that
+            is told its return.
         trials: episodes on each split, the same for all.
         splits: the first is what was recorded, the last has everything new.
         seeds: of everything that is trained, encoders too.
@@ -84,8 +95,9 @@ class TotoStudy:
     own: CloningConfig = field(default_factory=_own)
     vinn: VinnConfig = field(default_factory=lambda: VinnConfig(parts=JOINTS))
     offline: OfflineConfig = field(default_factory=_offline)
+    masked: MtmConfig = field(default_factory=_masked)
     transformer: HindsightConfig = field(default_factory=_transformer)
-    trials: int = 40
+    trials: int = 24
     splits: tuple[str, ...] = ("seen", "position", "object", "lighting", "all")
     seeds: tuple[int, ...] = (0, 1, 2)
     jobs: int = 2
@@ -102,6 +114,7 @@ def smoke() -> TotoStudy:
         encoder=replace(study.encoder, side=32, width=4, size=8, hidden=16, queue=32, save_every=4, fit=fit),
         own=replace(small, cameras=CAMERA), vinn=replace(study.vinn, neighbours=2),
         offline=replace(study.offline, hidden=16, save_every=4, fit=replace(study.offline.fit, steps=4, batch_size=8)),
+        masked=replace(study.masked, model=Sizes(dim=16, heads=2, encoder=1), validate_every=4, fit=fit),
         transformer=replace(study.transformer, n_trials=(2, 2), validate_every=4, fit=replace(fit, batch_size=1),
                             model=replace(study.transformer.model, width=8, layers=1, heads=2)),
     )  # fmt: skip
@@ -124,6 +137,9 @@ def paper() -> TotoStudy:
         cloning=cloning,
         own=replace(cloning, cameras=CAMERA),
         offline=replace(study.offline, fit=replace(study.offline.fit, steps=100_000, device="auto")),
+        masked=replace(study.masked, model=Sizes(dim=512, dropout=0.1),
+                       fit=replace(study.masked.fit, steps=50_000, batch_size=1_024, learning_rate=1e-4,
+                                   device="auto")),
         transformer=replace(study.transformer, fit=replace(study.transformer.fit, steps=20_000, device="auto")),
         jobs=1,
     )  # fmt: skip

@@ -54,7 +54,7 @@ def run(study: TotoStudy, out: RunDirectory) -> list[Claim]:
             policy=arm, folder=arm.folder / "plays", task=stores[key[0]].schema.environment, split=split,
             episodes=study.trials,
         )
-        for key, arm in arms.items() for split in _splits(study, *key[1:3])
+        for key, arm in arms.items() for split in (study.splits if key[1] == study.main else study.splits[:1])
     }  # fmt: skip
     plays |= {
         ((task, name, name, 0), split): Play(
@@ -72,7 +72,7 @@ def run(study: TotoStudy, out: RunDirectory) -> list[Claim]:
     return [
         claim(study, task, found, data[task])
         for task in study.tasks
-        for claim in (claims.anchors, claims.cloning, claims.drops, claims.seeing)
+        for claim in (claims.anchors, claims.cloning, claims.policies, claims.drops, claims.seeing)
     ]
 
 
@@ -90,15 +90,8 @@ def kinds(study: TotoStudy, seed: int) -> Iterator[tuple[str, str, Any]]:
         yield representation, "IQL", replace(study.offline, fit=replace(study.offline.fit, seed=seed))
         batch = chains.n_trials[1] * chains.fit.batch_size
         yield representation, "DT", replace(decision_transformer(chains), fit=replace(chains.fit, batch_size=batch))
-        if representation == study.main:
-            yield representation, "AT", chains
-
-
-def _splits(study: TotoStudy, representation: str, policy: str) -> tuple[str, ...]:
-    """All for the policies that are held against the paper's, on the one representation; else what was recorded."""
-    if representation != study.main:
-        return study.splits[:1]
-    return (study.splits[0], study.splits[-1]) if policy == "AT" else study.splits
+        yield representation, "MTM", replace(study.masked, fit=replace(study.masked.fit, seed=seed))
+        yield representation, "AT", chains
 
 
 def _eyes(study: TotoStudy, store: EpisodeStore, method: Method, seed: int, out: Path) -> Eyes:
