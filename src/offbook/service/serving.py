@@ -52,6 +52,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 self._app,
+                log_config=None,  # which would close the handlers of whatever program this runs in
                 log_level=logging.WARNING,
                 access_log=False,
                 server_header=False,
