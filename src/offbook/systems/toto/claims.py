@@ -210,7 +210,8 @@ def _mean(study: TotoStudy, found: Found, task: str, representation: str, policy
     if ((task, representation, policy, study.seeds[0]), split) not in found:
         return None
     mean = student_mean(_scores(study, found, task, representation, policy, split).mean(1))
-    return replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0))
+    # A single training tells of no interval.
+    return mean if mean.n == 1 else replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0))
 
 
 def draw(study: TotoStudy, path: Path, found: Found) -> None:
