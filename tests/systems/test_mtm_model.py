@@ -342,8 +342,7 @@ def test_a_record_builds_the_like(kind):
     "wrong",
     [
         {"size": 0}, {"size": 2, "kind": "index", "classes": 3}, {"classes": 3}, {"kind": "bins", "classes": 1},
-        {"kind": "index", "size": 1}, {"kind": "bins", "classes": 3, "residual": True}, {"kind": "words", "classes": 3},
-        {"size": 10**9},
+        {"kind": "index", "size": 1}, {"kind": "bins", "classes": 3, "residual": True}, {"size": 10**9},
     ],
 )  # fmt: skip
 def test_modalities_that_cannot_be(wrong):

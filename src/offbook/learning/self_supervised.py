@@ -24,7 +24,16 @@ from offbook.errors import ConfigError, DataError, check_settings, nearest
 from offbook.learning.augmentation import Augmentation, augment
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.recordings import choose_episodes
-from offbook.models.encoders import ConvSizes, Encoder, PcaSizes, PixelPca, SmallConv, frozen, save_encoder
+from offbook.models.encoders import (
+    ConvSizes,
+    Encoder,
+    PcaSizes,
+    PixelPca,
+    SmallConv,
+    frozen,
+    load_encoder,
+    save_encoder,
+)
 from offbook.runs.directory import RunDirectory
 from offbook.runs.seeding import generator, torch_generator
 
@@ -268,6 +277,8 @@ def train_encoder(store: EpisodeStore, config: EncoderConfig, run: RunDirectory,
         fix = "start offbook without torchrun"
         raise ConfigError("torchrun", expected="one process", got=str(processes), fix=fix)
     frames = Frames(store, config)
+    if resume and config.method in ("pca", "random") and run.metrics():  # logged once it was saved
+        return load_encoder(run.path)
     facts = {
         "method": config.method,
         "cameras": list(frames.cameras),
