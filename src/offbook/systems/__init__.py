@@ -62,7 +62,7 @@ SYSTEMS: dict[str, System] = {
         authors="Liu, Abbeel",
         venue="ICML 2023",
         arxiv="2305.16554",
-        status="in progress: chains, policies over trials, evaluation of trials, reproduction",
+        status="recorded on a CPU: memory helps where the task hides something",
         recipe="offbook.systems.agentic_transformer.recipe:run",
         commands=(
             "offbook train agentic_transformer",
