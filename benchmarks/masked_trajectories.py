@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, PolicyMeta
+from offbook.learning.masked_model import masked_loss
 from offbook.runs.benchmark import Options, median_metric, timed
 from offbook.runs.ledger import Claim
 from offbook.systems.mtm import MaskedTrajectoryModel, Modality, RolePolicy, Shape, Sizes, draw
-from offbook.systems.mtm.model import masked_loss
 
 TRAINING, EVALUATION = 1.0, 5.0
 WIDTHS: Mapping[str, int] = {"state": 39, "return": 1, "action": 28}

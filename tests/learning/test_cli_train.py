@@ -70,6 +70,31 @@ def test_episodes_recorded_after_the_split_are_not_passed_over_in_silence(cli, t
     assert "2 of 8 episodes are in no group and not learnt from: run offbook data split" in done.stderr
 
 
+def test_an_encoder_and_policies_on_it(cli, store, tmp_path):
+    eyes = tmp_path / "eyes"
+    words = ["train", "encoder", "--data", str(store), "--preset", "smoke", "--out", str(eyes)]
+    done = cli([*words, "--method", "moco", "--fit.steps", "4"])
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("moco: 32 features of front")
+    assert RunDirectory.open(eyes).config()["cameras"] == ["front"]
+    seeing = ["--data", str(store), "--parts", "place", "--encoder", str(eyes)]
+    told = {"bc": BRIEF, "vinn": ["--neighbours", "3"],
+            "dt": ["--preset", "smoke", "--fit.steps", "4", "--validate-every", "4"],
+            "mtm": ["--preset", "smoke", "--fit.steps", "4", "--validate-every", "4"]}  # fmt: skip
+    for name, more in told.items():
+        out = tmp_path / name
+        done = cli(["train", name, *seeing, "--out", str(out), *more])
+        assert done.exit_code == 0, done.stderr
+        assert load_policy(out).meta.observation.cameras == {"front": (24, 24)}
+        assert RunDirectory.open(out).config()["parts"] == ["place", "front features"]
+        assert cli(["train", name, *seeing, "--out", str(out), *more, "--resume"]).exit_code == 0
+    assert "steps remembered" in cli(["train", "vinn", *seeing, "--out", str(tmp_path / "v"), *told["vinn"]]).stdout
+    missing = cli(["train", "vinn", *seeing[:-1], str(tmp_path / "none"), "--out", str(tmp_path / "w")])
+    assert missing.exit_code == 1
+    assert "an encoder: a folder or a file, got neither" in missing.stderr
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offbook.errors import ConfigError
-from offbook.systems.mtm.patterns import FRACTIONS, PATTERNS, WEIGHTS, Shape, at_step, draw
+from offbook.learning.masked_patterns import FRACTIONS, PATTERNS, WEIGHTS, Shape, at_step, draw
 
 ORDER = ("state", "return", "action")
 ALL = dict.fromkeys(ORDER, 1)

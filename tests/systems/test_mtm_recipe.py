@@ -14,7 +14,7 @@ from offbook.runs.ledger import Dataset
 from offbook.sim.recording import record
 from offbook.systems.mtm import claims
 from offbook.systems.mtm.agents import Curve
-from offbook.systems.mtm.experiments import Arm, Play, kept, split, without_actions
+from offbook.systems.mtm.experiments import Arm, Play, split, without_actions
 from offbook.systems.mtm.presets import PRESETS, TRAINING, smoke, tiny
 
 STUDY = tiny()
@@ -112,11 +112,6 @@ def test_few_actions_are_left_and_the_rest_is_as_it_was(tmp_path) -> None:
     assert again == [every.digest, few.digest]
     assert EpisodeStore.open(without_actions(store, 0.1, 1, tmp_path)[1]).digest != few.digest
     assert "action" in Normalizer.fit(every, ["action"])
-
-
-def test_what_was_measured_is_not_measured_again(tmp_path) -> None:
-    assert kept(tmp_path / "a" / "b.json", lambda: [1.0]) == [1.0]
-    assert kept(tmp_path / "a" / "b.json", lambda: [2.0]) == [1.0]
 
 
 def test_presets_are_whole() -> None:

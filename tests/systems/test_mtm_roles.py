@@ -9,10 +9,10 @@ import torch
 
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, Policy, PolicyMeta, check_chunk
 from offbook.errors import CheckpointError, ConfigError
+from offbook.learning.masked_roles import FILL, ROLES
 from offbook.learning.policies import load_policy
 from offbook.runs.checkpoint import load_checkpoint, save_checkpoint
 from offbook.systems.mtm import Dynamics, MaskedTrajectoryModel, Modality, RolePolicy, Sizes, load_model
-from offbook.systems.mtm.roles import FILL, ROLES
 
 STATE, RETURN = Modality(name="state", size=3, residual=True), Modality(name="return", size=1, residual=True)
 ACTION = Modality(name="action", size=2)

@@ -17,13 +17,13 @@ from offbook.data.splits import write_splits
 from offbook.data.store import FieldSpec
 from offbook.errors import DataError
 from offbook.learning.fit import FitConfig
+from offbook.learning.masked_training import _Batches, build, trajectories
 from offbook.learning.policies import load_policy
 from offbook.learning.trajectories import Trajectories
 from offbook.runs.directory import RunDirectory
 from offbook.systems.mtm import Dynamics, MtmConfig, Sizes, load_model, train_mtm
 from offbook.systems.mtm.card import MODEL, role_card
 from offbook.systems.mtm.presets import TRAINING, official_model
-from offbook.systems.mtm.train import _Batches, build, trajectories
 
 FIT = FitConfig(steps=5, batch_size=16, warmup=2, learning_rate=3e-3, ema=0.9, threads=1, log_every=1)
 TINY = MtmConfig(model=Sizes(dim=16, heads=2, encoder=1), held_out=0.25, validate_every=5, fit=FIT)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -19,6 +20,7 @@ from offbook.runs.progress import note
 
 with needs_extra("models"):
     from offbook.learning.cost import check_cost, measure_cost
+    from offbook.learning.encoding import through
     from offbook.learning.fit import main_process_first
     from offbook.learning.hindsight_presets import SINGLE, TRAINING, decision_transformer, tiny
     from offbook.learning.hindsight_training import ChainData, HindsightConfig, train_hindsight
@@ -30,6 +32,7 @@ def train(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     dry_run: bool = False,
     yes: bool = False,
     config: Annotated[HindsightConfig, tyro.conf.arg(name="")] = tiny(),  # noqa: B008 (frozen)
@@ -42,6 +45,8 @@ def train(
         data: the recordings with rewards, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
         dry_run: only tell what it would take: tokens, arithmetic, memory, hours on this machine.
         yes: train even if that takes more than a day.
         config: the chains, the network and its training.
@@ -53,7 +58,7 @@ def train(
         offbook train agentic_transformer --data stores/hopper --out runs/at --resume
         offbook evaluate runs/at --trials 4
     """
-    return _train(data, out, resume, dry_run, yes, config)
+    return _train(data, out, resume, encoder, dry_run, yes, config)
 
 
 @with_presets(SINGLE)
@@ -62,6 +67,7 @@ def dt(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     dry_run: bool = False,
     yes: bool = False,
     config: Annotated[HindsightConfig, tyro.conf.arg(name="")] = decision_transformer(tiny()),  # noqa: B008 (frozen)
@@ -74,6 +80,8 @@ def dt(
         data: the recordings with rewards, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
         dry_run: only tell what it would take: tokens, arithmetic, memory, hours on this machine.
         yes: train even if that takes more than a day.
         config: the network and its training.
@@ -85,11 +93,16 @@ def dt(
         offbook train dt --data stores/hopper --out runs/dt --resume
         offbook evaluate runs/dt
     """
-    return _train(data, out, resume, dry_run, yes, config)
+    return _train(data, out, resume, encoder, dry_run, yes, config)
 
 
-def _train(data: Path, out: Path, resume: bool, dry_run: bool, yes: bool, config: HindsightConfig) -> Report:
-    store = EpisodeStore.open(data)
+def _train(
+    data: Path, out: Path, resume: bool, encoder: Path | None, dry_run: bool, yes: bool, config: HindsightConfig
+) -> Report:
+    store, learn = EpisodeStore.open(data), cast(Callable[..., Any], train_hindsight)
+    if encoder is not None:
+        with main_process_first(config.fit.device):
+            store, config, learn = through(encoder, store, config, learn)
     found = ChainData(store, config)  # refused, if at all, before a folder is made
     config = replace(config, parts=tuple(name for name, _ in found.observation.state))
     cost = measure_cost(found, found.build())
@@ -103,14 +116,14 @@ def _train(data: Path, out: Path, resume: bool, dry_run: bool, yes: bool, config
     if first and (count := left_out(store)):
         note(f"{count} of {len(store)} episodes are in no group and not learnt from: run offbook data split {data}")
     began = time.monotonic()
-    policy = train_hindsight(store, config, run, resume=resume)
+    policy = learn(store, config, run, resume=resume)
     seconds, last = time.monotonic() - began, run.metrics()[-1]
     held_out, task = last.get("held_out_loss"), store.schema.environment
     trials = "" if config.n_trials[1] == 1 else f" --trials {config.n_trials[1]}"
     lines = [
         f"learnt from {len(found.train)} episodes, {last['step']:.0f} steps in {seconds:.0f} s",
         f"loss {last['loss']:.4g}" + ("" if held_out is None else f", on what is held out {held_out:.4g}"),
-        f"policy, aiming at a return of {policy.target:.4g}, in {run.checkpoint()}",
+        f"policy, aiming at a return of {policy.provenance['target']:.4g}, in {run.checkpoint()}",
         f"test it: offbook evaluate {out}{trials}" + ("" if task else " --task TASK") + " --episodes 50",
     ]
     return Report(
@@ -119,7 +132,7 @@ def _train(data: Path, out: Path, resume: bool, dry_run: bool, yes: bool, config
             "run": str(out),
             "policy": str(run.checkpoint()),
             "environment": task,
-            "target": policy.target,
+            "target": policy.provenance["target"],
             "returns": policy.provenance["returns"],
             "cost": asdict(cost),
             "seconds": seconds,

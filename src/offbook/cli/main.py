@@ -35,6 +35,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "data split": ("offbook.cli.datasets:split", "hold episodes out, and keep that with the store"),
     "data export": ("offbook.cli.data:export", "write a store in a format that others read"),
     "train bc": ("offbook.cli.train:bc", "learn a policy from recordings by behaviour cloning"),
+    "train encoder": ("offbook.cli.encoder:train", "learn to see from recordings, for policies to stand on"),
+    "train vinn": ("offbook.cli.train:vinn", "imitate by nearest neighbours, without training"),
     "train iql": ("offbook.cli.train:iql", "learn a policy from rewards by implicit Q-learning"),
     "train td3bc": ("offbook.cli.train:td3bc", "learn a policy from rewards by TD3 with behaviour cloning"),
     "train cql": ("offbook.cli.train:cql", "learn a policy from rewards by conservative Q-learning"),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -20,13 +20,14 @@ from offbook.runs.directory import RunDirectory, write_atomic
 from offbook.runs.progress import note
 
 with needs_extra("models"):
+    from offbook.learning.encoding import EncodedPolicy, through
     from offbook.learning.fit import main_process_first
+    from offbook.learning.masked_roles import FILL, RolePolicy
+    from offbook.learning.masked_training import MtmConfig, train_mtm, trajectories
     from offbook.learning.specialists import Specialist, SpecialistConfig, train_specialist
     from offbook.learning.trajectories import Trajectories
     from offbook.systems.mtm.card import Row, draw_card, role_card
     from offbook.systems.mtm.presets import TRAINING, tiny_model
-    from offbook.systems.mtm.roles import FILL
-    from offbook.systems.mtm.train import MtmConfig, train_mtm, trajectories
 
 
 @with_presets(TRAINING)
@@ -35,6 +36,7 @@ def train(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     specialists: bool = False,
     config: Annotated[MtmConfig, tyro.conf.arg(name="")] = tiny_model(),  # noqa: B008 (frozen)
 ) -> Report:
@@ -47,6 +49,8 @@ def train(
         data: the recordings, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
         specialists: train an MLP for each role too, and put them on the card.
         config: the model and its training.
 
@@ -55,10 +59,14 @@ def train(
         offbook train mtm --data stores/hopper --out runs/mtm --resume --specialists
         offbook train mtm --data stores/maze --out runs/long --model.length 16 --patterns auto waypoints
         offbook train mtm --data stores/maze --out runs/quick --preset smoke --role bc
+        offbook train mtm --data stores/pour --parts joints --encoder runs/byol --out runs/seeing
         offbook evaluate runs/mtm
         offbook evaluate runs/mtm:bc runs/mtm:rcbc:0.9 runs/mtm:plan
     """
-    store = EpisodeStore.open(data)
+    store, learn = EpisodeStore.open(data), cast(Callable[..., Any], train_mtm)
+    if encoder is not None:
+        with main_process_first(config.fit.device):
+            store, config, learn = through(encoder, store, config, learn)
     found = trajectories(store, config)
     found.sampler(config.model.length)  # refused, if at all, before a folder is made
     config = replace(config, parts=found.parts)
@@ -67,7 +75,8 @@ def train(
     if first and (count := left_out(store)):
         note(f"{count} of {len(store)} episodes are in no group and not learnt from: run offbook data split {data}")
     began = time.monotonic()
-    policy = train_mtm(store, config, run, resume=resume)
+    learnt = learn(store, config, run, resume=resume)
+    policy: RolePolicy = learnt.inner if isinstance(learnt, EncodedPolicy) else learnt
     seconds = time.monotonic() - began
     card: list[Row] = []
     if found.held_out_sampler(config.model.length) is None:

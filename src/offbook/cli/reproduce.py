@@ -32,7 +32,8 @@ def reproduce(
 ) -> Report:
     """Reproduces a system's claim beside its baselines and prints the verdicts; exit code 1 when one is not held.
 
-    Figures, pictures and all that an interrupted run goes on from lie in a folder.
+    A study of many arms prints its table too. Figures, pictures and all that an interrupted run goes on from lie in a
+    folder.
 
     Args:
         system: the system, as `offbook systems` lists it.
@@ -69,7 +70,8 @@ def reproduce(
     command = f"offbook reproduce {system} --preset {preset}{chosen}"
     claims = measured(functools.partial(run, config, folder), command, ledger if record else None)
     note(f"offbook: everything measured is in {folder.path}")
-    return claims_report(claims)
+    report, table = claims_report(claims), folder.path / "table.md"
+    return replace(report, text=f"{table.read_text()}\n{report.text}") if table.exists() else report
 
 
 def _numbers(text: str) -> tuple[int, ...]:

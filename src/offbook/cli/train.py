@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -22,11 +22,13 @@ from offbook.runs.progress import note
 
 with needs_extra("models"):
     from offbook.learning.actor_critic import Algorithm
-    from offbook.learning.cloning import ClonedPolicy, CloningConfig, check_cloning, train_cloning
+    from offbook.learning.cloning import CloningConfig, check_cloning, train_cloning
+    from offbook.learning.encoding import through
     from offbook.learning.fit import FitConfig, main_process_first
-    from offbook.learning.offline import OfflineConfig, OfflinePolicy, check_offline, train_offline
+    from offbook.learning.offline import OfflineConfig, check_offline, train_offline
+    from offbook.learning.vinn import VinnConfig, check_vinn, train_vinn
 
-C = TypeVar("C", CloningConfig, OfflineConfig)
+C = TypeVar("C", CloningConfig, OfflineConfig, VinnConfig)
 
 
 def smoke() -> CloningConfig:
@@ -66,6 +68,7 @@ def bc(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     config: Annotated[CloningConfig, tyro.conf.arg(name="")] = tiny(),  # noqa: B008 (frozen)
 ) -> Report:
     """Clones the recorded behaviour: a policy that answers observations as the recordings do.
@@ -74,17 +77,46 @@ def bc(
         data: the recordings, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen, instead of an own one: a run of `offbook train
+            encoder`, a folder of transformers or a file of a network's weights.
         config: the network and its training.
 
     Examples:
         offbook train bc --data recordings/pour --out runs/bc
         offbook train bc --data recordings/hopper --out runs/best-tenth --top 0.1 --chunk 1 --execute 1
         offbook train bc --data recordings/pour --out runs/bc-images --parts joints --cameras front
+        offbook train bc --data recordings/pour --out runs/seeing --parts joints --encoder runs/byol
         offbook train bc --data recordings/pour --out runs/queries --parts joints --cameras front --body transformer
         offbook train bc --data recordings/pour --out runs/quick --preset smoke --fit.steps 100
         offbook train bc --data recordings/pour --out runs/bc --resume
     """
-    return _train(data, out, resume, config, check_cloning, train_cloning)
+    return _train(data, out, resume, encoder, config, check_cloning, train_cloning)
+
+
+@with_presets({"smoke": VinnConfig, "tiny": VinnConfig})
+def vinn(
+    *,
+    data: Path,
+    out: Path,
+    resume: bool = False,
+    encoder: Path | None = None,
+    config: Annotated[VinnConfig, tyro.conf.arg(name="")] = VinnConfig(),  # noqa: B008 (frozen)
+) -> Report:
+    """Imitates by nearest neighbours: does what was done where the recordings looked most alike. Nothing is trained.
+
+    Args:
+        data: the recordings, a store that `offbook data` made.
+        out: a new folder for the run.
+        resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
+        config: what is compared, and how.
+
+    Examples:
+        offbook train vinn --data recordings/pour --out runs/vinn --parts joints --encoder runs/byol
+        offbook train vinn --data recordings/pour --out runs/vinn --parts joints --encoder runs/byol --chunk 50
+    """
+    return _train(data, out, resume, encoder, config, check_vinn, train_vinn)
 
 
 @with_presets(offline_presets("iql"))
@@ -93,6 +125,7 @@ def iql(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = offline_tiny("iql"),  # noqa: B008 (frozen)
 ) -> Report:
     """Learns from recorded rewards by implicit Q-learning: recorded actions, weighted by how much they gain.
@@ -101,6 +134,8 @@ def iql(
         data: the recordings with rewards, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
         config: the networks and their training.
 
     Examples:
@@ -109,7 +144,7 @@ def iql(
         offbook train iql --data recordings/hopper --out runs/quick --preset smoke --fit.steps 100
         offbook train iql --data recordings/hopper --out runs/iql --resume
     """
-    return _offline("iql", data, out, resume, config)
+    return _offline("iql", data, out, resume, encoder, config)
 
 
 @with_presets(offline_presets("td3bc"))
@@ -118,6 +153,7 @@ def td3bc(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = offline_tiny("td3bc"),  # noqa: B008 (frozen)
 ) -> Report:
     """Learns from recorded rewards by TD3 with behaviour cloning: the best valued action near a recorded one.
@@ -126,6 +162,8 @@ def td3bc(
         data: the recordings with rewards, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
         config: the networks and their training.
 
     Examples:
@@ -134,7 +172,7 @@ def td3bc(
         offbook train td3bc --data recordings/hopper --out runs/quick --preset smoke --fit.steps 100
         offbook train td3bc --data recordings/hopper --out runs/td3bc --resume
     """
-    return _offline("td3bc", data, out, resume, config)
+    return _offline("td3bc", data, out, resume, encoder, config)
 
 
 @with_presets(offline_presets("cql"))
@@ -143,6 +181,7 @@ def cql(
     data: Path,
     out: Path,
     resume: bool = False,
+    encoder: Path | None = None,
     config: Annotated[OfflineConfig, tyro.conf.arg(name="")] = offline_tiny("cql"),  # noqa: B008 (frozen)
 ) -> Report:
     """Learns from recorded rewards by conservative Q-learning: values that are low where nothing was recorded.
@@ -151,6 +190,8 @@ def cql(
         data: the recordings with rewards, a store that `offbook data` made.
         out: a new folder for the run.
         resume: continue the run in that folder after an interruption.
+        encoder: a frozen encoder through which cameras are seen: a run of `offbook train encoder`, a folder of
+            transformers or a file of a network's weights.
         config: the networks and their training.
 
     Examples:
@@ -159,29 +200,36 @@ def cql(
         offbook train cql --data recordings/hopper --out runs/quick --preset smoke --fit.steps 100
         offbook train cql --data recordings/hopper --out runs/cql --resume
     """
-    return _offline("cql", data, out, resume, config)
+    return _offline("cql", data, out, resume, encoder, config)
 
 
-def _offline(algorithm: Algorithm, data: Path, out: Path, resume: bool, config: OfflineConfig) -> Report:
+def _offline(
+    algorithm: Algorithm, data: Path, out: Path, resume: bool, encoder: Path | None, config: OfflineConfig
+) -> Report:
     if config.algorithm != algorithm:
         fix = f"run: offbook train {config.algorithm}"
         raise ConfigError("--algorithm", expected=algorithm, got=config.algorithm, fix=fix)
-    return _train(data, out, resume, config, check_offline, train_offline)
+    return _train(data, out, resume, encoder, config, check_offline, train_offline)
 
 
 def _train(
     data: Path,
     out: Path,
     resume: bool,
+    encoder: Path | None,
     config: C,
     check: Callable[[EpisodeStore, C], ObservationSpec],
-    train: Callable[..., ClonedPolicy | OfflinePolicy],
+    train: Callable[..., Any],
 ) -> Report:
+    device: Literal["auto", "cpu"] = "auto" if isinstance(config, VinnConfig) else config.fit.device
     store = EpisodeStore.open(data)
+    if encoder is not None:
+        with main_process_first(device):
+            store, config, train = through(encoder, store, config, train)
     # Resolved and written down, so that the run's folder says what the policy looks at.
     parts = tuple(name for name, _ in check(store, config).state)
     config = replace(config, parts=parts)
-    with main_process_first(config.fit.device) as first:
+    with main_process_first(device) as first:
         run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
     if first and (count := left_out(store)):
         said = f"{count} of {len(store)} episodes are in no group and not learnt from"
@@ -194,15 +242,17 @@ def _train(
     seen: ObservationSpec = policy.meta.observation
     task = store.schema.environment
     eyes = ", ".join([*(name for name, _ in seen.state), *(f"camera {name}" for name in seen.cameras)])
+    took = f"{last['step']:.0f} steps in {seconds:.0f} s" if "loss" in last else f"{last['steps']:.0f} steps remembered"
+    losses = [f"loss {last['loss']:.4g}"] if "loss" in last else []
+    losses += [] if held_out is None else [f"on episodes held out {held_out:.4g}"]
     lines = [
-        f"learnt from {eyes}: {policy.provenance['recordings']['episodes']} episodes, {last['step']:.0f} steps "
-        f"in {seconds:.0f} s",
-        f"loss {last['loss']:.4g}" + ("" if held_out is None else f", on episodes held out {held_out:.4g}"),
+        f"learnt from {eyes}: {policy.provenance['recordings']['episodes']} episodes, {took}",
+        ", ".join(losses),
         f"policy in {run.checkpoint()}",
         f"test it: offbook evaluate {out}" + ("" if task else " --task TASK") + " --episodes 50",
     ]
     return Report(
-        text="\n".join(lines),
+        text="\n".join(filter(None, lines)),
         data={
             "run": str(out),
             "policy": str(run.checkpoint()),

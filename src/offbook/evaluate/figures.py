@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,8 +14,23 @@ from offbook.evaluate.rollout import Evaluation
 from offbook.evaluate.stats import bootstrap_mean
 from offbook.runs.directory import atomic_path
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito's, told apart by all
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
+"""Those of Okabe and Ito, told apart by all."""
+
 _SHOWN = ("score", "return", "success")
+
+
+def tidy(axes: Any, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Takes away what a diagram does not need, and puts a light grid behind the rest."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Writes a figure of matplotlib as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def draw_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
@@ -35,7 +51,7 @@ def draw_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
     spread = np.random.default_rng(0)
     for axes, name in zip(panels, shown, strict=True):
         for row, evaluation in enumerate(evaluations):
-            colour, interval = _COLOURS[row % len(_COLOURS)], evaluation.summary[name]
+            colour, interval = COLOURS[row % len(COLOURS)], evaluation.summary[name]
             values = evaluation.values(name)
             heights = row + spread.uniform(0.12, 0.38, len(values))
             axes.scatter(values, heights, s=9, color=colour, alpha=0.35, linewidths=0)
@@ -44,14 +60,12 @@ def draw_evaluations(path: Path, evaluations: Sequence[Evaluation]) -> None:
             axes.plot([interval.value], [row], "o", color=colour, markeredgecolor="white", markersize=8)
         axes.set(xlabel=name, ylim=(len(evaluations) - 0.4, -0.4))
         axes.set_yticks(range(len(evaluations)), [evaluation.policy for evaluation in evaluations])
-        axes.spines[["top", "right", "left"]].set_visible(False)
+        tidy(axes, "x")
+        axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
     count = len(evaluations[0].results)
     figure.suptitle(f"{evaluations[0].environment}, {count} episodes each, mean with 95% interval", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(path, figure)
 
 
 def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
@@ -67,7 +81,7 @@ def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
     axes = figure.subplots()
     most, beside = max(some.trials for some in groups.values()), 0.0
     for place, (name, some) in enumerate(groups.items()):
-        colour, numbers = _COLOURS[place % len(_COLOURS)], np.arange(1, some.trials + 1)
+        colour, numbers = COLOURS[place % len(COLOURS)], np.arange(1, some.trials + 1)
         means = [bootstrap_mean(column) for column in some.returns.T]
         axes.plot(numbers, [mean.value for mean in means], "o-", color=colour, markersize=7, label=name)
         if np.isfinite(means[0].low):
@@ -85,11 +99,8 @@ def draw_groups(path: Path, groups: Mapping[str, Groups]) -> None:
         label = "last trial after another group's trials"
         axes.plot([], [], "o", color="#555555", markerfacecolor="white", markersize=7, label=label)
     axes.set(xlabel="trial", ylabel="return", xticks=range(1, most + 1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
+    tidy(axes, "y")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     some = next(iter(groups.values()))
     figure.suptitle(f"{some.environment}, mean over groups (n={len(some.seeds)}) with 95% band", fontsize=10)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(path, figure)

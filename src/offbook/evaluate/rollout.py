@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,12 @@ class EpisodeResult:
             "video": None if self.video is None else str(self.video),
         }
 
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> EpisodeResult:
+        """What `to_json` gave."""
+        named = {**record, "return_": record["return"], "video": record["video"] and Path(record["video"])}
+        return cls(**{name: value for name, value in named.items() if name != "return"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -69,7 +75,6 @@ class Evaluation:
         policy: the policy's name.
         scenes: the arrangement of each episode, where they were given.
         results: one for each seed, in the order of the seeds.
-        summary: `return`, `length` and, where known, `success` and `score`, each with its interval.
     """
 
     environment: str
@@ -77,10 +82,11 @@ class Evaluation:
     policy: str
     scenes: tuple[Mapping[str, Any], ...] | None
     results: tuple[EpisodeResult, ...]
-    summary: Mapping[str, Interval] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "summary", summarise(self.results))
+    @cached_property
+    def summary(self) -> Mapping[str, Interval]:
+        """`return`, `length` and, where known, `success` and `score`, each with its interval."""
+        return summarise(self.results)
 
     @property
     def metric(self) -> str:
@@ -102,6 +108,18 @@ class Evaluation:
             "summary": {name: interval.to_json() for name, interval in self.summary.items()},
             "episodes": [result.to_json() for result in self.results],
         }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Evaluation:
+        """What `to_json` gave."""
+        scenes = record["scenes"]
+        return cls(
+            environment=record["environment"],
+            settings=record["settings"],
+            policy=record["policy"],
+            scenes=None if scenes is None else tuple(scenes),
+            results=tuple(EpisodeResult.from_json(episode) for episode in record["episodes"]),
+        )
 
 
 def summarise(results: Sequence[EpisodeResult]) -> dict[str, Interval]:

@@ -14,9 +14,11 @@ from offbook.runs.checkpoint import Header, load_checkpoint, read_header
 
 KINDS: dict[str, str] = {
     "bc": "offbook.learning.cloning:ClonedPolicy",
-    "mtm": "offbook.systems.mtm.roles:RolePolicy",
+    "encoded": "offbook.learning.encoding:EncodedPolicy",
+    "mtm": "offbook.learning.masked_roles:RolePolicy",
     "hindsight": "offbook.learning.trying:HindsightPolicy",
     "offline": "offbook.learning.offline:OfflinePolicy",
+    "vinn": "offbook.learning.vinn:VinnPolicy",
 }
 """Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights.
 
@@ -99,12 +101,24 @@ def check_meta(meta: PolicyMeta) -> None:
         raise ConfigError("policy record", expected="sizes that agree", got="others", fix="save the policy again")
 
 
+def policy_class(kind: str) -> Any:
+    """The class that plays a kind of checkpoint.
+
+    Raises:
+        ConfigError: there is no such kind.
+    """
+    if kind not in KINDS:
+        fix = nearest(str(kind), KINDS)
+        raise ConfigError("kind of policy", expected="one that is played here", got=repr(kind)[:60], fix=fix)
+    module, _, name = KINDS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def _skeleton(file: Path, header: Header) -> Any:
     """The policy without numbers: on the meta device sizes cost nothing, however large a stranger's record says."""
-    module, _, name = KINDS[header.kind].partition(":")
     try:
         with torch.device("meta"):
-            return getattr(importlib.import_module(module), name).from_record(header.record)
+            return policy_class(header.kind).from_record(header.record)
     except (ConfigError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         got = f"another one ({type(error).__name__}: {str(error)[:200]})"
         raise _refused(file, "the record of a policy", got, "save the policy with offbook") from error

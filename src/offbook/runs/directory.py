@@ -15,15 +15,17 @@ import shlex
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import offbook
 from offbook.errors import CheckpointError, ConfigError
 from offbook.runs.config import to_json
+
+R = TypeVar("R")
 
 _FORMAT = 1
 
@@ -73,6 +75,21 @@ def write_atomic(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     """
     with atomic_path(path, mode) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def kept(path: Path, make: Callable[[], R]) -> R:
+    """A result as JSON types: from its file, or made and written there.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     kept(Path(folder) / "a.json", lambda: [1.0]), kept(Path(folder) / "a.json", lambda: [2.0])
+        ([1.0], [1.0])
+    """
+    if not path.exists():
+        write_atomic(path, json.dumps(make()) + "\n")
+    found: R = json.loads(path.read_bytes())
+    return found
 
 
 class RunDirectory:

@@ -53,6 +53,11 @@ def run_parallel(
     return track(results, label, len(items)) if label else results
 
 
+def run_all(function: Callable[[T], R], items: Sequence[T], *, jobs: int, label: str = "") -> dict[T, R]:
+    """The result of each item; see `run_parallel`."""
+    return dict(zip(items, run_parallel(function, items, jobs=jobs, label=label), strict=True))
+
+
 def _results(
     function: Callable[[T], R], items: Sequence[T], jobs: int, backend: str, address: str | None
 ) -> Iterator[R]:

@@ -126,7 +126,15 @@ SYSTEMS: dict[str, System] = {
         authors="Zhou, Dean, Srirama, Rajeswaran, Pari, Hatch, Jain, Yu, Abbeel, Pinto, Finn, Gupta",
         venue="ICRA 2023",
         arxiv="2306.00942",
-        status="in progress: arena, pouring and scooping, behaviour cloning",
-        commands=("offbook demo", "offbook arena --help", "offbook policy --help"),
+        status="in progress: arena, pouring and scooping, encoders, policies on them, reproduction",
+        recipe="offbook.systems.toto.recipe:run",
+        commands=(
+            "offbook demo",
+            "offbook arena --help",
+            "offbook policy --help",
+            "offbook train encoder",
+            "offbook train vinn",
+            "offbook reproduce toto",
+        ),
     ),
 }

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from offbook.errors import needs_extra
+from offbook.evaluate.claims import as_metric, over_seeds, separation
+from offbook.evaluate.figures import COLOURS, save_figure, tidy
 from offbook.evaluate.groups import Groups, retry_value
-from offbook.evaluate.stats import Interval, paired_bootstrap, student_mean
+from offbook.evaluate.stats import paired_bootstrap
 from offbook.runs.config import to_json
-from offbook.runs.directory import atomic_path
 from offbook.runs.ledger import Claim, Dataset, Metric, Paper, Verdict
 from offbook.systems.agentic_transformer.lengths import Taken
 from offbook.systems.agentic_transformer.presets import AtStudy
@@ -21,29 +22,12 @@ AT, DT, LAST = "AT", "DT", "AT, last trial counts"
 
 Played = Mapping[tuple[str, str, int], Groups]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito's
 _BETTER = Paper(
     value="AT 85.21 (the best of its trials), DT 77.49 (its best checkpoint) on average over nine D4RL sets",
     table="the table of D4RL results",
 )
 _IMPROVES = Paper(value="returns rise from trial to trial", table="abstract")
 _NEAR = 1e-4
-
-
-def over_seeds(name: str, values: Sequence[float], higher: bool = True) -> Metric:
-    """The mean over seeds with Student's interval, which with three of them is wide."""
-    found, several = student_mean(values), len(values) > 1
-    return Metric(
-        name=name, value=found.value, n=found.n, interval=(found.low, found.high) if several else None,
-        method=found.method if several else "", higher_is_better=higher,
-    )  # fmt: skip
-
-
-def _one(name: str, found: Interval) -> Metric:
-    return Metric(
-        name=name, value=found.value, n=found.n, interval=(found.low, found.high), method=found.method,
-        higher_is_better=True,
-    )  # fmt: skip
 
 
 def _shown(name: str, every: Sequence[Groups]) -> list[Metric]:
@@ -79,12 +63,11 @@ def audit(
     ]
     for other in dict.fromkeys(other for other, _ in others or {}):
         baseline += _shown(other, [(others or {})[other, seed] for seed in study.seeds])
-    low, high = retry.interval or (retry.value, retry.value)
-    verdict: Verdict = "reproduced" if low > 0 else "contradicted" if high < 0 else "not separated"
     said = f"the maximum of {study.trials} trials of DT is what luck alone gives for {sum(lucky)} of {len(lucky)} seeds"
     return _claim(
         study, f"on {name}, where nothing is hidden, the last of {study.trials} trials of AT gets more return than DT "
-        "does on average", metrics, baseline, verdict, (data,), _BETTER, f"Judged by the interval over seeds; {said}.",
+        "does on average", metrics, baseline, separation(retry), (data,), _BETTER,
+        f"Judged by the interval over seeds; {said}.",
     )  # fmt: skip
 
 
@@ -102,12 +85,12 @@ def context(study: AtStudy, played: Played, data: Dataset) -> Claim:
     gains = [groups.summary["gain"] for groups in single]
     held = all(found.low > 0 for found in (*effects, *retries)) and all(g.low <= 0 <= g.high for g in gains)
     metrics = [
-        *(_one(f"context effect, seed {seed}", found) for seed, found in zip(study.seeds, effects, strict=True)),
-        *(_one(f"retry value, seed {seed}", found) for seed, found in zip(study.seeds, retries, strict=True)),
+        *(as_metric(f"context effect, seed {seed}", found) for seed, found in zip(study.seeds, effects, strict=True)),
+        *(as_metric(f"retry value, seed {seed}", found) for seed, found in zip(study.seeds, retries, strict=True)),
         *_shown(AT, several),
     ]
     baseline = [
-        *(_one(f"gain of DT, seed {seed}", found) for seed, found in zip(study.seeds, gains, strict=True)),
+        *(as_metric(f"gain of DT, seed {seed}", found) for seed, found in zip(study.seeds, gains, strict=True)),
         *_shown(DT, single),
     ]
     note = "Held where both intervals exclude 0 for every seed, and those of DT's gain contain it."
@@ -126,7 +109,7 @@ def ablation(study: AtStudy, played: Played, data: Dataset) -> Claim:
     }
     held = all(found.high >= 0 for found in losses.values())
     metrics = [
-        *(_one(f"last trial, AT less {kind}", found) for kind, found in losses.items()),
+        *(as_metric(f"last trial, AT less {kind}", found) for kind, found in losses.items()),
         *(metric for kind in last for metric in _shown(kind, [played[HIDDEN, kind, seed] for seed in study.seeds])[:2]),
         *(
             over_seeds(f"{kind}, context effect",
@@ -205,17 +188,14 @@ def draw(study: AtStudy, path: Path, played: Played) -> None:
             every = [played[name, kind, seed] for seed in study.seeds]
             trials, means = np.arange(1, study.trials + 1), np.array([groups.returns.mean(0) for groups in every])
             for line in means:
-                axes.plot(trials, line, color=_COLOURS[number], alpha=0.3, linewidth=1)
-            axes.plot(trials, means.mean(0), "o-", color=_COLOURS[number], label=kind)
+                axes.plot(trials, line, color=COLOURS[number], alpha=0.3, linewidth=1)
+            axes.plot(trials, means.mean(0), "o-", color=COLOURS[number], label=kind)
             foreign = [groups.foreign.mean() for groups in every if groups.foreign is not None]
             if foreign:
-                axes.plot([study.trials], [np.mean(foreign)], "o", color=_COLOURS[number], markerfacecolor="white",
+                axes.plot([study.trials], [np.mean(foreign)], "o", color=COLOURS[number], markerfacecolor="white",
                           label="after another group's trials" if number == 0 else None)  # fmt: skip
         axes.set(title=name, xlabel="trial", ylabel="return")
         axes.set_xticks(range(1, study.trials + 1))
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        tidy(axes)
     figure.axes[0].legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    save_figure(path, figure)

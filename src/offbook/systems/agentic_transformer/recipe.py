@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from offbook.data.store import EpisodeStore
+from offbook.learning.arms import Arm, fit_all
 from offbook.learning.cloning import CloningConfig
 from offbook.learning.datasets import generate
 from offbook.learning.fit import FitConfig
@@ -20,7 +21,7 @@ from offbook.runs.directory import RunDirectory
 from offbook.runs.ledger import Claim, Dataset
 from offbook.systems.agentic_transformer import claims
 from offbook.systems.agentic_transformer.claims import AT, DT, FIXED, HIDDEN, HOPPER, LAST
-from offbook.systems.agentic_transformer.experiments import Arm, Try, fit_all, try_all
+from offbook.systems.agentic_transformer.experiments import Try, try_all
 from offbook.systems.agentic_transformer.lengths import LongStep, measure
 from offbook.systems.agentic_transformer.presets import AtStudy
 

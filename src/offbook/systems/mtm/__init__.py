@@ -6,10 +6,10 @@ waypoints, planning, or an encoder of states. Episodes without actions teach it 
 Source: Wu et al., "Masked Trajectory Models for Prediction, Representation, and Control" (2023), arXiv:2305.02968.
 """
 
-from offbook.systems.mtm.model import MaskedTrajectoryModel, Modality, Sizes
-from offbook.systems.mtm.patterns import Shape, draw
-from offbook.systems.mtm.roles import Dynamics, RolePolicy, load_model
-from offbook.systems.mtm.train import MtmConfig, train_mtm
+from offbook.learning.masked_model import MaskedTrajectoryModel, Modality, Sizes
+from offbook.learning.masked_patterns import Shape, draw
+from offbook.learning.masked_roles import Dynamics, RolePolicy, load_model
+from offbook.learning.masked_training import MtmConfig, train_mtm
 
 __all__ = [
     "Dynamics", "MaskedTrajectoryModel", "Modality", "MtmConfig", "RolePolicy", "Shape", "Sizes", "draw", "load_model",

@@ -12,13 +12,15 @@ import gymnasium as gym
 import numpy as np
 
 from offbook.errors import needs_extra
+from offbook.learning.arms import fit_all
+from offbook.learning.masked_roles import RolePolicy
+from offbook.runs.directory import kept
 from offbook.runs.parallel import run_parallel
 from offbook.runs.seeding import evaluation_seeds, generator
 from offbook.sim.adapters import make
 from offbook.sim.recording import record
-from offbook.systems.mtm.experiments import Arm, fit_all, kept
+from offbook.systems.mtm.experiments import Arm
 from offbook.systems.mtm.presets import MtmStudy
-from offbook.systems.mtm.roles import RolePolicy
 
 TASK = "dmc:cartpole-swingup"
 KINDS = ("raw state", "frozen features", "tuned features")

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from offbook.errors import DataError, needs_extra
 from offbook.evaluate.stats import Interval, bootstrap_mean
+from offbook.learning.masked_model import MaskedTrajectoryModel
+from offbook.learning.masked_patterns import Shape, Visible, at_step
 from offbook.learning.networks import standard
 from offbook.learning.specialists import Specialist
 from offbook.learning.trajectories import ACTION, RETURN, STATE, Trajectories
 from offbook.runs.directory import atomic_path
-from offbook.systems.mtm.model import MaskedTrajectoryModel
-from offbook.systems.mtm.patterns import Shape, Visible, at_step
 
 # Windows that are looked at, at most, and how many go through the model at a time.
 _WINDOWS, _AT_ONCE = 4096, 512

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from offbook.errors import needs_extra
-from offbook.evaluate.stats import bootstrap_mean, student_mean
+from offbook.evaluate.claims import as_metric, over_seeds, separation
+from offbook.evaluate.figures import COLOURS, save_figure, tidy
+from offbook.evaluate.stats import bootstrap_mean
 from offbook.runs.config import to_json
-from offbook.runs.directory import atomic_path
 from offbook.runs.ledger import Claim, Dataset, Metric, Paper, Verdict
 from offbook.systems.mtm.agents import KINDS, Curve
 from offbook.systems.mtm.card import MODEL
@@ -22,7 +23,6 @@ from offbook.systems.mtm.presets import MtmStudy
 Card = Mapping[str, Mapping[str, float]]
 Returns = Mapping[Play, Sequence[float]]
 
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")  # Okabe and Ito's
 _SPECIALISTS = {"bc": "MLP bc", "rcbc": "MLP rcbc", "id": "MLP id", "fd": "MLP fd"}
 _ONE_MODEL = Paper(value="one model matches or beats specialised networks in each role", table="abstract")
 _SCRIPTS = "the authors' table scripts, unchecked against the paper"
@@ -52,31 +52,17 @@ class Plays:
         return list(dict.fromkeys([*self.few.values(), *self.hopper.values(), *self.targets.values()]))
 
 
-def over_seeds(name: str, values: Sequence[float], higher: bool = False, unit: str = "") -> Metric:
-    """The mean over seeds with Student's interval, which with three of them is wide."""
-    found = student_mean(values)
-    several = len(values) > 1
-    return Metric(
-        name=name, value=found.value, n=found.n, interval=(found.low, found.high) if several else None,
-        method=found.method if several else "", unit=unit, higher_is_better=higher,
-    )  # fmt: skip
-
-
 def roles(study: MtmStudy, name: str, cards: Mapping[int, Card], data: Dataset) -> Claim:
     """The model's error in each role as a share of its specialist's, and of the simple rules'."""
     shares = {
-        role: over_seeds(
-            f"{role}, model to {other}", [card[role][MODEL] / card[role][other] for card in cards.values()]
-        )
+        role: over_seeds(f"{role}, model to {other}", _shares(cards, role, other), higher=False)
         for role, other in _SPECIALISTS.items()
     }
-    stays = over_seeds(
-        "fd, model to state stays", [card["fd"][MODEL] / card["fd"]["state stays"] for card in cards.values()]
-    )
+    stays = over_seeds("fd, model to state stays", _shares(cards, "fd", "state stays"), higher=False)
     close = [metric.value <= 1.15 for metric in shares.values()]
     better = [metric.value < 1 for metric in shares.values()]
     others = [
-        over_seeds(f"{role}, {who}", [card[role][who] for card in cards.values()])
+        over_seeds(f"{role}, {who}", [card[role][who] for card in cards.values()], higher=False)
         for role in next(iter(cards.values())) for who in next(iter(cards.values()))[role]
     ]  # fmt: skip
     held = sum(close) >= 3 and any(better) and stays.value <= 1.1
@@ -101,14 +87,14 @@ def few_actions(
     ratios = [a / b for a, b in zip(error["all"], error["few"], strict=True)]
     ratio = float(np.mean(score["all"]) / max(1e-9, float(np.mean(score["few"]))))
     metrics = [
-        over_seeds("action error, with states to without", ratios),
+        over_seeds("action error, with states to without", ratios, higher=False),
         Metric(name="return, with states to without", value=ratio, higher_is_better=True),
-        over_seeds("action error, with states", error["all"]),
-        over_seeds("return, with states", score["all"], higher=True),
+        over_seeds("action error, with states", error["all"], higher=False),
+        over_seeds("return, with states", score["all"]),
     ]
     baseline = [
-        over_seeds("action error, without", error["few"]),
-        over_seeds("return, without", score["few"], higher=True),
+        over_seeds("action error, without", error["few"], higher=False),
+        over_seeds("return, without", score["few"]),
     ]
     held = all(one < 1 for one in ratios) and ratio >= 1.2
     return _claim(
@@ -127,11 +113,14 @@ def offline(study: MtmStudy, plays: Plays, returns: Returns, data: Dataset) -> C
     ratio = float(np.mean(means["MTM"]) / max(1e-9, float(np.mean(means["MLP rcbc"]))))
     metrics = [
         Metric(name="MTM to MLP rcbc", value=ratio, higher_is_better=True),
-        _pooled("MTM, final, target 1", [x for seed in study.seeds for x in returns[plays.hopper["MTM", seed]]]),
-        over_seeds("MTM, final, target 1, over seeds", means["MTM"], higher=True),
-        over_seeds(f"MTM, best of {len(study.targets)} targets", best, higher=True),
+        as_metric(
+            "MTM, final, target 1",
+            bootstrap_mean([x for seed in study.seeds for x in returns[plays.hopper["MTM", seed]]]),
+        ),
+        over_seeds("MTM, final, target 1, over seeds", means["MTM"]),
+        over_seeds(f"MTM, best of {len(study.targets)} targets", best),
     ]
-    baseline = [over_seeds(name, means[name], higher=True) for name in names if name != "MTM"]
+    baseline = [over_seeds(name, means[name]) for name in names if name != "MTM"]
     return _claim(
         study, "on hopper-replay the return-conditioned model, at its last step and a target fixed beforehand, gets "
         "0.95 times the return of the return-conditioned MLP", metrics, baseline, ratio >= 0.95, data, _OFFLINE,
@@ -141,7 +130,9 @@ def offline(study: MtmStudy, plays: Plays, returns: Returns, data: Dataset) -> C
 def masks(study: MtmStudy, cards: Mapping[tuple[str, int], Card], data: Dataset) -> Claim:
     """Errors of cloning after training under different masks."""
     found = {
-        (pattern, role): over_seeds(f"{role}, {pattern}", [cards[pattern, seed][role][MODEL] for seed in study.seeds])
+        (pattern, role): over_seeds(
+            f"{role}, {pattern}", [cards[pattern, seed][role][MODEL] for seed in study.seeds], higher=False
+        )
         for pattern in study.patterns for role in ("bc", "rcbc", "id", "fd")
     }  # fmt: skip
     held = all(
@@ -160,24 +151,14 @@ def features(study: MtmStudy, curves: Sequence[Curve]) -> Claim:
     area = {kind: [float(np.mean(c.returns)) for c in curves if c.kind == kind] for kind in KINDS}
     raw = area["raw state"]
     gains = {kind: [a - b for a, b in zip(of, raw, strict=True)] for kind, of in area.items() if kind != "raw state"}
-    metrics = [over_seeds(f"{kind} less raw state", of, higher=True) for kind, of in gains.items()]
+    metrics = [over_seeds(f"{kind} less raw state", of) for kind, of in gains.items()]
     found = next(metric for metric in metrics if metric.name.startswith("frozen"))
-    low, high = found.interval or (found.value, found.value)
-    verdict: Verdict = "reproduced" if low > 0 else "contradicted" if high < 0 else "not separated"
-    areas = [over_seeds(f"mean return, {kind}", of, higher=True) for kind, of in area.items()]
+    areas = [over_seeds(f"mean return, {kind}", of) for kind, of in area.items()]
     return Claim(
         system="mtm", claim="TD3 on cartpole-swingup gets more return over its life on a model's frozen features",
         metrics=(*metrics, *areas[1:]), baseline_metrics=(areas[0],), seeds=study.seeds,
-        verdict=verdict if study.judged else "recorded", config=to_json(study), paper=_FEATURES,
+        verdict=separation(found) if study.judged else "recorded", config=to_json(study), paper=_FEATURES,
         note="Features stand beside the standardised state. Judged by the interval over seeds.",
-    )  # fmt: skip
-
-
-def _pooled(name: str, values: Sequence[float]) -> Metric:
-    found = bootstrap_mean(values)
-    return Metric(
-        name=name, value=found.value, n=found.n, interval=(found.low, found.high), method=found.method,
-        higher_is_better=True,
     )  # fmt: skip
 
 
@@ -206,7 +187,7 @@ def draw(
         for place, (role, other) in enumerate(_SPECIALISTS.items()):
             shares = [cards[name, seed][role][MODEL] / cards[name, seed][role][other] for seed in study.seeds]
             x = place + 0.25 * (number - (len(names) - 1) / 2)
-            left.plot([x] * len(shares), shares, "o", color=_COLOURS[number], label=name if place == 0 else None)
+            left.plot([x] * len(shares), shares, "o", color=COLOURS[number], label=name if place == 0 else None)
     left.axhline(1, color="#888888", linewidth=1, linestyle="--")
     left.set(yscale="log", ylabel="model's error to its specialist's", title="one model in each role")
     left.set_xticks(range(len(_SPECIALISTS)), list(_SPECIALISTS))
@@ -214,7 +195,7 @@ def draw(
     players = list(dict.fromkeys(name for name, _ in plays.hopper))
     for row, name in enumerate(players):
         means = [float(np.mean(returns[plays.hopper[name, seed]])) for seed in study.seeds]
-        middle.plot(means, [row] * len(means), "o", color=_COLOURS[0 if name == "MTM" else 6])
+        middle.plot(means, [row] * len(means), "o", color=COLOURS[0 if name == "MTM" else 6])
         middle.plot([float(np.mean(means))], [row], "|", color="black", markersize=14)
     middle.set_yticks(range(len(players)), players)
     middle.invert_yaxis()
@@ -222,13 +203,10 @@ def draw(
     for number, kind in enumerate(KINDS):
         mine = [curve for curve in curves if curve.kind == kind]
         for curve in mine:
-            right.plot(curve.steps, curve.returns, color=_COLOURS[number], alpha=0.3, linewidth=1)
-        right.plot(mine[0].steps, np.mean([c.returns for c in mine], 0), color=_COLOURS[number], label=kind)
+            right.plot(curve.steps, curve.returns, color=COLOURS[number], alpha=0.3, linewidth=1)
+        right.plot(mine[0].steps, np.mean([c.returns for c in mine], 0), color=COLOURS[number], label=kind)
     right.set(xlabel="steps", ylabel="return", title="TD3 on cartpole-swingup")
     right.legend(frameon=False)
     for axes in (left, middle, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-    with atomic_path(out / "mtm.png") as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+        tidy(axes)
+    save_figure(out / "mtm.png", figure)

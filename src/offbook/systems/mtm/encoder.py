@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from offbook.errors import ConfigError, needs_extra
+from offbook.learning.masked_model import MaskedTrajectoryModel
 from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import STATE
-from offbook.systems.mtm.model import MaskedTrajectoryModel
 
 with needs_extra("rl"):
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -34,7 +34,7 @@ class StateFeatures(BaseFeaturesExtractor):
 
     Example:
         >>> from stable_baselines3 import TD3
-        >>> from offbook.systems.mtm.model import Modality, Sizes
+        >>> from offbook.learning.masked_model import Modality, Sizes
         >>> model = MaskedTrajectoryModel([Modality(name="state", size=3)], Sizes(length=2, dim=16, heads=2))
         >>> policy = {"features_extractor_class": StateFeatures, "features_extractor_kwargs": {"model": model}}
         >>> TD3("MlpPolicy", "Pendulum-v1", policy_kwargs=policy).actor.features_dim

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -16,17 +15,17 @@ from offbook.client.protocol import Policy, PolicyMeta
 from offbook.data.splits import draw_split, read_splits, write_splits
 from offbook.data.store import EpisodeStore
 from offbook.evaluate.rollout import evaluate_policy
-from offbook.learning.hindsight_training import HindsightConfig, train_hindsight
-from offbook.learning.offline import OfflineConfig, train_offline
+from offbook.learning import arms
+from offbook.learning.hindsight_training import HindsightConfig
+from offbook.learning.masked_roles import RolePolicy
+from offbook.learning.masked_training import MtmConfig, train_mtm, trajectories
+from offbook.learning.offline import OfflineConfig
 from offbook.learning.specialists import Specialist, SpecialistConfig, SpecialistPolicy, train_specialist
 from offbook.learning.trajectories import Trajectories
-from offbook.runs.directory import RunDirectory, write_atomic
-from offbook.runs.parallel import run_parallel
+from offbook.runs.directory import RunDirectory, kept
+from offbook.runs.parallel import run_all
 from offbook.systems.mtm.card import role_card
-from offbook.systems.mtm.roles import RolePolicy
-from offbook.systems.mtm.train import MtmConfig, train_mtm, trajectories
 
-R = TypeVar("R")
 Config = MtmConfig | SpecialistConfig | OfflineConfig | HindsightConfig
 
 
@@ -52,13 +51,11 @@ class Arm:
 
     def fit(self) -> RolePolicy | Specialist | Policy:
         """Trains it, or goes on with that, or gives what is there."""
+        if isinstance(self.config, OfflineConfig | HindsightConfig):
+            return arms.Arm(store=self.store, config=self.config, folder=self.folder).fit()
         run = RunDirectory.create(self.folder, self.config, resume=True)
         if isinstance(self.config, SpecialistConfig):
             return train_specialist(self.data(), self.config, run, resume=True)
-        if isinstance(self.config, OfflineConfig):
-            return train_offline(EpisodeStore.open(self.store), self.config, run, resume=True)
-        if isinstance(self.config, HindsightConfig):
-            return train_hindsight(EpisodeStore.open(self.store), self.config, run, resume=True)
         return train_mtm(EpisodeStore.open(self.store), self.config, run, resume=True)
 
     def policy(self, role: str = "", target: float = 1.0) -> Policy:
@@ -75,25 +72,6 @@ class Arm:
         goal = low + target * (high - low) if found.config.role == "rcbc" else None
         meta = PolicyMeta(name=self.folder.name, observation=data.observation, action=data.action)
         return SpecialistPolicy(found, meta, goal)
-
-
-def _fit(arm: Arm) -> None:
-    arm.fit()
-
-
-def fit_all(arms: Sequence[Arm], jobs: int) -> None:
-    """Trains all of them, several at a time."""
-    for _ in run_parallel(_fit, arms, jobs=jobs, label="training"):
-        pass
-
-
-def kept(path: Path, make: Callable[[], R]) -> R:
-    """A result as JSON types: from its file, or made and written there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(make()) + "\n")
-    found: R = json.loads(path.read_bytes())
-    return found
 
 
 def errors(arm: Arm, others: Mapping[str, Arm]) -> dict[str, dict[str, float]]:
@@ -146,8 +124,7 @@ def _returns(play: Play) -> list[float]:
 
 def play_all(plays: Sequence[Play], jobs: int) -> dict[Play, list[float]]:
     """The returns of all of them, several policies at a time."""
-    found = run_parallel(_returns, plays, jobs=jobs, label="playing")
-    return dict(zip(plays, found, strict=True))
+    return run_all(_returns, plays, jobs=jobs, label="playing")
 
 
 def split(store: EpisodeStore) -> None:

@@ -10,8 +10,8 @@ from offbook.learning.fit import FitConfig
 from offbook.learning.hindsight_presets import decision_transformer
 from offbook.learning.hindsight_presets import tiny as tiny_transformer
 from offbook.learning.hindsight_training import HindsightConfig
-from offbook.systems.mtm.model import Sizes
-from offbook.systems.mtm.train import MtmConfig
+from offbook.learning.masked_model import Sizes
+from offbook.learning.masked_training import MtmConfig
 
 
 def smoke_model() -> MtmConfig:

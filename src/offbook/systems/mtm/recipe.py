@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from offbook.data.store import EpisodeStore
+from offbook.learning.arms import fit_all
 from offbook.learning.datasets import generate
 from offbook.learning.hindsight_training import HindsightConfig
+from offbook.learning.masked_training import MtmConfig
 from offbook.learning.offline import OfflineConfig
 from offbook.learning.specialists import SpecialistConfig
 from offbook.runs.directory import RunDirectory
 from offbook.runs.ledger import Claim, Dataset
 from offbook.systems.mtm import claims
 from offbook.systems.mtm.agents import learning_curves
-from offbook.systems.mtm.experiments import Arm, Play, errors, fit_all, play_all, split, without_actions
+from offbook.systems.mtm.experiments import Arm, Play, errors, play_all, split, without_actions
 from offbook.systems.mtm.presets import MtmStudy
-from offbook.systems.mtm.train import MtmConfig
 
 MAZE, HOPPER = "pointmaze-mixed", "hopper-replay"
 

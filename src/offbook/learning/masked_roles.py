@@ -14,12 +14,12 @@ from torch import Tensor
 
 from offbook.client.protocol import Observation, PolicyMeta
 from offbook.errors import CheckpointError, ConfigError, nearest
+from offbook.learning.masked_model import MaskedTrajectoryModel
+from offbook.learning.masked_patterns import Shape, Visible, at_step
 from offbook.learning.memory import Memory
 from offbook.learning.policies import check_meta, load_policy
 from offbook.learning.trajectories import ACTION, RETURN, STATE
 from offbook.runs.checkpoint import save_checkpoint
-from offbook.systems.mtm.model import MaskedTrajectoryModel
-from offbook.systems.mtm.patterns import Shape, Visible, at_step
 
 KIND = "mtm"
 

@@ -15,13 +15,13 @@ from offbook.data.returns import ReturnSpec
 from offbook.data.store import EpisodeStore
 from offbook.errors import check_settings
 from offbook.learning.fit import FitConfig, fit
+from offbook.learning.masked_model import MaskedTrajectoryModel, Modality, Residual, Sizes, masked_loss
+from offbook.learning.masked_patterns import FRACTIONS, PATTERNS, WEIGHTS, Shape, draw
+from offbook.learning.masked_roles import RolePolicy, chosen_role
 from offbook.learning.trajectories import ACTION, STATE, Statistics, Trajectories
 from offbook.runs.config import to_json
 from offbook.runs.directory import RunDirectory
 from offbook.runs.seeding import generator, torch_generator
-from offbook.systems.mtm.model import MaskedTrajectoryModel, Modality, Residual, Sizes, masked_loss
-from offbook.systems.mtm.patterns import FRACTIONS, PATTERNS, WEIGHTS, Shape, draw
-from offbook.systems.mtm.roles import RolePolicy, chosen_role
 
 # Held-out windows that a validation looks at.
 _VALIDATION = 1024
@@ -41,7 +41,7 @@ class MtmConfig:
         tokens: one token for the numbers of a step, or bins: one for each number, told as one of `bins` classes.
         bins: classes of a number, where it is told so.
         returns: which return to go a step has; None for none.
-        patterns: what is hidden in training; each batch draws one of them. See `offbook.systems.mtm.patterns`.
+        patterns: what is hidden in training; each batch draws one of them. See `offbook.learning.masked_patterns`.
         fractions: shares of visible tokens, of which random patterns draw one for each modality.
         mask_scope: draw a mask for each sample, or one for the whole batch as the authors do.
         loss_on: tokens that count: all of them, as the authors have it, or those that are hidden.

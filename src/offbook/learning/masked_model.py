@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offbook.errors import ConfigError, check_settings
+from offbook.learning.masked_patterns import Visible
 from offbook.learning.networks import INPUT_LIMIT, standard
 from offbook.learning.trajectories import STATE
 from offbook.models.blockwise import Backbone, BackboneConfig, Full, Segments
-from offbook.systems.mtm.patterns import Visible
 
 Kind = Literal["continuous", "bins", "index"]
 Residual = Literal["forward_fill", "none"]

@@ -1,0 +1,272 @@
+"""What was measured, as claims beside their limits, as a table and as a picture."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from offbook.errors import needs_extra
+from offbook.evaluate.claims import as_metric, over_seeds
+from offbook.evaluate.figures import COLOURS, save_figure, tidy
+from offbook.evaluate.rollout import Evaluation
+from offbook.evaluate.stats import Interval, bootstrap_mean, bounded_mean, paired_bootstrap, student_mean
+from offbook.runs.config import to_json
+from offbook.runs.ledger import Claim, Dataset, Metric, Paper, Verdict
+from offbook.systems.toto.presets import TotoStudy
+
+Key = tuple[str, str, str, int]
+"""Task, representation, policy, seed of the training. Of an anchor: its name twice, and 0."""
+Found = Mapping[tuple[Key, str], Evaluation]
+
+ANCHORS = ("expert", "random actions")
+OWN = "end to end"
+PLAIN = "BC, H=1"
+
+_AXES = Paper(value="generalisation to unseen objects, positions and lighting is tested", table="abstract")
+# Fixed beforehand: the four policies of the paper, cloning with chunks as on its robots.
+_JUDGED = ("VINN", "IQL", "DT")
+
+
+def _scores(
+    study: TotoStudy, found: Found, task: str, representation: str, policy: str, split: str
+) -> Float64[np.ndarray, "seeds episodes"]:
+    """Fractions of the material in the right place, of each training and each episode."""
+    return np.stack([found[(task, representation, policy, seed), split].values("score") for seed in study.seeds])
+
+
+def _anchor(study: TotoStudy, found: Found, task: str, name: str, split: str) -> Float64[np.ndarray, " episodes"]:
+    return found[(task, name, name, 0), split].values("score")
+
+
+def _seen(study: TotoStudy, found: Found, task: str, representation: str, policy: str) -> Metric:
+    means = _scores(study, found, task, representation, policy, study.splits[0]).mean(1)
+    return over_seeds(f"{policy}, {representation}", means)
+
+
+def _policies(found: Found, task: str, representation: str) -> list[str]:
+    return list(dict.fromkeys(key[2] for key, _ in found if key[:2] == (task, representation)))
+
+
+def anchors(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
+    """Whether the task can be done, and not by chance."""
+    scores = {name: _anchor(study, found, task, name, study.splits[0]) for name in ANCHORS}
+    gap = paired_bootstrap(*scores.values())
+    metrics = [as_metric("expert less random actions", gap)]
+    metrics += [as_metric(name, bounded_mean(of, 0.0, 1.0)) for name, of in scores.items()]
+    verdict: Verdict = "met" if gap.value >= 0.85 else "missed"
+    return _claim(
+        study, f"on {task} the expert's score is 0.85 or more above that of random actions", metrics, [], verdict, data,
+        None, "Judged by the mean difference.",
+    )  # fmt: skip
+
+
+def cloning(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
+    """What cloning reaches on arrangements like those that were recorded, on any representation."""
+    tried = {
+        (representation, policy): _seen(study, found, task, representation, policy)
+        for representation in (*study.representations, OWN)
+        for policy in _policies(found, task, representation)
+    }
+    cloned = {key: metric for key, metric in tried.items() if key[1].startswith("BC")}
+    best = max(cloned, key=lambda key: cloned[key].value)
+    chance = _anchor(study, found, task, ANCHORS[1], study.splits[0])
+    gain = paired_bootstrap(_scores(study, found, task, *best, study.splits[0]).mean(0), chance)
+    name = cloned[best].name
+    verdict: Verdict = "met" if cloned[best].value >= 0.6 and gain.low > 0 else "missed"
+    return _claim(
+        study, f"on {task}, seen arrangements, the best of {len(cloned)} ways to clone scores 0.6 or more, and above "
+        "random actions", [*cloned.values(), as_metric(f"{name}, less random actions", gain)],
+        [metric for key, metric in tried.items() if key not in cloned], verdict, data, None,
+        f"The best is {name}: the highest of {len(cloned)} means over seeds. The difference is of the same episodes.",
+    )  # fmt: skip
+
+
+def policies(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
+    """What each policy is worth beside cloning one action at a time, on the same features and episodes."""
+    names = _policies(found, task, study.main)
+    scores = {name: _scores(study, found, task, study.main, name, study.splits[0]) for name in names}
+    gains = {name: paired_bootstrap(of.mean(0), scores[PLAIN].mean(0)) for name, of in scores.items() if name != PLAIN}
+    success = [over_seeds(f"success, {name}", (of > 0).mean(1)) for name, of in scores.items()]
+    return _claim(
+        study, f"on {task}, seen arrangements, {study.main} features: what policies score beside {PLAIN}",
+        [as_metric(f"{name} less {PLAIN}", gain) for name, gain in gains.items()],
+        [_seen(study, found, task, study.main, PLAIN), *success], "recorded", data, None,
+        "Differences of the same episode, averaged over the trainings' seeds; intervals over episodes. Success is a "
+        "score above 0.",
+    )  # fmt: skip
+
+
+def drops(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
+    """What is lost where things are new, on one representation."""
+    judged = (f"BC, H={study.cloning.chunk}", *_JUDGED)
+    gaps = {
+        (policy, split): _gap(study, found, task, policy, split)
+        for policy in _policies(found, task, study.main)
+        for split in study.splits[1:]
+    }
+    last = study.splits[-1]
+    lost = [policy for policy in judged if gaps[policy, last].low > 0]
+    metrics = [as_metric(f"{policy}, seen less {split}", gap, higher=False) for (policy, split), gap in gaps.items()]
+    verdict: Verdict = "reproduced" if len(lost) >= 3 else "contradicted"
+    return _claim(
+        study, f"on {task} policies on {study.main} features lose where all is new: 3 of {', '.join(judged)} or more",
+        metrics, [_seen(study, found, task, study.main, policy) for policy in _policies(found, task, study.main)],
+        verdict, data, _AXES,
+        f"It is so for {', '.join(lost) or 'none'}: the interval of seen less {last} is above 0. Differences of the "
+        "same episode, averaged over the trainings' seeds; intervals over episodes.",
+    )  # fmt: skip
+
+
+def _gap(study: TotoStudy, found: Found, task: str, policy: str, split: str) -> Interval:
+    seen, new = (_scores(study, found, task, study.main, policy, each).mean(0) for each in (study.splits[0], split))
+    return paired_bootstrap(seen, new)
+
+
+def seeing(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
+    """Whether features learnt in the domain are worth more than untrained ones, over all policies on features."""
+    policies = _policies(found, task, "random")
+
+    def mean(representation: str) -> Float64[np.ndarray, " episodes"]:
+        split = study.splits[0]
+        every = [_scores(study, found, task, representation, policy, split).mean(0) for policy in policies]
+        return np.asarray(np.mean(every, 0))
+
+    gains = {name: paired_bootstrap(mean(name), mean("random")) for name in study.representations if name != "random"}
+    learnt = [gains[name] for name in ("byol", "moco")]
+    verdict: Verdict = "not separated"
+    if all(gain.low > 0 for gain in learnt):
+        verdict = "reproduced"
+    elif any(gain.high < 0 for gain in learnt):
+        verdict = "contradicted"
+    metrics = [as_metric(f"{name} less random", gain) for name, gain in gains.items()]
+    means = [as_metric(f"mean of policies, {name}", bootstrap_mean(mean(name))) for name in study.representations]
+    return _claim(
+        study, f"on {task}, seen arrangements, policies score higher on BYOL's and on MoCo's features than on those of "
+        "an untrained network", metrics, means, verdict, data, None,
+        f"Mean over {', '.join(policies)} and the trainings' seeds; intervals over episodes, paired.",
+    )  # fmt: skip
+
+
+def _claim(
+    study: TotoStudy, text: str, metrics: Sequence[Metric], baseline: Sequence[Metric], verdict: Verdict, data: Dataset,
+    paper: Paper | None, note: str,
+) -> Claim:  # fmt: skip
+    return Claim(
+        system="toto", claim=text, metrics=tuple(metrics), baseline_metrics=tuple(baseline), seeds=study.seeds,
+        verdict=verdict if study.judged else "recorded", config=to_json(study), paper=paper, data=(data,), note=note,
+    )  # fmt: skip
+
+
+def table(study: TotoStudy, found: Found) -> str:
+    """Mean scores as Markdown: by policy and representation, and by policy and split, with 95% intervals.
+
+    They are over the trainings' seeds, cut to what a score can be; an anchor's are over episodes.
+    """
+    lines = []
+    for task in study.tasks:
+        columns = (*study.representations, OWN)
+        lines += [
+            f"## {task}",
+            "",
+            f"Seen arrangements, {study.trials} episodes, by representation.",
+            "",
+            *_head(columns),
+        ]
+        for policy in _policies(found, task, study.main):
+            cells = [_cell(study, found, task, representation, policy, study.splits[0]) for representation in columns]
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
+        lines += ["", f"On {study.main} features, {study.trials} episodes a split, by what is new.", ""]
+        lines += _head(study.splits)
+        rows = [(study.main, policy) for policy in _policies(found, task, study.main)]
+        for representation, policy in [*rows, *((name, name) for name in ANCHORS)]:
+            cells = [_cell(study, found, task, representation, policy, split) for split in study.splits]
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [f"| policy | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+
+
+def _cell(study: TotoStudy, found: Found, task: str, representation: str, policy: str, split: str) -> str:
+    mean = _mean(study, found, task, representation, policy, split)
+    if mean is None:
+        return ""
+    ends = f" [{mean.low:.2f}, {mean.high:.2f}]" if np.isfinite(mean.low) else ""
+    return f"{mean.value:.2f}{ends}"
+
+
+def _mean(study: TotoStudy, found: Found, task: str, representation: str, policy: str, split: str) -> Interval | None:
+    """The mean score with its interval, or None where it was not played."""
+    if representation in ANCHORS:
+        return bounded_mean(_anchor(study, found, task, policy, split), 0.0, 1.0)
+    if ((task, representation, policy, study.seeds[0]), split) not in found:
+        return None
+    mean = student_mean(_scores(study, found, task, representation, policy, split).mean(1))
+    # A single training tells of no interval.
+    return mean if mean.n == 1 else replace(mean, low=max(mean.low, 0.0), high=min(mean.high, 1.0))
+
+
+def draw(study: TotoStudy, path: Path, found: Found) -> None:
+    """Draws for each task the scores by policy and representation as a field of numbers, and by split as dots."""
+    with needs_extra("models"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(13, 1.2 + 4.4 * len(study.tasks)), layout="constrained")
+    panels = figure.subplots(len(study.tasks), 2, squeeze=False)
+    for (left, right), task in zip(panels, study.tasks, strict=True):
+        _draw_field(study, left, found, task)
+        _draw_splits(study, right, found, task)
+    handles, labels = panels[0, 1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=9)
+    counted = f"{study.trials} episodes, {len(study.seeds)} trainings"
+    figure.suptitle(f"mean score, 0 to 1: {counted}, with 95% interval over them", fontsize=11)
+    save_figure(path, figure)
+
+
+def _draw_field(study: TotoStudy, axes: Any, found: Found, task: str) -> None:
+    columns, rows = (*study.representations, OWN), _policies(found, task, study.main)
+    means = [[_mean(study, found, task, column, row, study.splits[0]) for column in columns] for row in rows]
+    values = np.array([[np.nan if mean is None else mean.value for mean in row] for row in means])
+    # A little room above 1 keeps the darkest cells light enough to read.
+    axes.imshow(values, vmin=0, vmax=1.25, cmap="Blues", aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        colour = "white" if value > 0.75 else "#222222"
+        shown = f"{value:.2f}" if np.isfinite(value) else "-"
+        axes.text(column, row, shown, ha="center", va="center", color=colour, fontsize=10)
+    for edge in range(1, max(values.shape)):
+        axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+        axes.axvline(edge - 0.5, color="white", linewidth=1.5)
+    axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"{task}, seen arrangements, by representation", fontsize=10)
+
+
+def _draw_splits(study: TotoStudy, axes: Any, found: Found, task: str) -> None:
+    rows: list[tuple[str, str]] = [(study.main, policy) for policy in _policies(found, task, study.main)]
+    rows += [(name, name) for name in ANCHORS]
+    for place, (split, mark) in enumerate(zip(study.splits, itertools.cycle("osD^v"))):
+        colour, beside = COLOURS[place % len(COLOURS)], 0.7 * ((place + 0.5) / len(study.splits) - 0.5)
+        for row, (representation, policy) in enumerate(rows):
+            mean = _mean(study, found, task, representation, policy, split)
+            if mean is None:
+                continue
+            label = split if row == 0 else None
+            axes.plot([mean.low, mean.high], [row + beside] * 2, color=colour, linewidth=1.2, alpha=0.5)
+            axes.plot([mean.value], [row + beside], mark, color=colour, markersize=5, label=label)
+    axes.axhline(len(rows) - len(ANCHORS) - 0.5, color="#bbbbbb", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [policy for _, policy in rows])
+    axes.set(xlim=(-0.02, 1.02), ylim=(len(rows) - 0.5, -0.5))
+    tidy(axes, "x")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(f"{task}, on {study.main} features, by what is new", fontsize=10)
