@@ -61,8 +61,8 @@ def test_joint_distances_are_those_of_all_pairs(name, route):
     wanted, apart = oracle(states, values, k)
     found = knn.joint_nearest(states, values, k, route=route)
     np.testing.assert_allclose(found.distance, wanted, rtol=1e-6)
-    np.testing.assert_allclose(np.take_along_axis(apart, found.index.numpy(), 1), wanted, rtol=1e-6)
-    assert all(len(set(row)) == k for row in found.index.tolist())
+    np.testing.assert_allclose(np.take_along_axis(apart, found.which.numpy(), 1), wanted, rtol=1e-6)
+    assert all(len(set(row)) == k for row in found.which.tolist())
 
 
 def test_a_product_that_rounds_too_much_hides_nothing(monkeypatch):
@@ -85,7 +85,7 @@ def test_duplicates_are_at_no_distance_at_all():
     states = torch.randn(40, 64, generator=rng)[torch.arange(512) % 40] * 10
     found = knn.joint_nearest(states, torch.zeros(512), 3)
     assert (found.distance == 0).all()
-    assert (found.index != torch.arange(512)[:, None]).all()
+    assert (found.which != torch.arange(512)[:, None]).all()
 
 
 def test_without_values_and_with_other_points():
@@ -94,7 +94,7 @@ def test_without_values_and_with_other_points():
     wanted, numbers = KDTree(points.double().numpy()).query(queries.double().numpy(), 4)
     found = knn.joint_nearest(queries, None, 4, reference=(points, None))
     np.testing.assert_allclose(found.distance, wanted, rtol=1e-6)
-    assert (found.index.numpy() == numbers).all()
+    assert (found.which.numpy() == numbers).all()
     valued = knn.joint_nearest(queries, torch.zeros(70, 1), 4, reference=(points, torch.full((900,), 9.0)))
     assert (valued.distance == 9).all()
     half = knn.joint_nearest(points.half(), None, 2).distance

@@ -12,9 +12,10 @@ from offbook.errors import ConfigError, DataError
 
 _BLOCK = 65_536
 
-# Of the joint search: queries at a time, whose distances stay in a processor's cache; columns that share a minimum;
-# candidates beyond k; points that are searched without a product; and from how many on windows can pay.
-_ROWS, _GROUP, _MORE, _FEW, _MANY = 128, 16, 4, 256, 2_048
+# Of the joint search: queries at a time, and of how many distances at most, so that they stay in a processor's cache;
+# columns that share a minimum; candidates beyond k; points that are searched without a product; and from how many on
+# windows can pay.
+_ROWS, _TILE, _GROUP, _MORE, _FEW, _MANY = 128, 2**21, 16, 4, 256, 2_048
 
 
 @torch.no_grad()
@@ -60,11 +61,11 @@ class Neighbours(NamedTuple):
 
     Attributes:
         distance: of the k nearest.
-        index: their numbers among the points; of several that are as far as the k-th, which ones is left open.
+        which: their numbers among the points; of several that are as far as the k-th, which ones is left open.
     """
 
     distance: Float[Tensor, "queries k"]
-    index: Int64[Tensor, "queries k"]
+    which: Int64[Tensor, "queries k"]
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def joint_nearest(
 
     Example:
         >>> near = joint_nearest(torch.tensor([[0.0], [0.1], [0.2]]), torch.tensor([0.0, 5.0, 1.0]), 1)
-        >>> near.distance[:, 0].tolist(), near.index[:, 0].tolist()
+        >>> near.distance[:, 0].tolist(), near.which[:, 0].tolist()
         ([1.0, 4.0, 1.0], [2, 2, 0])
 
     Source: the distance, Kraskov et al., "Estimating mutual information" (2004), section II.
@@ -122,7 +123,7 @@ def joint_nearest(
     queries, search = _Queries(states, values, itself), _Search(points, of_points, k)
     if valued and (route == "window" or (route == "auto" and _is_narrow(queries, search))):
         return _by_value(queries, search)
-    found = [search.nearest(queries.take(rows)) for rows in _rows(len(states))]
+    found = [search.nearest(queries.take(rows)) for rows in _rows(len(states), len(points))]
     return Neighbours(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
@@ -227,7 +228,7 @@ def _by_value(queries: _Queries, search: _Search) -> Neighbours:
     distance = queries.states.new_empty(len(turn), search.k)
     index = order.new_empty(len(turn), search.k)
     around = 2 * _ROWS + search.k
-    for rows in _rows(len(turn)):
+    for rows in _rows(len(turn), len(order)):
         block = queries.take(turn[rows])
         block = block._replace(itself=place[block.itself])
         low, high = torch.searchsorted(ordered.values, block.values[[0, -1]]).tolist()
@@ -238,7 +239,7 @@ def _by_value(queries: _Queries, search: _Search) -> Neighbours:
         low = int(torch.searchsorted(ordered.values, edges[0] - hair))
         high = int(torch.searchsorted(ordered.values, edges[1] + hair, right=True))
         near = ordered.nearest(block, low, high)
-        distance[turn[rows]], index[turn[rows]] = near.distance, order[near.index]
+        distance[turn[rows]], index[turn[rows]] = near.distance, order[near.which]
     return Neighbours(distance, index)
 
 
@@ -254,8 +255,10 @@ def _is_narrow(queries: _Queries, search: _Search) -> bool:
     return float(inside.double().mean()) + 5 * _ROWS < 0.5 * count
 
 
-def _rows(count: int) -> list[slice]:
-    return [slice(start, start + _ROWS) for start in range(0, count, _ROWS)]
+def _rows(count: int, points: int) -> list[slice]:
+    """Blocks of queries, each to be measured against so many points."""
+    size = max(1, min(_ROWS, _TILE // points))
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def _leave_out(tile: Tensor, itself: Tensor, low: int) -> None:
@@ -317,7 +320,7 @@ def count_states_within(
         [0, 2, 0]
     """
     counts = []
-    for rows in _rows(len(states)):
+    for rows in _rows(len(states), len(states)):
         apart = torch.cdist(states[rows], states, compute_mode="donot_use_mm_for_euclid_dist")
         reach = _strictly(radius[rows])
         counts.append((apart < reach[:, None]).sum(1) - (reach > 0).long())
