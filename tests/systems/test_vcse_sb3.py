@@ -11,10 +11,10 @@ from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import IdentityEnv
+from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
 
 from offbook.errors import ConfigError
-from offbook.systems.vcse import RND, VCSE, StateEntropy
+from offbook.systems.vcse import RND, VCSE, StateEntropy, sb3
 from offbook.systems.vcse.bonus import Bonus
 from offbook.systems.vcse.explorer import CriticSettings, Explorer
 from offbook.systems.vcse.sb3 import _tensors, encoder_for, explore
@@ -191,6 +191,18 @@ def test_observations_of_every_kind_have_features():
     features = encoder_for(space)(_tensors(stacked, space, torch.device("cpu")))
     assert features.shape == (6, 64 + 4 + 3 + 10)
     explore(A2C, VCSE(2), beta=0.1)("MlpPolicy", IdentityEnv(dim=4), n_steps=8, device="cpu").learn(16)
+    algorithm = explore(A2C, StateEntropy(2), beta=0.1)
+    mixed = algorithm("MultiInputPolicy", SimpleMultiObsEnv(), n_steps=8, device="cpu").learn(8)
+    assert mixed.explorer.critic[0].in_features == 64 + 5  # of a picture, and of a vector
+
+
+def test_a_rollout_is_encoded_in_parts(monkeypatch):
+    returns = []
+    for at_a_time in (1_024, 3):
+        monkeypatch.setattr(sb3, "_STATES", at_a_time)
+        model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
+        returns.append(model.learn(8).rollout_buffer.returns)
+    np.testing.assert_allclose(returns[0], returns[1], rtol=1e-5)
 
 
 def test_wrong_use_is_told_in_a_sentence():

@@ -38,6 +38,9 @@ Propagate = Literal["gae", "step"]
 
 _DEFAULT = CriticSettings()
 
+# Of a rollout, so many are encoded at a time: pictures are small as bytes, and not as features.
+_STATES = 1_024
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Setting:
@@ -121,6 +124,12 @@ def _tensors(observations: Any, space: spaces.Space[Any], device: torch.device) 
     else:
         found = torch.as_tensor(observations).reshape(-1, *shape).to(device)
     return preprocess_obs(found, space, normalize_images=False)
+
+
+def _of(observations: Any, steps: slice) -> Any:
+    if isinstance(observations, dict):
+        return {name: one[steps] for name, one in observations.items()}
+    return observations[steps]
 
 
 class _Exploring(BaseAlgorithm):
@@ -248,7 +257,12 @@ class _Rollout:
         steps, agents = me.rewards.shape
         rewards = torch.as_tensor(np.stack(self.rewards_of_task), dtype=torch.float32, device=device)
         ended = np.concatenate([me.episode_starts[1:], np.asarray(dones, np.float32)[None]])
-        features = self.explorer.features(_tensors(me.observations, space, device)).view(steps, agents, -1)
+        some = max(1, _STATES // agents)
+        parts = [
+            self.explorer.features(_tensors(_of(me.observations, slice(start, start + some)), space, device))
+            for start in range(0, steps, some)
+        ]
+        features = torch.cat(parts).view(steps, agents, -1)
         after = self.explorer.features(_tensors(self.latest, space, device))
         for step, number, seen in self.cut:
             value = self.explorer.value(self.explorer.features(_tensors(seen, space, device)))
