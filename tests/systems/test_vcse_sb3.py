@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
 
-from offbook.errors import ConfigError
+from offbook.errors import ConfigError, DataError
 from offbook.systems.vcse import RND, VCSE, StateEntropy, sb3
 from offbook.systems.vcse.bonus import Bonus
 from offbook.systems.vcse.explorer import CriticSettings, Explorer
@@ -172,6 +172,15 @@ def test_a_bonus_that_drowns_the_task_is_remarked_upon():
         explorer.transitions(x, x, torch.ones(4), torch.ones(4))
     with pytest.warns(RuntimeWarning, match=r"over 90% .* with beta = 0.02 it would be a half"):
         explorer.transitions(x, x, torch.ones(4), torch.ones(4))
+
+
+def test_a_critic_that_diverged_is_told_with_the_step():
+    model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
+    model.learn(16)
+    model.explorer.critic[2].bias.data.fill_(torch.nan)
+    said = "bonus VCSE, environment step 24: expected finite numbers, got values that are not"
+    with pytest.raises(DataError, match=said):
+        model.learn(16, reset_num_timesteps=False)
 
 
 def test_observations_of_every_kind_have_features():

@@ -15,7 +15,7 @@ _BLOCK = 65_536
 # Of the joint search: queries at a time, and of how many distances at most, so that they stay in a processor's cache;
 # columns that share a minimum; candidates beyond k; points that are searched without a product; and from how many on
 # windows can pay.
-_ROWS, _TILE, _GROUP, _MORE, _FEW, _MANY = 128, 2**21, 16, 4, 256, 2_048
+_ROWS, _TILE, _GROUP, _MORE, _FEW, _MANY = 128, 2**21, 16, 4, 128, 2_048
 
 
 @torch.no_grad()

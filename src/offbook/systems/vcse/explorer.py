@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from offbook.errors import check_settings
+from offbook.errors import DataError, check_settings
 from offbook.systems.vcse.bonus import Bonus
 
 # A bonus that makes up more than this share of what the agent is paid, in so many updates on end, is remarked upon.
@@ -177,7 +177,11 @@ class Explorer(nn.Module):
 
     def _bonus(self, features: Tensor, values: Tensor, rewards: Tensor) -> Tensor:
         began = time.perf_counter()
-        bonus: Tensor = self.bonus(features, values)
+        try:
+            bonus: Tensor = self.bonus(features, values)
+        except DataError as error:
+            where = f"{error.where}, environment step {self.step}"
+            raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
         spent = time.perf_counter() - began
         paid, of_task = self.weight() * float(bonus.abs().mean()), float(rewards.abs().mean())
         self.report = {
