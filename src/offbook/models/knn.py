@@ -123,8 +123,11 @@ def joint_nearest(
     queries, search = _Queries(states, values, itself), _Search(points, of_points, k)
     if valued and (route == "window" or (route == "auto" and _is_narrow(queries, search))):
         return _by_value(queries, search)
-    found = [search.nearest(queries.take(rows)) for rows in _rows(len(states), len(points))]
-    return Neighbours(*(torch.cat(part) for part in zip(*found, strict=True)))
+    found = Neighbours(states.new_empty(len(states), k), itself.new_empty(len(states), k))
+    for rows in _rows(len(states), len(points)):
+        # Nothing of a block is kept, for small tensors between large ones that come and go would scatter the memory.
+        found.distance[rows], found.which[rows] = search.nearest(queries.take(rows))
+    return found
 
 
 def _checked(name: str, states: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -225,8 +228,7 @@ def _by_value(queries: _Queries, search: _Search) -> Neighbours:
     # Where each point has gone; the last entry is for queries that are none of the points.
     place = order.new_full((len(order) + 1,), -1)
     place[order] = torch.arange(len(order), device=order.device)
-    distance = queries.states.new_empty(len(turn), search.k)
-    index = order.new_empty(len(turn), search.k)
+    found = Neighbours(queries.states.new_empty(len(turn), search.k), order.new_empty(len(turn), search.k))
     around = 2 * _ROWS + search.k
     for rows in _rows(len(turn), len(order)):
         block = queries.take(turn[rows])
@@ -239,8 +241,8 @@ def _by_value(queries: _Queries, search: _Search) -> Neighbours:
         low = int(torch.searchsorted(ordered.values, edges[0] - hair))
         high = int(torch.searchsorted(ordered.values, edges[1] + hair, right=True))
         near = ordered.nearest(block, low, high)
-        distance[turn[rows]], index[turn[rows]] = near.distance, order[near.which]
-    return Neighbours(distance, index)
+        found.distance[turn[rows]], found.which[turn[rows]] = near.distance, order[near.which]
+    return found
 
 
 def _is_narrow(queries: _Queries, search: _Search) -> bool:
