@@ -79,7 +79,7 @@ def joint_nearest(
 ) -> Neighbours:
     r"""The k nearest of many points that have a state and a value, where a neighbour must be near in both.
 
-    $$D_{ij} = \max(\lVert s_i - s_j \rVert_2,\ |v_i - v_j|)$$
+    $$D_{ij} = \max(\lVert s_i - s_j \rVert_2,\ \lvert v_i - v_j \rvert)$$
 
     Exact: candidates come from one matrix product for each block of queries and are measured anew from their
     differences; a row for which rounding could have hidden a nearer point is searched again without the product.
