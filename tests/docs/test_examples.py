@@ -13,6 +13,7 @@ RUNS = {
     "blockwise_in_torch.py": (["3"], "goes on with"),
     "masked_roles.py": ([], "an agent sees"),
     "trying_again.py": ([], "success in last trial"),
+    "explore_in_sb3.py": ([], "after 2560 steps the bonus weighs 0.018"),
 }
 
 

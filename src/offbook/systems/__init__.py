@@ -86,6 +86,8 @@ SYSTEMS: dict[str, System] = {
         authors="Kim, Shin, Abbeel, Seo",
         venue="NeurIPS 2023",
         arxiv="2305.19476",
+        status="in progress: estimator, bonuses, Stable-Baselines3 and TorchRL",
+        commands=("offbook explore check", "offbook explore bench"),
     ),
     "dpok": System(
         title="Reinforcement fine-tuning of image generators (DPOK)",

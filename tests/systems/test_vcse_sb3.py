@@ -1,0 +1,223 @@
+"""Exploration in Stable-Baselines3: the same agent without a weight, and a bonus that arrives where it trains."""
+
+from copy import deepcopy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
+
+from offbook.errors import ConfigError, DataError
+from offbook.systems.vcse import RND, VCSE, StateEntropy, sb3
+from offbook.systems.vcse.bonus import Bonus
+from offbook.systems.vcse.explorer import CriticSettings, Explorer
+from offbook.systems.vcse.sb3 import _tensors, encoder_for, explore
+from offbook.systems.vcse.scaling import Linear
+
+SMALL = {"policy_kwargs": {"net_arch": [8]}, "device": "cpu", "seed": 3}
+KINDS = {
+    PPO: {"n_steps": 16, "batch_size": 16, "n_epochs": 2, **SMALL},
+    A2C: {"n_steps": 8, **SMALL},
+    SAC: {"learning_starts": 20, "batch_size": 16, "buffer_size": 200, **SMALL},
+    DQN: {"learning_starts": 20, "batch_size": 16, "buffer_size": 200, "train_freq": 1, **SMALL},
+}
+STEPS = {PPO: 64, A2C: 64, SAC: 40, DQN: 60}
+
+
+class Constant(Bonus):
+    """Pays the same for every state."""
+
+    def __init__(self, paid):
+        super().__init__("none", "raise")
+        self.paid = paid
+
+    def novelty(self, features, values):
+        return torch.full_like(values, self.paid)
+
+
+def made(kind, algorithm=None, **more):
+    world = "Pendulum-v1" if kind is SAC else "CartPole-v1"
+    # Stable-Baselines3 writes into what it is given.
+    return (algorithm or kind)("MlpPolicy", world, **deepcopy({**KINDS[kind], **more}))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_without_a_weight_it_is_the_same_agent_to_the_last_bit(kind):
+    plain = made(kind).learn(STEPS[kind])
+    other = made(kind, explore(kind, VCSE(k=3), beta=0)).learn(STEPS[kind])
+    assert other.explorer.updates > 0
+    for name, weight in plain.policy.state_dict().items():
+        assert torch.equal(weight, other.policy.state_dict()[name]), name
+
+
+class Seen(BaseCallback):
+    """The first rollout, as the agent trains on it."""
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        buffer = self.model.rollout_buffer
+        self.returns = getattr(self, "returns", buffer.returns.copy())
+        self.starts = getattr(self, "starts", buffer.episode_starts.copy())
+
+
+@pytest.mark.parametrize("kind", [PPO, A2C], ids=["PPO", "A2C"])
+@pytest.mark.parametrize("propagate", ["gae", "step"])
+def test_the_returns_that_it_trains_on_have_the_bonus(kind, propagate):
+    seen = []
+    for algorithm in (kind, explore(kind, Constant(2.0), beta=0.25, propagate=propagate)):
+        seen.append(Seen())
+        made(kind, algorithm, n_steps=32).learn(32, callback=seen[-1])
+    gain = seen[1].returns - seen[0].returns
+    wanted, ahead = np.zeros_like(gain), 0.0
+    decay = 0.99 * (0.95 if kind is PPO else 1.0)
+    for t in reversed(range(32)):
+        ends = t == 31 or seen[0].starts[t + 1, 0]
+        ahead = 0.5 + (0.0 if ends else decay * ahead)
+        wanted[t] = ahead if propagate == "gae" else 0.5
+    assert seen[0].starts[1:].sum() > 0
+    np.testing.assert_allclose(gain, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [SAC, DQN], ids=["SAC", "DQN"])
+def test_sampled_rewards_have_the_bonus_and_stored_ones_do_not(kind, tmp_path):
+    model = made(kind, explore(kind, StateEntropy(3, scaling="none"), beta=0.5)).learn(30)
+    buffer = model.replay_buffer
+    stored = buffer.rewards.copy()
+    np.random.seed(0)  # noqa: NPY002 - what Stable-Baselines3 draws from
+    batch = buffer.sample(16)
+    np.random.seed(0)  # noqa: NPY002
+    plain = super(type(buffer).__mro__[1], buffer).sample(16)
+    bonus = StateEntropy(3, scaling="none")(plain.observations)
+    torch.testing.assert_close(batch.rewards, plain.rewards + 0.5 * bonus[:, None])
+    assert (buffer.rewards == stored).all()
+    # On disk it is an ordinary buffer; loaded, it has the bonus again.
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    np.random.seed(0)  # noqa: NPY002
+    torch.testing.assert_close(model.replay_buffer.sample(16).rewards, batch.rewards)
+
+
+def test_the_critic_of_the_task_looks_beyond_a_cut_but_not_beyond_an_end(monkeypatch):
+    given = []
+    rollout = Explorer.rollout
+    monkeypatch.setattr(Explorer, "rollout", lambda self, *of: given.append(of) or rollout(self, *of))
+    env = make_vec_env("CartPole-v1", 2, seed=0, wrapper_class=gym.wrappers.TimeLimit,
+                       wrapper_kwargs={"max_episode_steps": 18})  # fmt: skip
+    model = explore(A2C, Constant(1.0), beta=1.0)("MlpPolicy", env, **deepcopy({**KINDS[A2C], "n_steps": 80}))
+    model.explorer.critic[2].bias.data.fill_(100.0)
+    before = model.explorer.value(torch.zeros(1, 4))
+    model.learn(160)
+    _, _, rewards, ended = given[0]
+    # The pole falls now and then before the time is over.
+    cut = rewards > 50
+    assert 0 < cut.sum() < ended.sum()
+    assert (ended[cut] == 1).all()
+    assert (rewards[~cut] == 1).all()
+    assert (rewards[cut] - 1 - 0.99 * before).abs().max() < 1
+
+
+def test_the_critic_learns_what_the_task_pays():
+    settings = CriticSettings(learning_rate=0.03, tau=0.1)
+    made = {"size": 1, "beta": 1.0, "gamma": 0.5, "settings": settings, "seed": 0}
+    for rollout in (True, False):
+        explorer = Explorer(Constant(0.0), torch.nn.Identity(), **made)
+        x = torch.linspace(-1, 1, 40)[:, None]
+        for _ in range(300):
+            if rollout:
+                explorer.rollout(x.view(4, 10, 1), x[:10], x.view(4, 10), torch.ones(4, 10))
+            else:
+                explorer.transitions(x, x, x[:, 0], torch.full((40,), 0.5))
+        wanted = x[:, 0] if rollout else 2 * x[:, 0]
+        assert (explorer.value(x) - wanted).abs().max() < 0.2
+
+
+def test_a_saved_model_goes_on_as_it_was(tmp_path):
+    kind = explore(A2C, RND(4, width=8), beta=Linear(start=1.0, end=0.0, steps=100))
+    model = made(A2C, kind).learn(40)
+    model.save(tmp_path / "model.zip")
+    again = kind.load(tmp_path / "model.zip", env=model.get_env(), device="cpu")
+    assert again.explorer.updates == model.explorer.updates > 0
+    x = torch.randn(8, 2, 4, generator=torch.Generator().manual_seed(0))
+    rest = x[0], torch.ones(8, 2), torch.zeros(8, 2)
+    for _ in range(3):
+        assert torch.equal(model.explorer.rollout(x, *rest), again.explorer.rollout(x, *rest))
+        assert torch.equal(model.explorer.value(x), again.explorer.value(x))
+    assert again.learn(16, reset_num_timesteps=False).explorer.weight() == pytest.approx(1 - 56 / 100)
+
+
+def test_what_is_logged():
+    model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
+    model.learn(16, log_interval=10)
+    logged = {name for name in model.logger.name_to_value if name.startswith("explore/")}
+    names = "beta bonus_mean bonus_std reward_mean bonus_share zero_share skipped milliseconds critic_loss"
+    assert logged == {f"explore/{name}" for name in names.split()}
+    assert model.logger.name_to_value["explore/reward_mean"] == 1
+
+
+def test_a_bonus_that_drowns_the_task_is_remarked_upon():
+    explorer = Explorer(Constant(50.0), torch.nn.Identity(), size=1, beta=1.0, gamma=0.9,
+                        settings=CriticSettings(), seed=0)  # fmt: skip
+    x = torch.zeros(4, 1)
+    for _ in range(12):
+        explorer.transitions(x, x, torch.zeros(4), torch.ones(4))  # a task that has not paid yet is no comparison
+    for _ in range(9):
+        explorer.transitions(x, x, torch.ones(4), torch.ones(4))
+    with pytest.warns(RuntimeWarning, match=r"over 90% .* with beta = 0.02 it would be a half"):
+        explorer.transitions(x, x, torch.ones(4), torch.ones(4))
+
+
+def test_a_critic_that_diverged_is_told_with_the_step():
+    model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
+    model.learn(16)
+    model.explorer.critic[2].bias.data.fill_(torch.nan)
+    said = "bonus VCSE, environment step 24: expected finite numbers, got values that are not"
+    with pytest.raises(DataError, match=said):
+        model.learn(16, reset_num_timesteps=False)
+
+
+def test_observations_of_every_kind_have_features():
+    space = spaces.Dict(
+        {
+            "picture": spaces.Box(0, 255, (7, 7, 3), np.uint8),
+            "kind": spaces.Discrete(4),
+            "many": spaces.MultiBinary(3),
+            "vector": spaces.Box(-1, 1, (2, 5)),
+        }
+    )
+    space.seed(0)
+    one = [space.sample() for _ in range(6)]
+    stacked = {
+        name: np.stack([np.asarray(seen[name]).reshape(space[name].shape or (1,)) for seen in one]) for name in space
+    }
+    features = encoder_for(space)(_tensors(stacked, space, torch.device("cpu")))
+    assert features.shape == (6, 64 + 4 + 3 + 10)
+    explore(A2C, VCSE(2), beta=0.1)("MlpPolicy", IdentityEnv(dim=4), n_steps=8, device="cpu").learn(16)
+    algorithm = explore(A2C, StateEntropy(2), beta=0.1)
+    mixed = algorithm("MultiInputPolicy", SimpleMultiObsEnv(), n_steps=8, device="cpu").learn(8)
+    assert mixed.explorer.critic[0].in_features == 64 + 5  # of a picture, and of a vector
+
+
+def test_a_rollout_is_encoded_in_parts(monkeypatch):
+    returns = []
+    for at_a_time in (1_024, 3):
+        monkeypatch.setattr(sb3, "_STATES", at_a_time)
+        model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
+        returns.append(model.learn(8).rollout_buffer.returns)
+    np.testing.assert_allclose(returns[0], returns[1], rtol=1e-5)
+
+
+def test_wrong_use_is_told_in_a_sentence():
+    with pytest.raises(ConfigError, match="propagate: expected gae or step, got 'both'"):
+        explore(A2C, VCSE(2), beta=0.1, propagate="both")
+    with pytest.raises(ConfigError, match="on-policy or off-policy one, got BaseAlgorithm"):
+        explore(BaseAlgorithm, VCSE(2), beta=0.1)
+    with pytest.raises(ConfigError, match="critic batch: expected 2 or more"):
+        CriticSettings(batch=1)
