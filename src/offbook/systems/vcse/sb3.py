@@ -141,7 +141,7 @@ class _Exploring(BaseAlgorithm):
     def _setup_model(self) -> None:
         cast("Any", super())._setup_model()
         setting, space = self.setting, self.observation_space
-        encoder = deepcopy(setting.encoder) or encoder_for(space, setting.seed)
+        encoder = encoder_for(space, setting.seed) if setting.encoder is None else deepcopy(setting.encoder)
         shape: Any = get_obs_shape(space)
         one = (
             {name: np.zeros((1, *of)) for name, of in shape.items()}
