@@ -46,6 +46,12 @@ def test_two_jobs_give_the_same_in_the_same_order() -> None:
     assert os.getpid() not in {process for _, process in results}
 
 
+def test_workers_follow_to_the_folder_of_the_caller(tmp_path, monkeypatch) -> None:
+    list(run_parallel(square, range(2), jobs=2))
+    monkeypatch.chdir(tmp_path)
+    assert set(run_parallel(os.path.abspath, ["a", "b"], jobs=2)) == {str(tmp_path / "a"), str(tmp_path / "b")}
+
+
 def test_error_of_a_worker_keeps_its_kind_and_words() -> None:
     with pytest.raises(DataError, match="item 2: expected another, got two; leave it out") as caught:
         list(run_parallel(fail_on_two, range(4), jobs=2))

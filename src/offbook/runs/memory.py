@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -59,6 +60,16 @@ class Resident:
     def grown(self) -> int:
         """Bytes."""
         return _status("VmHWM") - self._before
+
+
+def peak() -> int:
+    """Bytes that were resident in this process at its peak.
+
+    On Linux since its program began: what `getrusage` tells there counts the process that it was started from too.
+    """
+    if Path("/proc/self/status").exists():
+        return _status("VmHWM")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _status(name: str) -> int:

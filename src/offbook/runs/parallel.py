@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypeVar
 
 from offbook.errors import ConfigError, OffbookError, needs_extra
@@ -75,13 +76,19 @@ def _results(
             # Threads of several processes on few cores wait for one another.
             with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
                 parallel = joblib.Parallel(n_jobs=jobs, return_as="generator")
-                yield from parallel(joblib.delayed(function)(item) for item in items)
+                yield from parallel(joblib.delayed(_here)(Path.cwd(), function, item) for item in items)
         else:
             with _ray(jobs, address), joblib.parallel_config(backend="ray"):
                 yield from joblib.Parallel(n_jobs=jobs)(joblib.delayed(function)(item) for item in items)
     except TerminatedWorkerError as error:
         got = "a worker process that was killed, of lack of memory as a rule"
         raise OffbookError("parallel work", expected="workers that live", got=got, fix="lower --jobs") from error
+
+
+def _here(folder: Path, function: Callable[[T], R], item: T) -> R:
+    """Calls it where the caller is: a worker outlives calls, and stands where the first of them was made."""
+    os.chdir(folder)
+    return function(item)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from torch import Tensor
 from offbook.models.entropy import conditional_entropy
 from offbook.runs.benchmark import timed
 from offbook.runs.config import from_json, to_json
-from offbook.runs.memory import run_alone
+from offbook.runs.memory import peak, run_alone
 from offbook.runs.seeding import torch_generator
 from offbook.systems.vcse.bonus import value_conditional_state_entropy
 
@@ -165,7 +164,7 @@ def _alone(large: Large) -> Taken:
     began = time.process_time()
     value_conditional_state_entropy(states, values, large.k)
     spent = time.process_time() - began
-    return Taken(bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds=spent)
+    return Taken(bytes=peak(), seconds=spent)
 
 
 if __name__ == "__main__":
