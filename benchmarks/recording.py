@@ -20,14 +20,13 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 
 from offbook.data.schema import FieldSpec, Schema
 from offbook.data.store import EpisodeStore
 from offbook.data.writer import Writer
-from offbook.runs.benchmark import Options, median_metric
+from offbook.runs.benchmark import Options, median_metric, quantile_metric
 from offbook.runs.ledger import Claim, Metric, Verdict
 from offbook.runs.progress import track
 from offbook.runs.seeding import generator
@@ -106,22 +105,6 @@ def turn(writer: Writer | None, rows: list[Row], random: np.random.Generator, in
         writer.flush()
 
 
-def quantile(name: str, values: list[float], share: float) -> Metric:
-    """A quantile, with the interval between the order statistics that hold it in 95 % of cases."""
-    ordered, n = np.sort(values), len(values)
-    spread = NormalDist().inv_cdf(0.975) * np.sqrt(n * share * (1 - share))
-    low, here, high = (int(np.clip(round(n * share + d), 1, n)) - 1 for d in (-spread, 0, spread))
-    return Metric(
-        name=name,
-        value=float(ordered[here]),
-        n=n,
-        interval=(float(ordered[low]), float(ordered[high])),
-        method="order statistics",
-        unit="s",
-        higher_is_better=False,
-    )
-
-
 def excess(name: str, kept: list[list[float]], nothing: list[list[float]], seed: int) -> Metric:
     """The 99th percentile of one loop above that of another that took turns with it."""
     random, sides = generator(seed, "excess"), (np.array(kept), np.array(nothing))
@@ -182,12 +165,17 @@ def run(options: Options) -> list[Claim]:
             for video in (False, True)
         ]
     nothing = measured.pop("nothing kept")
-    calls = [quantile(f"99th percentile of calls, {kind}", of.calls, 0.99) for kind, of in measured.items()]
-    cost = [quantile(f"the same, processor time, {kind}", of.processor, 0.99) for kind, of in measured.items()]
+    calls = [
+        quantile_metric(f"99th percentile of calls, {kind}", of.calls, 0.99, unit="s") for kind, of in measured.items()
+    ]
+    cost = [
+        quantile_metric(f"the same, processor time, {kind}", of.processor, 0.99, unit="s")
+        for kind, of in measured.items()
+    ]
     work = [excess(f"excess, {kind}", of.work, nothing.work, options.seed) for kind, of in measured.items()]
     late = [excess(f"excess, {kind}", of.late, nothing.late, options.seed) for kind, of in measured.items()]
     usual = [
-        quantile(f"99th percentile, {kind}", np.ravel(of).tolist(), 0.99)
+        quantile_metric(f"99th percentile, {kind}", np.ravel(of).tolist(), 0.99, unit="s")
         for kind, of in (("work, nothing kept", nothing.work), ("delay, nothing kept", nothing.late))
     ]
     limit = f"{LIMIT * 1000:g} ms"

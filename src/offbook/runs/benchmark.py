@@ -98,3 +98,24 @@ def median_metric(name: str, samples: Sequence[float], *, unit: str = "", higher
         unit=unit,
         higher_is_better=higher_is_better,
     )
+
+
+def quantile_metric(name: str, samples: Sequence[float], share: float, *, unit: str = "") -> Metric:
+    """A quantile, the less the better, with the interval between the order statistics that hold it in 95 % of cases.
+
+    Args:
+        name: of the metric.
+        samples: independent measurements.
+        share: of them that are at most the quantile, in (0, 1).
+        unit: of the values.
+
+    Example:
+        >>> quantile_metric("slowest twentieth", [float(ms) for ms in range(1, 101)], 0.95).interval
+        (91.0, 99.0)
+    """
+    ordered, n = sorted(samples), len(samples)
+    spread = statistics.NormalDist().inv_cdf(0.975) * math.sqrt(n * share * (1 - share))
+    low, here, high = (ordered[min(max(round(n * share + d), 1), n) - 1] for d in (-spread, 0.0, spread))
+    return Metric(
+        name=name, value=here, n=n, interval=(low, high), method="order statistics", unit=unit, higher_is_better=False,
+    )  # fmt: skip
