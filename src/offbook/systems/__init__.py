@@ -88,7 +88,7 @@ SYSTEMS: dict[str, System] = {
         arxiv="2305.19476",
         status="in progress: estimator, bonuses, Stable-Baselines3 and TorchRL, reproduction",
         recipe="offbook.systems.vcse.recipe:run",
-        commands=("offbook explore check", "offbook explore bench", "offbook reproduce vcse"),
+        commands=("offbook explore check", "offbook explore bench", "offbook explore record", "offbook reproduce vcse"),
     ),
     "dpok": System(
         title="Reinforcement fine-tuning of image generators (DPOK)",
