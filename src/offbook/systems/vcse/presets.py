@@ -57,7 +57,7 @@ class VcseStudy:
 
     tasks: tuple[Task, ...] = (
         # Whole rollouts of 128 states between looks.
-        grid("Empty-8x8", steps=102_400),
+        grid("Empty-8x8", steps=51_200),
         grid("SimpleCrossingS9N1", steps=307_200),
         grid("DoorKey-6x6", steps=512_000),
         control("pendulum-swingup", steps=20_000),

@@ -114,9 +114,9 @@ def record_exploration(
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     store = record_exploration("gym:Pendulum-v1", 400, f"{folder}/swings")
+        ...     store = record_exploration("gym:Pendulum-v1", 200, f"{folder}/swings")
         ...     len(store), store.steps, "reward" in store.episode(0).fields
-        (2, 400, False)
+        (1, 200, False)
     """
     _check(steps, bonus, with_reward, beta)
     settings = {"physics": True} if env_id.startswith("dmc:") else {}
