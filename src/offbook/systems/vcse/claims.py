@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -93,24 +94,34 @@ def table(study: VcseStudy, curves: Curves) -> str:
 
 
 def draw(study: VcseStudy, path: Path, curves: Curves) -> None:
-    """Draws the curves of each task: thin for each seed, thick for their mean."""
+    """Draws the returns of each task, below them its successes where it knows any: thin for a seed, thick for all."""
     with needs_extra("models"):
         from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.9 * len(study.tasks), 3.8), layout="constrained")
-    for axes, of in zip(figure.subplots(1, len(study.tasks), squeeze=False)[0], study.tasks, strict=True):
-        for colour, arm in zip(COLOURS, ARMS, strict=False):
-            mine = [life for life in curves if (life.task, life.arm) == (of, arm)]
-            for life in mine:
-                axes.plot(life.steps, curves[life].returns, color=colour, alpha=0.25, linewidth=0.8)
-            mean = np.mean([curves[life].returns for life in mine], axis=0)
-            front = 3 if arm == OURS else 2
-            axes.plot(mine[0].steps, mean, color=colour, linewidth=2, label=arm, zorder=front)
-        axes.set(title=f"{of.short}, {of.algorithm.upper()}", xlabel="steps", ylabel="return")
-        axes.xaxis.get_major_locator().set_params(nbins=5)
-        tidy(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure = Figure(figsize=(3.9 * len(study.tasks), 6.6), layout="constrained")
+    panels = figure.subplots(2, len(study.tasks), squeeze=False)
+    for (upper, lower), of in zip(panels.T, study.tasks, strict=True):
+        upper.set_title(f"{of.short}, {of.algorithm.upper()}")
+        _panel(upper, curves, of, "returns")
+        if _last(of) == "success":
+            _panel(lower, curves, of, "successes")
+        else:
+            lower.set_axis_off()
+    handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(ARMS), frameon=False)
     save_figure(path, figure)
+
+
+def _panel(axes: Any, curves: Curves, of: Task, measure: Literal["returns", "successes"]) -> None:
+    for colour, arm in zip(COLOURS, ARMS, strict=False):
+        found = {life: getattr(curve, measure) for life, curve in curves.items() if (life.task, life.arm) == (of, arm)}
+        steps = next(iter(found)).steps
+        for each in found.values():
+            axes.plot(steps, each, color=colour, alpha=0.25, linewidth=0.8)
+        mean = np.mean([*found.values()], axis=0)
+        axes.plot(steps, mean, color=colour, linewidth=2, label=arm, zorder=3 if arm == OURS else 2)
+    axes.set(xlabel="steps", ylabel="return" if measure == "returns" else "share of successes")
+    axes.xaxis.get_major_locator().set_params(nbins=5)
+    tidy(axes)
 
 
 def _values(curves: Curves, of: Task, arm: str, measure: Callable[[Curve], float]) -> list[float]:

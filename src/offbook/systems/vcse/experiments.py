@@ -45,7 +45,7 @@ class Life:
         """From its file, or lived."""
         name = f"{self.arm.replace(' ', '-')}-{self.seed}.json"
         found = kept(self.out / self.task.short / name, self._live)
-        return Curve(**{name: tuple(values) for name, values in found.items()})
+        return Curve(**{measure: tuple(values) for measure, values in found.items()})
 
     def _live(self) -> dict[str, list[float]]:
         mine = agent(self.task, self.arm, self.seed)
