@@ -1,10 +1,14 @@
-"""`offbook explore`: whether the estimator of exploration bonuses is right on this machine, and what a bonus costs."""
+"""`offbook explore`: is the estimator of bonuses right on this machine, what does one cost, what does it lead to?"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import median
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import tyro
+
+from offbook.cli.data import described
 from offbook.cli.report import Report, table
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.progress import track
@@ -104,6 +108,40 @@ def bench(
         text += f"\n\n{large:,} states: {taken.bytes / 2**20:,.0f} MiB in all, {taken.seconds:.1f} s."
         report |= {"large": {"points": large, "bytes": taken.bytes, "seconds": taken.seconds}}
     return Report(text=text, data=report)
+
+
+def record(
+    task: tyro.conf.Positional[str],
+    *,
+    out: Path,
+    steps: int = 100_000,
+    bonus: Literal["state-entropy", "rnd", "vcse"] = "state-entropy",
+    with_reward: bool = False,
+    beta: float = 1.0,
+    seed: int = 0,
+) -> Report:
+    """Lets an agent explore and records what it lives through: recordings without a task, for any task.
+
+    The agent is soft actor-critic with an exploration bonus, and learns from that alone. Worlds of the DeepMind control
+    suite are recorded with the state of their physics, so that offbook data reward can add the rewards of any task of
+    the same body. Interrupted, the same command ends with the same store.
+
+    Args:
+        task: with numbers as observations and continuous actions, such as dmc:walker-walk.
+        out: folder of the store.
+        steps: of the environment, at least; the last episode is finished.
+        bonus: what the agent explores by; vcse needs the reward.
+        with_reward: learn from the task's reward too, and keep it.
+        beta: weight of the bonus.
+        seed: of the agent and its worlds.
+
+    Examples:
+        offbook explore record dmc:walker-walk --out stores/explore
+        offbook explore record dmc:walker-walk --bonus vcse --with-reward --beta 0.1 --out stores/walk
+    """
+    with needs_extra("sim"):
+        from offbook.systems.vcse.recording import record_exploration
+    return described(record_exploration(task, steps, out, bonus=bonus, with_reward=with_reward, beta=beta, seed=seed))
 
 
 def _numbers(flag: str, text: str, kind: type[N]) -> list[N]:

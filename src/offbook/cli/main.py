@@ -74,6 +74,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "context check": ("offbook.cli.context:check", "audit blockwise layers against the equations"),
     "explore check": ("offbook.cli.explore:check", "compare estimates of entropy with closed forms"),
     "explore bench": ("offbook.cli.explore:bench", "measure an exploration bonus beside other ways to compute it"),
+    "explore record": ("offbook.cli.explore:record", "record what an exploring agent lives through"),
     "bench": ("offbook.cli.results:bench", "run a benchmark of benchmarks/"),
     "ledger render": ("offbook.cli.results:ledger_render", "write the tables of results from the ledger"),
     "ledger verify": ("offbook.cli.results:ledger_verify", "run the command of a ledger entry again and compare"),

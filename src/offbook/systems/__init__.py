@@ -86,8 +86,9 @@ SYSTEMS: dict[str, System] = {
         authors="Kim, Shin, Abbeel, Seo",
         venue="NeurIPS 2023",
         arxiv="2305.19476",
-        status="in progress: estimator, bonuses, Stable-Baselines3 and TorchRL",
-        commands=("offbook explore check", "offbook explore bench"),
+        status="in progress: estimator, bonuses, Stable-Baselines3 and TorchRL, reproduction",
+        recipe="offbook.systems.vcse.recipe:run",
+        commands=("offbook explore check", "offbook explore bench", "offbook explore record", "offbook reproduce vcse"),
     ),
     "dpok": System(
         title="Reinforcement fine-tuning of image generators (DPOK)",
