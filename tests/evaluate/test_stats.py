@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from offbook.errors import ConfigError
 from offbook.evaluate import stats
+from offbook.evaluate.claims import over_seeds, separation
 
 counts = st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
 
@@ -85,6 +86,26 @@ def test_pairing_removes_what_both_share():
     interval = stats.paired_bootstrap(better, worse)
     assert 0.9 < interval.low < interval.high < 1.1
     assert interval.n == 40
+
+
+def test_unpaired_differences_know_nothing_of_pairs():
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=40)
+    first, second = shared + 0.5 + 0.1 * rng.normal(size=40), shared
+    paired, apart = (of(first, second) for of in (stats.paired_bootstrap, stats.unpaired_bootstrap))
+    assert apart.value == pytest.approx(paired.value)
+    assert apart.n == 40
+    # The error of a difference of two means, by the normal law.
+    width = 2 * 2.0 * np.sqrt((first.var(ddof=1) + second.var(ddof=1)) / 40)
+    assert apart.high - apart.low == pytest.approx(width, rel=0.1)
+    assert paired.high - paired.low < 0.2 * width
+    with pytest.raises(ConfigError, match="40 and 39"):
+        stats.unpaired_bootstrap(first, second[1:])
+
+
+def test_one_seed_separates_nothing():
+    assert separation(over_seeds("gain", [1.0])) == "not separated"
+    assert separation(over_seeds("gain", [-1.0, -1.1, -0.9])) == "contradicted"
 
 
 def test_bootstrap_covers_near_its_level():

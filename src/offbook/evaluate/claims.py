@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from numpy.typing import ArrayLike
 
 from offbook.evaluate.stats import Interval, student_mean
@@ -35,11 +37,11 @@ def over_seeds(name: str, values: ArrayLike, *, higher: bool | None = True, unit
 
 
 def separation(metric: Metric) -> Verdict:
-    """Whether a difference that was claimed to be above 0 is, by its interval.
+    """Whether a difference that was claimed to be above 0 is, by its interval; without one nothing is separated.
 
     Example:
         >>> separation(over_seeds("gain", [1.0, 1.1, 0.9])), separation(over_seeds("gain", [1.0, -1.0, 0.5]))
         ('reproduced', 'not separated')
     """
-    low, high = metric.interval or (metric.value, metric.value)
+    low, high = metric.interval or (-math.inf, math.inf)
     return "reproduced" if low > 0 else "contradicted" if high < 0 else "not separated"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
 
@@ -336,6 +336,41 @@ def paired_bootstrap(
     return Interval(
         value=interval.value, low=interval.low, high=interval.high, n=interval.n, method=f"paired bootstrap {level:g}"
     )
+
+
+def unpaired_bootstrap(
+    first: Sequence[float] | NDArray[Any],
+    second: Sequence[float] | NDArray[Any],
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """The difference of two means, first - second, of unrelated episodes; the bootstrap resamples each by itself.
+
+    Args:
+        first: one number for each episode, shape (n,).
+        second: numbers of n other episodes.
+        seed: of the resampling.
+        resamples: number of bootstrap samples.
+        level: confidence level in (0, 1).
+
+    Raises:
+        ConfigError: the lengths differ, or a number is not finite.
+
+    Example:
+        >>> unpaired_bootstrap([1.0, 2.0, 3.0] * 3, [0.5, 1.5, 2.0] * 3).value
+        0.6666666666666667
+    """
+    if len(first) != len(second):
+        got, fix = f"{len(first)} and {len(second)}", "play as many episodes of each kind"
+        raise ConfigError("unpaired_bootstrap", expected="as many numbers of both", got=got, fix=fix)
+    both = _matrix(np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)], 1), "unpaired_bootstrap")
+    found = _resampled(
+        both, lambda x: x[:, :, 0].mean(1) - x[:, :, 1].mean(1), seed=seed, resamples=resamples, level=level,
+        method="unpaired bootstrap",
+    )  # fmt: skip
+    return replace(found, n=len(both))
 
 
 def _trimmed(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The nearest of many points, exactly: distances by one matrix product for each block of points."""
+"""The nearest of many points: distances by one matrix product for each block of points."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def nearest(
 ) -> tuple[Float[Tensor, "queries k"], Int64[Tensor, "queries k"]]:
     """The k nearest points of each query, the nearest first.
 
-    In the tens of dimensions and more that features have, no search tree looks at fewer points than all.
+    In the tens of dimensions and more that features have, no search tree looks at fewer points than all. For queries
+    among points that are centred, as standardised ones are: where they lie far from the origin beside their distances,
+    rounding chooses; `joint_nearest` is exact anywhere, and takes several times as long for a single query.
 
     Args:
         points: what is searched, at least k of them.

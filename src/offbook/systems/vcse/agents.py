@@ -76,7 +76,7 @@ def agent(task: Task, arm: str, seed: int) -> BaseAlgorithm:
     if task.algorithm == "a2c":
         worlds = make_vec_env(lambda: world(task), _WORLDS)
         algorithm = A2C if arm == PLAIN else explore(
-            A2C, _bonus(task, arm, _FEATURES), beta=task.beta, propagate="step", seed=seed
+            A2C, _bonus(task, arm, _FEATURES, seed), beta=task.beta, propagate="step", seed=seed
         )  # fmt: skip
         return algorithm(
             "CnnPolicy", worlds, seed=first, device="cpu", n_steps=8, learning_rate=1e-3, gae_lambda=0.95, gamma=0.99,
@@ -88,7 +88,7 @@ def agent(task: Task, arm: str, seed: int) -> BaseAlgorithm:
     body = world(task)
     size = gym.spaces.flatdim(body.observation_space)
     learner = SAC if arm == PLAIN else explore(
-        SAC, _bonus(task, arm, size), beta=task.beta, encoder=Identity(scale=1 / size), seed=seed
+        SAC, _bonus(task, arm, size, seed), beta=task.beta, encoder=Identity(scale=1 / size), seed=seed
     )  # fmt: skip
     return learner(
         "MlpPolicy", body, seed=first, device="cpu", learning_rate=1e-3, batch_size=128, ent_coef=0.001,
@@ -96,7 +96,8 @@ def agent(task: Task, arm: str, seed: int) -> BaseAlgorithm:
     )  # fmt: skip
 
 
-def _bonus(task: Task, arm: str, size: int) -> Bonus:
+def _bonus(task: Task, arm: str, size: int, seed: int) -> Bonus:
     if arm == ENTROPY:
-        return StateEntropy(task.k)
-    return RND(size) if arm == RANDOM else VCSE(task.k)
+        # As published: A2C's is divided by its deviation, SAC's by its mean.
+        return StateEntropy(task.k, scaling="std" if task.algorithm == "a2c" else "mean")
+    return RND(size, seed=seed) if arm == RANDOM else VCSE(task.k)

@@ -97,7 +97,7 @@ def _curve(life: Life) -> Curve:
 
 
 def play(mine: Any, worlds: Sequence[gym.Env[Any, Any]], *, sampled: bool) -> tuple[list[float], list[bool]]:
-    """One episode in each world, on seeds that are the same at every look at any agent and never trained on.
+    """One episode in each world, on seeds that are the same at every look at any agent and reset no training.
 
     Args:
         mine: an agent of Stable-Baselines3; its random numbers are where they were afterwards.
