@@ -1,10 +1,7 @@
 """Pictures to features: encoders as plain modules that take frames as they were recorded and give one vector for each.
 
-| kind | what it is |
-|---|---|
-| `pca` | the first principal components of the pixels |
-| `conv` | a small convolutional network: untrained, or trained on one's own frames |
-| `resnet`, `clip` | networks of others, read from local files; see `offbook.models.pretrained` |
+`pca` is the first principal components of the pixels; `conv` a small convolutional network, untrained or trained on
+one's own frames; `resnet` and `clip` are networks of others, read from local files, see `offbook.models.pretrained`.
 """
 
 from __future__ import annotations
