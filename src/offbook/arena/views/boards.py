@@ -106,9 +106,14 @@ def leaderboard(
     rows = _standings(session, split)
     if shown is not None:
         words, number = shown
-        on_sheet = sheet(searched(rows, words, *SEARCHED) if words else rows, number)[0]
+        on_sheet = sheet(searched(rows, words, *SEARCHED), number)[0]
         strips = _strips(session, [int(row["submission"]) for row in on_sheet])
-        rows = [row | {"trials": strips.get(int(row["submission"]), [])} for row in rows]
+        # A page shows fifty of what may be ten thousand rows: the others stay as they are remembered.
+        shown_trials = {row["submission"]: strips.get(int(row["submission"]), []) for row in on_sheet}
+        rows = [
+            row | {"trials": shown_trials[row["submission"]]} if row["submission"] in shown_trials else row
+            for row in rows
+        ]
     return {
         "benchmark": benchmark_view(session, benchmark),
         "split": split.name,

@@ -87,5 +87,7 @@ def sheet(rows: Sequence[Any], number: str | None) -> tuple[Sequence[Any], int, 
 
 
 def searched(rows: Sequence[Mapping[str, Any]], wanted: str | None, *keys: str) -> list[Mapping[str, Any]]:
-    """The rows in whose named fields every word of a search occurs."""
+    """The rows in whose named fields every word of a search occurs; all of them where nothing is searched for."""
+    if not wanted:
+        return list(rows)
     return [row for row in rows if words.matches(wanted, *(row.get(key) for key in keys))]
