@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
-from arena_server import Walker, network, running
+from arena_server import META, Walker, network, running
 
 from offbook.arena import jail, sandbox
 from offbook.arena.sandbox import SandboxedPolicy, prove
 from offbook.arena.worker import run_worker
+from offbook.client import wire
 from offbook.client.protocol import Observation
 from offbook.errors import CheckpointError, ConfigError, PolicyError
 
@@ -114,6 +116,12 @@ def test_without_bubblewrap_the_flag_is_refused_in_one_sentence(tmp_path: Path, 
     assert "install the system package bubblewrap" in outcome.stderr
 
 
+def says(message: dict) -> str:
+    """A program that sends one well-formed frame and stays."""
+    frame = msgpack.packb(message)
+    return f"os.write(1, {len(frame).to_bytes(4, 'big') + frame!r}); import time; time.sleep(60)"
+
+
 @pytest.mark.parametrize(
     ("script", "seconds", "named"),
     [
@@ -121,13 +129,33 @@ def test_without_bubblewrap_the_flag_is_refused_in_one_sentence(tmp_path: Path, 
         ("import time; time.sleep(60)", 0.5, "no answer in time"),
         ("os.write(1, b'\\xff' * 100); import time; time.sleep(60)", 30.0, "a process that ended"),
         ("os.write(1, (5).to_bytes(4, 'big') + b'\\xc1' * 5)", 30.0, "msgpack"),
+        (says(wire.error("bad_checkpoint", "boo")), 30.0, "JSONDecodeError"),
+        (says(wire.error("bad_checkpoint", '["two", "parts"]')), 30.0, "not enough values"),
+        (says(wire.error("bad_checkpoint", "7")), 30.0, "TypeError"),
+        (says(wire.ready("raw")), 30.0, "KeyError: 'meta'"),
+        (says(wire.ready("raw") | {"meta": {"name": "a"}}), 30.0, "a policy description"),
+        (says(wire.ready("raw") | {"meta": META.to_json() | {"chunk": float("inf")}}), 30.0, "a policy description"),
     ],
-    ids=["ends", "is silent", "begins an endless frame", "sends nonsense"],
+    ids=[
+        "ends",
+        "is silent",
+        "begins an endless frame",
+        "sends nonsense",
+        "errs in words",
+        "errs in two parts",
+        "errs in a number",
+        "is ready without a description",
+        "describes nothing",
+        "plans without end",
+    ],
 )
 def test_what_comes_out_of_the_jail_is_not_trusted(
     tmp_path: Path, monkeypatch, script: str, seconds: float, named: str
 ) -> None:
     fake(tmp_path, monkeypatch, script)
     monkeypatch.setattr(sandbox, "START_SECONDS", seconds)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **how: started.append(popen(*words, **how)) or started[-1])
     with pytest.raises(CheckpointError, match=named):
         SandboxedPolicy(network(tmp_path / "net.safetensors"))
+    assert started[-1].poll() is not None, "nothing of it stays behind"

@@ -127,11 +127,19 @@ class SandboxedPolicy:
             self.close()
             raise CheckpointError(self._where, expected="a policy that can be loaded", got=error.got,
                                   fix="save a smaller policy") from error  # fmt: skip
-        if answer["type"] == "error":
+        try:
+            if answer["type"] == "error":
+                expected, got, fix = (str(part) for part in json.loads(answer["message"]))
+                raise CheckpointError(str(path), expected=expected, got=got, fix=fix)
+            self.meta: PolicyMeta = PolicyMeta.from_json(answer["meta"])
+        except CheckpointError:
             self.close()
-            expected, got, fix = json.loads(answer["message"])
-            raise CheckpointError(str(path), expected=expected, got=got, fix=fix)
-        self.meta: PolicyMeta = PolicyMeta.from_json(answer["meta"])
+            raise
+        except (ValueError, TypeError, KeyError, ConfigError) as error:
+            self.close()
+            raise CheckpointError(self._where, expected="a policy's description, or why there is none",
+                                  got=f"{type(error).__name__}: {error}"[:200],
+                                  fix="save the policy again") from error  # fmt: skip
 
     @property
     def alive(self) -> bool:
