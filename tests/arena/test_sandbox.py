@@ -108,6 +108,16 @@ def test_a_sandbox_that_does_not_hold_is_refused(tmp_path: Path, monkeypatch, sc
         pass
 
 
+@pytest.mark.parametrize("place", ["/", "/dev"])
+def test_a_sandbox_with_a_path_that_can_be_written_to_is_refused(
+    bwrap: str, tmp_path: Path, monkeypatch, place
+) -> None:
+    script = f"at = sys.argv.index({place!r}, sys.argv.index('--dev') + 2) - 1\nassert sys.argv[at] == '--remount-ro'\n"
+    fake(tmp_path, monkeypatch, f"{script}os.execv({bwrap!r}, [{bwrap!r}, *sys.argv[1:at], *sys.argv[at + 2:]])")
+    with pytest.raises(ConfigError, match="lets out: write"):
+        prove()
+
+
 def test_without_bubblewrap_the_flag_is_refused_in_one_sentence(tmp_path: Path, monkeypatch, cli) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("OFFBOOK_TOKEN", "ob_x")

@@ -99,18 +99,22 @@ class RealRobot:
     def reset(self, scene: Mapping[str, Any] | None, seed: int) -> Observation:
         """Prepares the arm, waits for the attendant, and begins an episode; a real scene does not follow from a seed.
 
+        A stop from another thread holds here as it does later: the arm is halted, and no episode begins.
+
         Raises:
             NeedsHumanError: nobody has arranged the scene, or the arm waits for somebody.
-            RobotError: the arm failed.
+            RobotError: the arm failed, or it was stopped meanwhile.
         """
         self.stop("a new episode")
+        self._stopped, self._resting = "", False  # from here on the arm may move
         self._arm.prepare()
+        self._refuse_when_stopped()
         self.prompt = str((scene or {}).get("prompt", self._usual_prompt))
         self._attendant.arrange(self.prompt, scene)
+        self._refuse_when_stopped()
         self._steps, self._began = 0, time.monotonic()
         observation = self.observe()
         self._last = observation.state[0, self._posture]
-        self._stopped = ""
         return observation
 
     def observe(self) -> Observation:
