@@ -213,7 +213,7 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
         assert "Done: 4 trials" in second.stderr
         told = cli(["arena", "status", "1", *url]).stdout
         assert "score" in told
-        assert "ran in the order that was promised: " in told
+        assert "the order that was drawn is the one that was promised: " in told
         compared = cli(["arena", "submit", "random", "--against", "expert", "--benchmark", "reach", *url, "--json"])
         names = [(entry["name"], entry["rival"]["name"]) for entry in json.loads(compared.stdout)["entries"]]
         assert names == [("random", "expert"), ("expert", "random")]

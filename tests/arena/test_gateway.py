@@ -12,11 +12,14 @@ import msgpack
 import numpy as np
 import pytest
 from arena_server import META, Walker, dialled_in, running, until
+from sqlalchemy.exc import OperationalError
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from offbook.arena import gateway
 from offbook.arena.gateway import GoneError, Outbox
+from offbook.arena.seats import SeatBook
+from offbook.arena.tables import Seat
 from offbook.arena.worker import run_worker
 from offbook.client import wire
 from offbook.client.protocol import Observation
@@ -159,6 +162,62 @@ def test_the_newest_connection_of_a_submission_counts(arena) -> None:
         assert closed(first)[0] == 1008
         assert int(entry) in arena.gateway.connected()
     until(lambda: int(entry) not in arena.gateway.present())
+
+
+def test_a_seat_that_cannot_be_written_down_is_none(arena, monkeypatch) -> None:
+    entry = arena.submit("ada")
+
+    def away(book, submission: int) -> None:
+        raise OperationalError("INSERT INTO seats", {}, OSError("the database is away"))
+
+    with monkeypatch.context() as patched, dial(arena) as socket:
+        patched.setattr(SeatBook, "take", away)
+        socket.send(wire.encode(wire.hello(META, entry, "raw")))
+        assert closed(socket)[0] == 1011
+    until(lambda: int(entry) not in arena.gateway.present(), 5)
+    with dial(arena) as socket:
+        assert hello(socket, entry)["type"] == "ready"
+    until(lambda: not arena.gateway.present())
+
+
+def test_a_policy_that_comes_from_another_server_is_not_sent_away_before_it_is_written_down(arena, monkeypatch) -> None:
+    entry, take, renew, renewed = arena.submit("ada"), SeatBook.take, SeatBook.renew, []
+    take(SeatBook(arena.database, "http://other"), int(entry))
+
+    def slow(book, submission: int) -> None:
+        seen = len(renewed)
+        until(lambda: len(renewed) > seen + 1)
+        take(book, submission)
+
+    monkeypatch.setattr(gateway, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(SeatBook, "take", slow)
+    monkeypatch.setattr(SeatBook, "renew", lambda book, mine: renewed.append(mine) or renew(book, mine))
+    with dial(arena) as socket:
+        assert hello(socket, entry)["type"] == "ready"
+        with pytest.raises(TimeoutError):
+            socket.recv(timeout=1)
+    until(lambda: not arena.gateway.present())
+
+
+def test_a_policy_that_leaves_slowly_and_dials_again_stays_written_down(arena, monkeypatch) -> None:
+    entry, leave, leaving, left = arena.submit("ada"), SeatBook.leave, threading.Event(), threading.Event()
+
+    def slow(book, submission: int) -> None:
+        leaving.set()
+        time.sleep(0.5)
+        leave(book, submission)
+        left.set()
+
+    monkeypatch.setattr(SeatBook, "leave", slow)
+    with dial(arena) as socket:
+        assert hello(socket, entry)["type"] == "ready"
+    assert leaving.wait(10)
+    with dial(arena) as socket:
+        assert hello(socket, entry)["type"] == "ready"
+        assert left.wait(10)
+        with arena.database.read() as session:
+            assert session.get(Seat, int(entry)) is not None
+    until(lambda: not arena.gateway.present())
 
 
 def test_a_user_has_only_so_many_seats(arena) -> None:

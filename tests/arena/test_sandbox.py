@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
-from arena_server import Walker, network, running
+from arena_server import META, Walker, network, running
 
 from offbook.arena import jail, sandbox
 from offbook.arena.sandbox import SandboxedPolicy, prove
 from offbook.arena.worker import run_worker
+from offbook.client import wire
 from offbook.client.protocol import Observation
 from offbook.errors import CheckpointError, ConfigError, PolicyError
 
@@ -106,12 +108,28 @@ def test_a_sandbox_that_does_not_hold_is_refused(tmp_path: Path, monkeypatch, sc
         pass
 
 
+@pytest.mark.parametrize("place", ["/", "/dev"])
+def test_a_sandbox_with_a_path_that_can_be_written_to_is_refused(
+    bwrap: str, tmp_path: Path, monkeypatch, place
+) -> None:
+    script = f"at = sys.argv.index({place!r}, sys.argv.index('--dev') + 2) - 1\nassert sys.argv[at] == '--remount-ro'\n"
+    fake(tmp_path, monkeypatch, f"{script}os.execv({bwrap!r}, [{bwrap!r}, *sys.argv[1:at], *sys.argv[at + 2:]])")
+    with pytest.raises(ConfigError, match="lets out: write"):
+        prove()
+
+
 def test_without_bubblewrap_the_flag_is_refused_in_one_sentence(tmp_path: Path, monkeypatch, cli) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("OFFBOOK_TOKEN", "ob_x")
     outcome = cli(["arena", "worker", "--robot", "gym:Pendulum-v1", "--sandbox"])
     assert outcome.exit_code == 2
     assert "install the system package bubblewrap" in outcome.stderr
+
+
+def says(message: dict) -> str:
+    """A program that sends one well-formed frame and stays."""
+    frame = msgpack.packb(message)
+    return f"os.write(1, {len(frame).to_bytes(4, 'big') + frame!r}); import time; time.sleep(60)"
 
 
 @pytest.mark.parametrize(
@@ -121,13 +139,33 @@ def test_without_bubblewrap_the_flag_is_refused_in_one_sentence(tmp_path: Path, 
         ("import time; time.sleep(60)", 0.5, "no answer in time"),
         ("os.write(1, b'\\xff' * 100); import time; time.sleep(60)", 30.0, "a process that ended"),
         ("os.write(1, (5).to_bytes(4, 'big') + b'\\xc1' * 5)", 30.0, "msgpack"),
+        (says(wire.error("bad_checkpoint", "boo")), 30.0, "JSONDecodeError"),
+        (says(wire.error("bad_checkpoint", '["two", "parts"]')), 30.0, "not enough values"),
+        (says(wire.error("bad_checkpoint", "7")), 30.0, "TypeError"),
+        (says(wire.ready("raw")), 30.0, "KeyError: 'meta'"),
+        (says(wire.ready("raw") | {"meta": {"name": "a"}}), 30.0, "a policy description"),
+        (says(wire.ready("raw") | {"meta": META.to_json() | {"chunk": float("inf")}}), 30.0, "a policy description"),
     ],
-    ids=["ends", "is silent", "begins an endless frame", "sends nonsense"],
+    ids=[
+        "ends",
+        "is silent",
+        "begins an endless frame",
+        "sends nonsense",
+        "errs in words",
+        "errs in two parts",
+        "errs in a number",
+        "is ready without a description",
+        "describes nothing",
+        "plans without end",
+    ],
 )
 def test_what_comes_out_of_the_jail_is_not_trusted(
     tmp_path: Path, monkeypatch, script: str, seconds: float, named: str
 ) -> None:
     fake(tmp_path, monkeypatch, script)
     monkeypatch.setattr(sandbox, "START_SECONDS", seconds)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *words, **how: started.append(popen(*words, **how)) or started[-1])
     with pytest.raises(CheckpointError, match=named):
         SandboxedPolicy(network(tmp_path / "net.safetensors"))
+    assert started[-1].poll() is not None, "nothing of it stays behind"

@@ -12,7 +12,7 @@ import pytest
 from arena_world import BENCHMARK, DONE, lease, play, submit
 from sqlalchemy import func, inspect, select
 
-from offbook.arena import accounts, submissions, trials
+from offbook.arena import accounts, submissions, trials, verify
 from offbook.arena.backup import FENCE_STEP, back_up, restore
 from offbook.arena.database import Database
 from offbook.arena.service import Settings
@@ -127,6 +127,34 @@ def test_a_sound_store_is_said_to_be_sound_and_every_trouble_is_told_apart(arena
     # Sending the same file again heals it.
     assert store.put(b"x" * 500) == damaged
     assert verify_store(database, store).damaged == [short]
+
+
+def test_what_comes_while_the_store_is_verified_is_no_trouble(make_database, tmp_path: Path, monkeypatch) -> None:
+    database, store = make_database(), BlobStore(str(tmp_path / "store"))
+    with database.write() as session:
+        submissions.define_benchmark(session, BENCHMARK)
+    kept_files = verify.kept_files
+
+    def meanwhile(session):
+        rows = kept_files(session)
+        checkpoint = keep(database, store, b"a checkpoint", private=True)
+        with database.write() as other:
+            submit(other, kind="checkpoint", blob=checkpoint, trials=1)
+        return rows
+
+    monkeypatch.setattr(verify, "kept_files", meanwhile)
+    assert verify_store(database, store).dangling == []
+
+
+def test_a_store_that_goes_away_while_it_is_verified_is_not_said_to_be_damaged(arena, monkeypatch) -> None:
+    _, database, store = arena
+
+    def away(self, sha256: str):
+        raise RefusedError(503, "store", "the store", expected="an answer", got="none", fix="try again")
+
+    monkeypatch.setattr(BlobStore, "read", away)
+    with pytest.raises(RefusedError, match="the store: expected an answer"):
+        verify_store(database, store)
 
 
 def test_a_store_in_memory_is_verified_too(arena, tmp_path: Path) -> None:

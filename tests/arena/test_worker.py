@@ -7,6 +7,7 @@ import io
 import json
 import math
 import threading
+import time
 
 import httpx
 import numpy as np
@@ -23,7 +24,7 @@ from offbook.arena.worker import run_worker
 from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
 from offbook.client.submit import ArenaClient
 from offbook.data.clips import read_clip
-from offbook.errors import NeedsHumanError, SubmissionError
+from offbook.errors import NeedsHumanError, RobotError, SubmissionError
 from offbook.service.database import now
 
 pytestmark = pytest.mark.service
@@ -263,6 +264,37 @@ def test_a_stop_ends_the_trial_and_gives_it_back(arena) -> None:
     assert "signal to stop" in trial["fault"]
     with arena.client("root") as client:
         client.cancel(entry)
+
+
+@pytest.mark.faults
+def test_an_operators_stop_reaches_a_robot_on_its_way_to_the_start(arena) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random")
+    moving, halted, seconds = threading.Event(), threading.Event(), []
+
+    class Slow(Walker):
+        def reset(self, scene, seed):
+            moving.set()
+            assert halted.wait(20), "nobody has stopped the robot"
+            raise RobotError("arm", expected="an episode that runs", got=self.stops[0][1], fix="reset the robot")
+
+        def stop(self, reason: str) -> None:
+            super().stop(reason)
+            halted.set()
+
+    robot, stop = Slow(), threading.Event()
+    thread = threading.Thread(target=lambda: work(arena, robot, name="slow-arm", stop=stop))
+    thread.start()
+    assert moving.wait(15)
+    began = time.monotonic()
+    with arena.client("root") as client:
+        client.request("POST", "/v1/robots/slow-arm/stop")
+        assert halted.wait(15)
+        seconds.append(time.monotonic() - began)
+        stop.set()
+        thread.join(15)
+        client.cancel(entry)
+    assert robot.stops[0][1] == "a stop by its operator"
+    assert seconds[0] < 4, "with the next heartbeat, and not when the watchdog's 10 s are over"
 
 
 def test_a_lease_that_was_lost_stops_the_robot_and_drops_what_was_done(arena) -> None:

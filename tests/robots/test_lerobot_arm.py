@@ -75,6 +75,24 @@ def test_speeds_are_shown_beside_the_posture_that_limits_count_from(cell):
     np.testing.assert_allclose(state, [*fake_lerobot.RECORDED[0], 0.5, 0.5, 0.5, *fake_lerobot.RECORDED[0]], atol=1e-5)
 
 
+def test_a_stop_on_the_way_to_the_start_ends_it_there(cell):
+    robot, device = cell(start=dict(zip(fake_lerobot.MOTORS, [80.0, 80.0, 80.0], strict=True)), rate_hz=100)
+    send = device.send_action
+
+    def stopped_after_five(action):
+        done = send(action)
+        if len(device.sent) == 5:
+            robot.stop("a stop by its operator")
+        return done
+
+    device.send_action = stopped_after_five
+    with pytest.raises(RobotError, match="a stop by its operator"):
+        robot.reset(None, 0)
+    assert len(device.sent) <= 7
+    way = np.diff([fake_lerobot.RECORDED[0], *device.sent], axis=0)
+    assert np.abs(way).max() <= 30 / 100 + 1e-4, "it rests where it is, and does not go back"
+
+
 def test_an_episode_begins_at_the_start_reached_in_small_steps(cell):
     start = {"shoulder_pan.pos": 2.2, "elbow_flex.pos": -40.5, "gripper.pos": 20.1}
     robot, device = cell(start=start, rate_hz=100)

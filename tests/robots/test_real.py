@@ -114,6 +114,35 @@ def test_a_stop_is_quick_holds_and_is_made_once():
     cell.close()
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("complains", [False, True])
+def test_a_stop_on_the_way_to_the_start_halts_the_arm_and_no_episode_begins(complains):
+    arm, aide, moving, halted = Arm(), Aide(), threading.Event(), threading.Event()
+
+    def prepare():
+        moving.set()
+        assert halted.wait(10), "nobody has halted the arm"
+        if complains:
+            raise NeedsHumanError("arm", expected="a free way to the start", got="an abort", fix="clear its way")
+
+    arm.prepare, cell, records = prepare, robot(arm, aide), []
+    thread = threading.Thread(target=lambda: records.append(run_trial(cell, Mover(ramp()), None, 0, sync=False)))
+    thread.start()
+    assert moving.wait(10)
+    cell.stop("a stop by its operator")
+    cell.stop("a stop by its operator")
+    assert arm.calls == ["halt", "halt"], "the arm may have begun another motion since the first"
+    halted.set()
+    thread.join(10)
+    assert (records[0].outcome, records[0].steps) == ("robot_fault", 0)
+    assert "got a stop by its operator" in records[0].reason
+    assert (aide.arranged, arm.calls[-1]) == ([], "halt")
+    arm.prepare = lambda: None
+    cell.reset(None, 1)
+    assert cell.hold().applied.tolist() == [0, 0]
+    cell.close()
+
+
 def test_a_stop_that_failed_is_tried_again():
     arm = Arm()
     cell = robot(arm)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket, WebSocketState
 
@@ -103,6 +104,7 @@ class Seat:
         socket: its connection.
         outbox: frames to it.
         relay: the trial that it plays now.
+        noted: whether the other servers can know of it.
     """
 
     submission: int
@@ -113,6 +115,7 @@ class Seat:
     socket: WebSocket
     outbox: Outbox
     relay: Relay | None = None
+    noted: bool = False
 
 
 @dataclass(eq=False)
@@ -153,6 +156,7 @@ class Gateway:
         self._book, self._renewed = SeatBook(database, url), -math.inf
         self._elsewhere: Mapping[int, str] = {}
         self._seats: dict[int, Seat] = {}
+        self._writing = asyncio.Lock()  # rows of the book are written in the order in which seats come and go
         self._closing: set[asyncio.Task[None]] = set()
 
     def connected(self) -> frozenset[int]:
@@ -182,10 +186,22 @@ class Gateway:
         # The new seat stands before the former is dismissed, which takes time in which yet another may dial.
         former = self._seats.pop(seat.submission, None)
         self._seats[seat.submission] = seat
-        await run_in_threadpool(self._book.take, seat.submission)
-        if former is not None:
-            await self._leave(former, 1008, TAKEN)
-        await _say(socket, wire.ready(seat.images))
+        try:
+            if former is not None:
+                await self._leave(former, 1008, TAKEN)
+            async with self._writing:
+                if self._seats.get(seat.submission) is seat:
+                    await run_in_threadpool(self._book.take, seat.submission)
+                    seat.noted = True
+            await self._serve(seat)
+        except SQLAlchemyError as error:
+            await self._dismiss(socket, error)
+        finally:
+            await self._leave(seat, 1001, "the arena stops")
+
+    async def _serve(self, seat: Seat) -> None:
+        """Frames from and to a policy until its connection ends."""
+        await _say(seat.socket, wire.ready(seat.images))
         sending = asyncio.create_task(seat.outbox.run())
         receiving = asyncio.create_task(self._listen(seat))
         try:
@@ -194,10 +210,9 @@ class Gateway:
             if isinstance(ending, GoneError) and ending.restart:
                 # Not the policy's doing. A policy that says so itself gains nothing: its answer is missed in time.
                 seat.relay = None
-            await self._dismiss(socket, ending)
+            await self._dismiss(seat.socket, ending)
         finally:
             await _cancel(sending, receiving)
-            await self._leave(seat, 1001, "the arena stops")
 
     async def _welcome(self, socket: WebSocket, who: accounts.Principal) -> Seat:
         async with asyncio.timeout(HELLO_SECONDS):
@@ -252,7 +267,9 @@ class Gateway:
     async def _leave(self, seat: Seat, code: int, reason: str) -> None:
         if self._seats.get(seat.submission) is seat:
             del self._seats[seat.submission]
-            await run_in_threadpool(self._book.leave, seat.submission)
+            async with self._writing:
+                if seat.submission not in self._seats:  # else the row is already that of a policy that dialled again
+                    await run_in_threadpool(self._book.leave, seat.submission)
         if seat.relay is not None:
             seat.relay.gone.set()
         await _close(seat.socket, code, reason)
@@ -347,7 +364,7 @@ class Gateway:
         if time.monotonic() - self._renewed < RENEW_SECONDS:
             return
         self._renewed = time.monotonic()
-        mine = dict(self._seats)
+        mine = {entry: seat for entry, seat in self._seats.items() if seat.noted}
         lost, self._elsewhere = await run_in_threadpool(self._book.renew, list(mine))
         for entry in lost:
             self._close_aside(self._leave(mine[entry], 1008, TAKEN))

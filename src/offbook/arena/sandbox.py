@@ -1,4 +1,4 @@
-"""Strangers' checkpoints in a jail: no network, no files but their own, bounded memory; made by bubblewrap.
+"""Strangers' checkpoints in a jail: no network, no files but their own, few processes of bounded size; by bubblewrap.
 
 A checkpoint is only numbers, and it is checked before it is loaded; the jail is for what is wrong in the checks, or in
 the libraries behind them. It is off unless the operator turns it on, and it must prove itself first: `prove` lets a
@@ -36,6 +36,9 @@ from offbook.errors import CheckpointError, ConfigError, PolicyError, RobotError
 MEMORY = 8 * 2**30
 """Bytes of address space of the process inside: the libraries alone map some of them."""
 
+SCRATCH_BYTES = 64 * 2**20
+"""What `/tmp` inside holds, all files together; nothing else inside can be written to."""
+
 START_SECONDS, ANSWER_SECONDS, PROBE_SECONDS = 120.0, 10.0, 60.0
 _CHECKPOINT = "/checkpoint.safetensors"
 
@@ -48,7 +51,9 @@ def _command(*words: str, bind: tuple[Path, str] | None = None) -> list[str]:
                           fix="install the system package bubblewrap, or do without --sandbox")  # fmt: skip
     command = [bwrap, "--unshare-all", "--unshare-user", "--disable-userns", "--die-with-parent", "--new-session"]
     command += ["--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--clearenv", "--hostname", "sandbox"]
-    command += ["--proc", "/proc", "--dev", "/dev", "--size", str(64 * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    # A remount reaches one mount and none below it, and /dev is a tmpfs of its own with /dev/shm in it.
+    command += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/dev", "--chdir", "/tmp"]
+    command += ["--size", str(SCRATCH_BYTES), "--tmpfs", "/tmp"]
     for name in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache"):
         path = Path(name)
         if path.is_symlink():
@@ -127,11 +132,19 @@ class SandboxedPolicy:
             self.close()
             raise CheckpointError(self._where, expected="a policy that can be loaded", got=error.got,
                                   fix="save a smaller policy") from error  # fmt: skip
-        if answer["type"] == "error":
+        try:
+            if answer["type"] == "error":
+                expected, got, fix = (str(part) for part in json.loads(answer["message"]))
+                raise CheckpointError(str(path), expected=expected, got=got, fix=fix)
+            self.meta: PolicyMeta = PolicyMeta.from_json(answer["meta"])
+        except CheckpointError:
             self.close()
-            expected, got, fix = json.loads(answer["message"])
-            raise CheckpointError(str(path), expected=expected, got=got, fix=fix)
-        self.meta: PolicyMeta = PolicyMeta.from_json(answer["meta"])
+            raise
+        except (ValueError, TypeError, KeyError, ConfigError) as error:
+            self.close()
+            raise CheckpointError(self._where, expected="a policy's description, or why there is none",
+                                  got=f"{type(error).__name__}: {error}"[:200],
+                                  fix="save the policy again") from error  # fmt: skip
 
     @property
     def alive(self) -> bool:

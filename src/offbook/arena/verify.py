@@ -65,7 +65,7 @@ def verify_store(
     """
     # Files first: a blob that comes in between has its row already, and its file is looked for by itself.
     stored = dict(blobs.stored())
-    with database.read() as session:
+    with database.snapshot() as session:
         rows = kept_files(session)
         named = _named(session)
     report = StoreReport(rows=len(rows), files=len(stored), bytes=sum(stored.values()))
@@ -99,6 +99,10 @@ def _whole(blobs: BlobStore, sha256: str) -> bool:
     try:
         for piece in blobs.read(sha256):
             digest.update(piece)
-    except (RefusedError, OSError):
+    except RefusedError as error:
+        if error.status != 404:
+            raise
+        return False
+    except OSError:
         return False
     return digest.hexdigest() == sha256

@@ -131,6 +131,7 @@ class _Heart:
                     self.camera.watched()
             elif answer is not None and answer.get("error") == "robot_stopped":
                 self.stopped = True
+                self._stop("a stop by its operator")  # the loop may wait for an arm on its way to the start
             elif status in (404, 409):
                 self.stale = True
 
@@ -138,9 +139,13 @@ class _Heart:
         """The last resort: the loop that should have stopped the robot hangs in its driver or in a policy."""
         while not self._resting.wait(self._watchdog / 20):
             if time.monotonic() - self._answered > 0.9 * self._watchdog:
-                with contextlib.suppress(Exception):  # whatever a driver raises here, nothing more can be done
-                    self._robot.stop("no answer from the arena to heartbeats")
-                return
+                self._stop("no answer from the arena to heartbeats")
+
+    def _stop(self, reason: str) -> None:
+        """Stops the robot unless it stands still; said again and again, for a driver may have begun a motion since."""
+        if not self._resting.is_set():
+            with contextlib.suppress(Exception):  # whatever a driver raises here, nothing more can be done
+                self._robot.stop(reason)
 
 
 def run_worker(

@@ -395,7 +395,8 @@ def _entry_text(entry: Mapping[str, Any], url: str) -> str:
         lines.append(f"success {interval_text(entry['success'])}")
     kept = kept_promise(entry)
     if kept is not None:
-        lines.append(f"the trials ran in the order that was promised{'' if kept else ', NOT'}: {entry['commitment']}")
+        word = "" if kept else "NOT "
+        lines.append(f"the order that was drawn is {word}the one that was promised: {entry['commitment']}")
     lines += [f"trial {trial['slot']}: {trial['fault']}" for trial in entry["trials"] if trial["fault"]][:10]
     lines.append(f"{url}/submissions/{entry['id']}")
     if entry["kind"] == "remote" and entry["state"] == "open" and not entry["connected"]:

@@ -288,7 +288,9 @@ class ArenaClient:
 
 
 def kept_promise(entry: Mapping[str, Any]) -> bool | None:
-    """Whether the order in which a submission's trials ran is the one whose hash was shown before the first of them.
+    """Whether the order that was drawn for a submission's trials is the one whose hash was shown before the first ran.
+
+    When each trial really ran is told by its attempts, which are not looked at here.
 
     Args:
         entry: a submission as the arena shows it.

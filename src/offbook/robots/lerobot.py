@@ -10,6 +10,7 @@ Source: the documentation and source of LeRobot 0.4 ("Bring your own hardware", 
 import contextlib
 import math
 import pkgutil
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -137,6 +138,7 @@ class LeRobotArm:
         self._device, self._name, self._start, self._step, self._period_s = device, name, start, step, period_s
         shown: Mapping[str, Any] = device.observation_features
         self._last: NDArray[np.float32] | None = None
+        self._halted = threading.Event()
         self._actions = list(device.action_features)
         self._numbers = [key for key, kind in shown.items() if not isinstance(kind, tuple)]
         cameras = {key: shape for key, shape in shown.items() if isinstance(shape, tuple) and shape[-1] == 3}
@@ -161,14 +163,16 @@ class LeRobotArm:
             raise NeedsHumanError(self._name, expected="a calibrated robot", got="one that is not", fix=fix)
 
     def prepare(self) -> None:
-        """Moves to the start in steps no larger than an episode's."""
+        """Moves to the start in steps no larger than an episode's, until it is halted."""
         if self._start is None:
             return
+        self._halted.clear()
         place, _ = self._seen()
         for _ in range(math.ceil(_LONGEST_WAY_S / self._period_s)):
             way = np.clip(self._start - place, -self._step, self._step)
-            if not np.any(way):
+            if self._halted.is_set() or not np.any(way):
                 return
+            self._last = place  # a halt shall not lead back to where the way began
             place = self.send(place + way)
             time.sleep(self._period_s)
         fix = "clear its way, or choose another start"
@@ -190,6 +194,7 @@ class LeRobotArm:
 
     def halt(self) -> None:
         """Commands the posture in which it was seen last, a control step ago: to look again would wait for cameras."""
+        self._halted.set()
         if self._device.is_connected and self._last is not None:
             self.send(self._last)
 

@@ -28,7 +28,10 @@ class Arm(Protocol):
     """
 
     def prepare(self) -> None:
-        """Clears what an earlier stop has left and moves to where an episode begins; may take seconds."""
+        """Clears what an earlier stop has left and moves to where an episode begins; may take seconds.
+
+        A `halt` meanwhile ends the motion; whether it returns then or raises makes no difference.
+        """
 
     def read(self) -> tuple[NDArray[np.float32], Mapping[str, NDArray[np.uint8]]]:
         """The state (S,) in the order of the description, and the newest picture (H, W, 3) of each camera."""
@@ -89,6 +92,7 @@ class RealRobot:
         self._last = np.zeros(spec.action.size, np.float32)
         self._steps, self._began = 0, time.monotonic()
         self._stopped, self._resting = "a robot that was not reset", True
+        self._preparing = False
         self._sending = threading.Lock()
         self._commanded: float | None = None  # when; None while nothing is to be watched
         self._closed = threading.Event()
@@ -99,18 +103,21 @@ class RealRobot:
     def reset(self, scene: Mapping[str, Any] | None, seed: int) -> Observation:
         """Prepares the arm, waits for the attendant, and begins an episode; a real scene does not follow from a seed.
 
+        A stop from another thread holds here as it does later: the arm is halted, and no episode begins.
+
         Raises:
             NeedsHumanError: nobody has arranged the scene, or the arm waits for somebody.
-            RobotError: the arm failed.
+            RobotError: the arm failed, or it was stopped meanwhile.
         """
         self.stop("a new episode")
-        self._arm.prepare()
-        self.prompt = str((scene or {}).get("prompt", self._usual_prompt))
-        self._attendant.arrange(self.prompt, scene)
-        self._steps, self._began = 0, time.monotonic()
-        observation = self.observe()
+        with self._preparation():
+            self._arm.prepare()
+            self._refuse_when_stopped()
+            self.prompt = str((scene or {}).get("prompt", self._usual_prompt))
+            self._attendant.arrange(self.prompt, scene)
+            self._steps, self._began = 0, time.monotonic()
+            observation = self.observe()
         self._last = observation.state[0, self._posture]
-        self._stopped = ""
         return observation
 
     def observe(self) -> Observation:
@@ -164,7 +171,7 @@ class RealRobot:
         try:
             if not self._resting:
                 self._arm.halt()
-                self._resting = True
+                self._resting = not self._preparing
         finally:
             if freed:
                 self._sending.release()
@@ -177,6 +184,18 @@ class RealRobot:
                 self.stop("the robot is let go")
             finally:
                 self._arm.close()
+
+    @contextlib.contextmanager
+    def _preparation(self) -> Iterator[None]:
+        """The arm moves by itself, in several motions perhaps: each stop halts it, and one is the last word."""
+        self._stopped, self._resting, self._preparing = "", False, True
+        try:
+            yield
+        finally:
+            self._preparing = False
+            if self._stopped:  # whatever a halted motion says of itself
+                self.stop(self._stopped)
+                self._refuse_when_stopped()
 
     def _refuse_when_stopped(self) -> None:
         if self._stopped:
