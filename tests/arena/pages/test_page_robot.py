@@ -58,12 +58,12 @@ def test_an_operator_watches_and_stops_a_robot_and_lets_it_go_on(arena, browser:
         moved = robot.steps
         expect(page.locator("#state")).to_contain_text("stopped by its operator")
         expect(page.locator("[data-no-frame]")).to_be_visible(timeout=60_000)
-        assert robot.steps == moved
+        assert robot.steps <= moved + 1  # the one that was under way
         go_on = page.locator("button[value=resume]")
         go_on.click()
         go_on.click()
         expect(page.locator("output")).to_have_text("It may go on.")
-        until(lambda: robot.steps != moved, 60)
+        until(lambda: robot.steps not in (moved, moved + 1), 60)
         assert arena.tokens["root"] not in page.content()
     finally:
         stop.set()
