@@ -134,6 +134,7 @@ def test_a_description_that_cannot_be_used_is_refused_by_its_field(tmp_path, cli
         (["arena", "token", "list", "--folder", "{tmp}"], "offbook arena init"),
         (["arena", "worker", "--token-file", "{tmp}/none"], "No such file"),
         (["arena", "submit", "remote"], "OFFBOOK_TOKEN"),
+        (["arena", "submit", "random", "--against-name", "old"], "--against beside it"),
     ],
 )
 def test_wrong_use_is_one_sentence_and_leaves_nothing(tmp_path, cli, monkeypatch, words, named) -> None:

@@ -80,6 +80,9 @@ def init(
     if real is not None and pass_score is not None:
         # Scenes of their own: those of the simulated benchmark are known to whoever has passed it.
         simulated = [name for name in benchmarks if not name.endswith(".json")]
+        if not simulated:
+            fix = "name a simulated benchmark too, or leave --real and --pass-score out"
+            raise ConfigError("--real", expected="a simulated benchmark to pass first", got="files alone", fix=fix)
         specs += [on_real_robots(make_suite(name, trials, root + 1), real, pass_score) for name in simulated]
     store = Database(settings.database_url)
     try:
@@ -270,8 +273,8 @@ def submit(
         benchmark: on which.
         split: on which scenes; the benchmark's first by default.
         name: label on the leaderboard; the name of the run folder by default.
-        method: how it was made, in a few words.
-        imitates: whose behaviour it learned, in a few words.
+        method: how it was made, in a few words; of the first policy.
+        imitates: whose behaviour it learned, in a few words; likewise.
         trials: only the first so many scenes.
         against: a second policy, given like the first: on each scene one runs right after the other, which of them
             first is drawn by lot, and raters see them as policy A and policy B.
@@ -287,12 +290,15 @@ def submit(
         offbook arena submit remote --name my-policy --benchmark pour
         offbook arena submit runs/new --against runs/old --benchmark pour
     """
+    if against is None and against_name is not None:
+        raise ConfigError("--against-name", expected="--against beside it", got="none", fix="name the second policy")
     token = read_token(token_file)
-    common = {"benchmark": benchmark, "split": split, "trials": trials, "method": method, "imitates": imitates}
+    common = {"benchmark": benchmark, "split": split, "trials": trials}
     with ExitStack() as stack:
         arena = stack.enter_context(ArenaClient(url, token))
         given = {key: value for key, value in common.items() if value is not None}
-        records = [given | _record(arena, stack, policy, name, "--name")]
+        told = {"method": method, "imitates": imitates}  # of the first alone, whatever the second is
+        records = [given | told | _record(arena, stack, policy, name, "--name")]
         if against is not None:
             records.append(given | _record(arena, stack, against, against_name, "--against-name"))
         if against is None:

@@ -339,12 +339,7 @@ def paired_bootstrap(
 
 
 def unpaired_bootstrap(
-    first: Sequence[float] | NDArray[Any],
-    second: Sequence[float] | NDArray[Any],
-    *,
-    seed: int = 0,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    first: Sequence[float] | NDArray[Any], second: Sequence[float] | NDArray[Any], *, seed: int = 0
 ) -> Interval:
     """The difference of two means, first - second, of unrelated episodes; the bootstrap resamples each by itself.
 
@@ -352,8 +347,6 @@ def unpaired_bootstrap(
         first: one number for each episode, shape (n,).
         second: numbers of n other episodes.
         seed: of the resampling.
-        resamples: number of bootstrap samples.
-        level: confidence level in (0, 1).
 
     Raises:
         ConfigError: the lengths differ, or a number is not finite.
@@ -367,7 +360,7 @@ def unpaired_bootstrap(
         raise ConfigError("unpaired_bootstrap", expected="as many numbers of both", got=got, fix=fix)
     both = _matrix(np.stack([np.asarray(first, np.float64), np.asarray(second, np.float64)], 1), "unpaired_bootstrap")
     found = _resampled(
-        both, lambda x: x[:, :, 0].mean(1) - x[:, :, 1].mean(1), seed=seed, resamples=resamples, level=level,
+        both, lambda x: x[:, :, 0].mean(1) - x[:, :, 1].mean(1), seed=seed, resamples=10_000, level=0.95,
         method="unpaired bootstrap",
     )  # fmt: skip
     return replace(found, n=len(both))

@@ -121,7 +121,7 @@ def smoke() -> TotoStudy:
 
 
 def tiny() -> TotoStudy:
-    """About an hour and a half on two cores, once the recordings are there: the table that is claimed."""
+    """More than an hour on two cores, once the recordings are there: the table that is claimed."""
     return TotoStudy()
 
 

@@ -75,7 +75,7 @@ def smoke() -> VcseStudy:
 
 
 def tiny() -> VcseStudy:
-    """About an hour and a quarter on two cores: what is claimed."""
+    """More than an hour on two cores: what is claimed."""
     return VcseStudy()
 
 
