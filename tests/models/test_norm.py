@@ -24,7 +24,7 @@ def gradients(norm: nn.LayerNorm, x: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(norm(x).square().sum(), (x, *norm.parameters())))
 
 
-@pytest.mark.parametrize("rows", [0, 1, 32, 33, 100, 2500])
+@pytest.mark.parametrize("rows", [0, 1, 100, 2048, 2049, 2500])
 def test_what_it_gives_is_pytorchs(rows: int) -> None:
     ours, theirs, x = make(LayerNorm), make(nn.LayerNorm), numbers(rows)
     assert torch.equal(ours(x), theirs(x))
@@ -47,7 +47,7 @@ def test_sums_over_many_tokens_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)])
 def test_frozen_weights_get_no_gradient(wanted: tuple[bool, bool]) -> None:
-    norm, x = make(LayerNorm), numbers(100).requires_grad_()
+    norm, x = make(LayerNorm), numbers(2500).requires_grad_()
     every = gradients(norm, x)
     for weight, on in zip(norm.parameters(), wanted, strict=True):
         weight.requires_grad_(on)
@@ -61,7 +61,7 @@ def test_frozen_weights_get_no_gradient(wanted: tuple[bool, bool]) -> None:
 def test_second_derivatives_and_transforms_are_those_of_pytorch() -> None:
     found = []
     for norm in (make(LayerNorm), make(nn.LayerNorm)):
-        x = numbers(100).requires_grad_()
+        x = numbers(2500).requires_grad_()
         first = torch.autograd.grad(norm(x).pow(3).sum(), (x, norm.weight), create_graph=True)
         second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, norm.weight))
         transformed = torch.func.grad(lambda x, norm=norm: norm(x).pow(3).sum())(x.detach())
@@ -75,6 +75,6 @@ def test_second_derivatives_and_transforms_are_those_of_pytorch() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_kinds_of_number_are_left_to_pytorch(dtype: torch.dtype) -> None:
-    x = numbers(100, dtype)
+    x = numbers(2500, dtype)
     pairs = zip(*(gradients(make(kind, dtype), x) for kind in (LayerNorm, nn.LayerNorm)), strict=True)
     assert all(torch.equal(own, want) for own, want in pairs)

@@ -34,6 +34,8 @@ def test_a_model_is_held_against_its_specialists_and_the_rule() -> None:
     for worse in (card(bc=1.0, rcbc=1.15, id=1.0, fd=1.1), card(bc=0.9, rcbc=1.2, id=3.0, fd=1.0),
                   card(bc=0.9, rcbc=1.0, id=1.0, fd=1.11)):  # fmt: skip
         assert claims.roles(STUDY, "d", dict.fromkeys((0, 1, 2), worse), DATA).verdict == "contradicted"
+    mixed = {0: good, 1: good, 2: card(bc=2.0, rcbc=2.0, id=3.0, fd=1.4)}
+    assert claims.roles(STUDY, "d", mixed, DATA).verdict == "not separated"
     assert claims.roles(replace(STUDY, judged=False), "d", {0: good}, DATA).verdict == "recorded"
 
 
@@ -46,14 +48,20 @@ def plays_of(name: str, seeds: tuple[int, ...]) -> dict[int, Play]:
 
 
 def test_few_actions_want_every_seed_and_the_return() -> None:
-    plays = {(which, seed): play for which in ("all", "few") for seed, play in plays_of(which, STUDY.seeds).items()}
-    cards = {(which, seed): card(bc=0.9 if which == "all" else 1.0) for which, seed in plays}
-    returns = {play: [12.0, 12.0] if which == "all" else [10.0, 10.0] for (which, _), play in plays.items()}
-    assert claims.few_actions(STUDY, cards, plays, returns, DATA).verdict == "reproduced"
-    lower = {**returns, plays["all", 2]: [11.0, 11.0]}
-    assert claims.few_actions(STUDY, cards, plays, lower, DATA).verdict == "contradicted"
-    even = {**cards, ("all", 1): card(bc=1.0)}
-    assert claims.few_actions(STUDY, even, plays, returns, DATA).verdict == "contradicted"
+    plays = {
+        ("d", which, seed): play for which in ("all", "few") for seed, play in plays_of(which, STUDY.seeds).items()
+    }
+    cards = {key: card(bc=0.9 if key[1] == "all" else 1.0) for key in plays}
+    returns = {play: [12.0, 12.0] if which == "all" else [10.0, 10.0] for (_, which, _), play in plays.items()}
+    assert claims.few_actions(STUDY, "d", cards, plays, returns, DATA).verdict == "reproduced"
+    lower = {**returns, plays["d", "all", 2]: [11.0, 11.0]}
+    assert claims.few_actions(STUDY, "d", cards, plays, lower, DATA).verdict == "not separated"
+    lower |= {plays["d", "all", seed]: [11.0 + seed / 10] * 2 for seed in STUDY.seeds}
+    assert claims.few_actions(STUDY, "d", cards, plays, lower, DATA).verdict == "contradicted"
+    even = {**cards, ("d", "all", 1): card(bc=1.0)}
+    assert claims.few_actions(STUDY, "d", even, plays, returns, DATA).verdict == "not separated"
+    even |= {("d", "all", seed): card(bc=1.1) for seed in STUDY.seeds}
+    assert claims.few_actions(STUDY, "d", even, plays, returns, DATA).verdict == "contradicted"
 
 
 def test_the_best_of_several_targets_is_named_as_such() -> None:
@@ -73,6 +81,8 @@ def test_the_best_of_several_targets_is_named_as_such() -> None:
     assert values["MTM, final, target 1"] == 95
     assert [m.name for m in found.baseline_metrics] == ["MLP rcbc"]
     returns[hopper["MTM", 0]] = [90.0, 90.0]
+    assert claims.offline(STUDY, plays, returns, DATA).verdict == "not separated"
+    returns |= {hopper["MTM", seed]: [90.0 + seed] * 2 for seed in STUDY.seeds}
     assert claims.offline(STUDY, plays, returns, DATA).verdict == "contradicted"
 
 
@@ -83,6 +93,9 @@ def test_masks_and_features_are_judged() -> None:
     assert claims.masks(STUDY, cards, DATA).verdict == "reproduced"
     cards |= {("random", seed): card(bc=0.99, rcbc=1.0, id=1, fd=1) for seed in STUDY.seeds}
     assert claims.masks(STUDY, cards, DATA).verdict == "contradicted"
+    cards["random", 0] = card(bc=1.2, rcbc=1.2, id=1, fd=1)
+    cards["random", 1] = card(bc=0.6, rcbc=1.2, id=1, fd=1)
+    assert claims.masks(STUDY, cards, DATA).verdict == "not separated"
 
     def verdict(*gains: float) -> str:
         lives = [("raw state", 0.0), ("frozen features", 1.0), ("tuned features", 0.0)]
@@ -127,7 +140,7 @@ def test_smoke_runs_from_the_command_line_and_goes_on_from_its_folder(cli, tmp_p
     outcome = cli(["reproduce", "mtm", "--preset", "smoke", "--out", "run", "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     found = json.loads(outcome.stdout)["claims"]
-    assert len(found) == 6
+    assert len(found) == 7
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert Path("run/mtm.png").stat().st_size > 10_000
     again = cli(["reproduce", "mtm", "--preset", "smoke", "--out", "run", "--resume", "--json"])

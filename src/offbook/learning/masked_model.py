@@ -390,7 +390,9 @@ def visible_changes(
         return ((x - last) / gap[..., None]).masked_fill(~seen.cummax(1).values[..., None], 0.0)
 
     # In the mirror image of time, and negated, what comes after is what was before.
-    return back(values, visible), back(-values.flip(1), visible.flip(1)).flip(1)
+    both = back(torch.cat([values, -values.flip(1)]), torch.cat([visible, visible.flip(1)]))
+    before, after = both.chunk(2)
+    return before, after.flip(1)
 
 
 def _bin(standard: Float[Tensor, "batch time size"], classes: int) -> Int64[Tensor, "batch time size"]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from offbook.client.protocol import ActionSpec, PolicyMeta
 from offbook.data.returns import ReturnSpec
 from offbook.data.store import EpisodeStore
-from offbook.errors import check_settings
+from offbook.data.windows import WindowSampler
+from offbook.errors import DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.masked_model import MaskedTrajectoryModel, Modality, Residual, Sizes, masked_loss
 from offbook.learning.masked_patterns import FRACTIONS, PATTERNS, WEIGHTS, Shape, draw
@@ -43,6 +44,8 @@ class MtmConfig:
         returns: which return to go a step has; None for none.
         patterns: what is hidden in training; each batch draws one of them. See `offbook.learning.masked_patterns`.
         fractions: shares of visible tokens, of which random patterns draw one for each modality.
+        with_actions: share of each batch that comes from episodes with actions, where some episodes have none; the
+            authors alternate between batches of either kind, which is a half.
         mask_scope: draw a mask for each sample, or one for the whole batch as the authors do.
         loss_on: tokens that count: all of them, as the authors have it, or those that are hidden.
         residual: show states and returns with their changes between visible steps and tell the change from the last
@@ -67,6 +70,7 @@ class MtmConfig:
     returns: ReturnSpec | None = field(default_factory=lambda: ReturnSpec(kind="mean"))
     patterns: tuple[str, ...] = ("auto", "id", "fd")
     fractions: tuple[float, ...] = FRACTIONS
+    with_actions: float = 0.5
     mask_scope: Literal["sample", "batch"] = "sample"
     loss_on: Literal["all", "hidden"] = "all"
     residual: Residual = "forward_fill"
@@ -90,6 +94,7 @@ class MtmConfig:
                 bool(self.fractions) and all(0 <= share <= 1 for share in self.fractions),
                 "one or more shares from 0 to 1",
             ),
+            "with_actions": (0 < self.with_actions < 1, "a share between 0 and 1"),
             "target": (-10 <= self.target <= 10, "a share of the recordings' range, -10 to 10"),
             "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
             "validate_every": (self.validate_every >= 1, "1 or more"),
@@ -163,13 +168,32 @@ class _Batches:
 
     def __init__(self, data: Trajectories, model: MaskedTrajectoryModel, config: MtmConfig) -> None:
         self.data, self.tokens, self.config = data, model.tokens, config
-        self.sampler = data.sampler(config.model.length)
-        data.tell(self.sampler)
+        whole = data.sampler(config.model.length)
+        data.tell(whole)
+        self.samplers = self._by_actions() or [(config.fit.batch_size, whole)]
+
+    def _by_actions(self) -> list[tuple[int, WindowSampler]]:
+        """How many windows to draw of episodes with actions and of those without; nothing where one kind has none.
+
+        Drawn as they are, a few episodes with actions would be in few batches, and actions learnt from next to nothing.
+        """
+        data, config = self.data, self.config
+        if data.action_field is None or config.fit.batch_size < 2:
+            return []
+        there = data.store.present(data.action_field)[data.train]
+        count = min(max(1, round(config.with_actions * config.fit.batch_size)), config.fit.batch_size - 1)
+        try:
+            return [
+                (count, data.sampler(config.model.length, data.train[there])),
+                (config.fit.batch_size - count, data.sampler(config.model.length, data.train[~there])),
+            ]
+        except DataError:
+            return []
 
     def __call__(self, index: int) -> Mapping[str, Tensor]:
-        config = self.config
-        batch = self.data.tensors(self.sampler.sample(config.fit.batch_size, index))
-        return {**batch, **self.masks(batch, torch_generator(config.fit.seed, "masks", index))}
+        parts = [self.data.tensors(sampler.sample(count, index)) for count, sampler in self.samplers]
+        batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {**batch, **self.masks(batch, torch_generator(self.config.fit.seed, "masks", index))}
 
     def masks(self, batch: Mapping[str, Tensor], rng: torch.Generator) -> dict[str, Tensor]:
         """What of a batch is visible and there."""

@@ -150,7 +150,7 @@ def without_actions(store: EpisodeStore, share: float, seed: int, out: Path) -> 
     train, held = (groups[name] for name in ("train", "held_out"))
     order = np.random.default_rng([seed, 20_230_504]).permutation(train)
     few = np.sort(order[: max(2, round(share * len(train)))])
-    paths = out / f"without-actions-{seed}", out / f"few-{seed}"
+    paths = out / f"{store.path.name}-without-actions-{seed}", out / f"{store.path.name}-few-{seed}"
     for path, chosen in zip(paths, (np.arange(len(store)), np.union1d(few, held)), strict=True):
         if path.exists() and read_splits(EpisodeStore.open(path)):
             continue

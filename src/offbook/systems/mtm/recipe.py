@@ -27,15 +27,16 @@ MAZE, HOPPER = "pointmaze-mixed", "hopper-replay"
 
 def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
     """Trains, plays and judges all of it; interrupted, it goes on from what the folder holds."""
-    # Data: recordings that the project makes itself, and copies of one in which few episodes have actions.
+    # Data: recordings that the project makes itself, and copies of them in which few episodes have actions.
     stores = {MAZE: generate(MAZE, size=study.maze, jobs=study.jobs), HOPPER: generate(HOPPER, size=study.hopper)}
     for store in stores.values():
         split(store)
     data = {name: Dataset(name=name, sha256=store.digest, episodes=len(store)) for name, store in stores.items()}
     partial = {
-        seed: dict(zip(("all", "few"), without_actions(stores[MAZE], study.with_actions, seed, out.path), strict=True))
-        for seed in study.seeds
-    }
+        (name, which, seed): EpisodeStore.open(path)
+        for name, store in stores.items() for seed in study.seeds
+        for which, path in zip(("all", "few"), without_actions(store, study.with_actions, seed, out.path), strict=True)
+    }  # fmt: skip
 
     # Model and learning: one model for all roles, specialists, masks of other kinds, offline reinforcement learners.
     models = {
@@ -49,10 +50,7 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
         _arm(study, stores[MAZE], seed, out.path, f"mask-{pattern}", patterns=(pattern,))
         for pattern in study.patterns for seed in study.seeds
     }  # fmt: skip
-    few = {
-        (which, seed): _arm(study, EpisodeStore.open(path), seed, out.path, f"actions-{which}", role="bc")
-        for seed, paths in partial.items() for which, path in paths.items()
-    }  # fmt: skip
+    few = {key: _arm(study, store, key[2], out.path, f"actions-{key[1]}") for key, store in partial.items()}
     learners = {
         (name, seed): _learner(study, stores[HOPPER], seed, out.path, name)
         for name in ("DT", "IQL", "TD3+BC") for seed in study.seeds
@@ -65,7 +63,7 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
     mask_cards = {key: errors(arm, experts[MAZE, key[1]]) for key, arm in masks.items()}
     few_cards = {key: errors(arm, {}) for key, arm in few.items()}
     plays = claims.Plays(
-        few={key: _play(study, arm, stores[MAZE], "bc") for key, arm in few.items()},
+        few={key: _play(study, arm, stores[key[0]], "id") for key, arm in few.items()},
         hopper={
             (name, seed): _play(study, arm, stores[HOPPER], "rcbc")
             for seed in study.seeds
@@ -83,7 +81,7 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
     claims.draw(study, out.path, cards, returns, plays, curves)
     return [
         *(claims.roles(study, name, {seed: cards[name, seed] for seed in study.seeds}, data[name]) for name in stores),
-        claims.few_actions(study, few_cards, plays.few, returns, data[MAZE]),
+        *(claims.few_actions(study, name, few_cards, plays.few, returns, data[name]) for name in stores),
         claims.offline(study, plays, returns, data[HOPPER]),
         claims.masks(study, mask_cards, data[MAZE]),
         claims.features(study, curves),
