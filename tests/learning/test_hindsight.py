@@ -120,9 +120,10 @@ def test_layers_that_compute_again_give_the_same_on_a_long_chain(layout):
     assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
 
 
-def test_chains_of_unequal_lengths_are_told_as_if_alone():
+@pytest.mark.parametrize("lengths", [[3, 40, 7, 20, 5], [28, 40, 35, 34, 36]])
+def test_chains_of_unequal_lengths_are_told_as_if_alone(lengths):
     network, chains = _network(), _chains([40], batch=20)
-    for row, stop in enumerate([3, 40, 7, 20, 5] * 4):
+    for row, stop in enumerate(lengths * 4):
         chains["valid"][row, stop:] = False
     told = network(chains)
     for row in range(20):
@@ -167,6 +168,26 @@ def test_errors_are_least_where_the_action_is_told(head):
     middle = torch.full((2, 2), 0.5)
     step = 2 / (network.sizes.bins - 1)
     assert torch.allclose(network.draw(told[:, 3], middle), chains["action"][:, 3], atol=step / 2 + 1e-3)
+
+
+@pytest.mark.parametrize("action", [BOX, PUSH])
+def test_errors_of_classes_are_cross_entropies(action):
+    network = _network(action=action, bins=7)
+    entries, classes = (1, 2) if action is PUSH else (2, 7)
+    chosen = torch.randint(0, classes, (3, 5, entries), generator=torch.Generator().manual_seed(0))
+    told = 5 * torch.randn(3, 5, entries, classes, generator=torch.Generator().manual_seed(1))
+    found = network.errors(told, chosen.float() if action is PUSH else chosen / 3 - 1)
+    want = functional.cross_entropy(told.movedim(3, 1), chosen, reduction="none").mean(2)
+    assert torch.allclose(found, want, atol=1e-5)
+
+
+def test_a_fused_token_is_the_sum_of_its_values():
+    chains, marks = _chains([4, 5]), torch.randn(2, 9, 16)
+    stream = _network(tokens="fused").stream
+    before = {name: functional.pad(chains[name][:, :-1], (0, 0, 1, 0)) for name in ("action", "reward", "done")}
+    read = {**{name: chains[name] for name in ("target", "state")}, **before}
+    want = marks + sum(stream.embed[name](of) for name, of in read.items())
+    assert torch.allclose(stream(chains, marks), want, atol=1e-5)
 
 
 def _policy(network, action, state, target=3.0):

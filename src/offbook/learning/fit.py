@@ -279,7 +279,9 @@ class _Loop:
             {"params": [p for name, p in self.named.items() if decayed[name]], "weight_decay": config.weight_decay},
             {"params": [p for name, p in self.named.items() if not decayed[name]], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+        groups = [group for group in groups if group["params"]]
+        # Fused: small modules would wait for its many small operations longer than for their gradients.
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
     def indices(self, start: int) -> range:
         """The batches of this process, from a step to the end."""
@@ -397,7 +399,7 @@ class _Loop:
                 state = {key: take.pop(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 device = parameter.device
                 moments = {k: v.reshape(parameter.shape).to(device) for k, v in state.items() if k != "step"}
-                self.optimizer.state[parameter] = {"step": state["step"], **moments}
+                self.optimizer.state[parameter] = {"step": state["step"].to(device), **moments}
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fix = "resume with the configuration and the data in the run's config.json"
             got = f"another one ({str(error).strip().splitlines()[0]})"

@@ -61,7 +61,10 @@ class TokenStream(nn.Module):
             return torch.stack(found, 2).flatten(1, 2)
         read = {name: values[name] for name in self.now}
         read |= {name: functional.pad(values[name][:, :-1], (0, 0, 1, 0)) for name in self.after}
-        return torch.stack([self.embed[name](of) for name, of in read.items()]).sum(0) + marks
+        # All of them as one: the sum of their tokens, without a token for each.
+        weights = torch.cat([self.embed.get_parameter(f"{name}.weight") for name in read], 1)
+        bias = torch.stack([self.embed.get_parameter(f"{name}.bias") for name in read]).sum(0)
+        return functional.linear(torch.cat([*read.values()], -1), weights, bias) + marks
 
     def telling(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch time dim"]:
         """Of the tokens of whole steps, those at which steps tell."""
