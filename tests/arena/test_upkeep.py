@@ -431,6 +431,19 @@ def test_each_side_that_fails_is_named_and_what_was_done_is_gone_on_with(arena, 
         restore(copy, Settings(folder=tmp_path / "third"))
 
 
+def test_a_copy_of_an_earlier_version_becomes_an_arena_of_this_one(arena, tmp_path: Path, empty_database) -> None:
+    settings, database, _ = arena
+    manifest = back_up(settings, tmp_path / "copy")
+    assert "pictures" not in manifest["tables"]
+    manifest["revisions"]["alembic_version"] = "0003"  # which had all the tables that are copied, and no other
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
+    made, _ = restore(tmp_path / "copy", Settings(folder=tmp_path / "new", database=empty_database()))
+    again = Database(made.database_url)
+    assert verify_store(again, BlobStore(made.blobs_url)).sound
+    assert rows_of(again)["results"] == rows_of(database)["results"]
+    again.close()
+
+
 def test_backup_and_restore_from_the_command_line(arena, tmp_path: Path, cli) -> None:
     settings, database, _ = arena
     made = cli(["arena", "backup", str(tmp_path / "copy"), str(settings.folder)])
