@@ -19,9 +19,11 @@ from offbook.arena import views
 from offbook.arena.database import Database
 from offbook.arena.pages import render
 from offbook.arena.service import Settings
-from offbook.arena.tables import Split
+from offbook.arena.serving import arena_server
+from offbook.arena.tables import Robot, Split
 from offbook.arena.trials import Report
 from offbook.arena.worker import run_worker
+from offbook.service.serving import Server
 
 pytestmark = pytest.mark.service
 
@@ -159,6 +161,36 @@ def test_broken_settings_are_named(folder, cli, content: str, named: str) -> Non
     assert named in outcome.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--advertise", "here", "--host", "0.0.0.0"], "--advertise here: expected --host with an address"),
+        (["--advertise", "here", "--host", "::"], "--host ::, which is any address"),
+        *[
+            (["--advertise", wrong], "--advertise: expected http(s)://HOST[:PORT] of at most 200 characters")
+            for wrong in ("10.0.0.5:80", "ftp://arena", "http://", "http://arena/lab", "http://arena:99999", "http://[::",
+                          "http://0.0.0.0:80", "http://[::]", "http://ada:secret@arena", f"http://{'a' * 194}", "Here")
+        ],
+    ],
+)  # fmt: skip
+def test_an_address_at_which_no_worker_reaches_the_server_is_not_advertised(
+    folder, cli, monkeypatch, words, named
+) -> None:
+    monkeypatch.setattr(Server, "serve_here", lambda self: pytest.fail("it serves"))
+    outcome = cli(["arena", "serve", str(folder), "--port", "0", *words])
+    assert (outcome.exit_code, named in outcome.stderr) == (2, True), outcome.stderr
+    assert "secret" not in outcome.stderr
+
+
+def test_what_is_advertised_is_what_the_other_servers_are_told(folder, monkeypatch) -> None:
+    settings = Settings.load(folder)
+    addresses = ("http://arena.example:8000", "https://[fd00::5]", f"http://{'a' * 193}", "")
+    for word, told in (*zip(addresses, addresses, strict=True), ("here", "http://127.0.0.1:")):
+        server = arena_server(settings, print, advertise=word)
+        assert server.config.app.state.arena.gateway._book._url.startswith(told)
+        server._socket.close()
+
+
 def test_tokens_are_made_listed_and_withdrawn(folder, cli) -> None:
     made = cli(["arena", "token", "create", "--user", "ada", "--label", "laptop", "--folder", str(folder), "--json"])
     token = json.loads(made.stdout)["token"]
@@ -253,6 +285,31 @@ def test_an_operator_puts_trials_that_wait_back_into_the_queue(tmp_path, cli, mo
         assert cli(words).stdout == f"Back in the queue: {trial}\n"
         assert arena.status(entry)["trials"][0]["state"] == "queued"
         assert "stale_fence" in cli(words).stderr
+
+
+def test_an_operator_stops_robots_and_lets_them_go_on(tmp_path, cli, monkeypatch) -> None:
+    with running(tmp_path) as arena:
+        arena.submit("root", kind="anchor", anchor="random", trials=2)
+        with arena.database.write() as session:
+            given = lease(session, "arm.1")
+            play(session, given)
+            assert lease(session, "arm-2") is not None
+        words = ["arena", "robot", "stop", "arm.1", "arm-2", "--url", arena.url]
+        page = httpx.get(f"{arena.url}/robots/arm.1", headers={"Accept": "text/html"}, trust_env=False).text
+        assert f"offbook arena robot stop arm.1 --url {arena.url}" in page
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["lab"])
+        assert "missing_scope" in cli(words).stderr
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["root"])
+        assert cli(words).stdout == "Stopped: arm.1, arm-2\n"
+        stopped = select(Robot.name).where(Robot.stopped.is_not(None)).order_by(Robot.name)
+        with arena.database.read() as session:
+            assert session.scalars(stopped).all() == ["arm-2", "arm.1"]
+        assert cli([*words[:2], "resume", "arm.1", *words[5:]]).stdout == "Let go on: arm.1\n"
+        with arena.database.read() as session:
+            assert session.scalars(stopped).all() == ["arm-2"]
+        unknown = cli([*words[:3], "nothing/../arm.1", *words[5:]])
+        assert (unknown.exit_code, "not_found" in unknown.stderr) == (1, True)
+        assert cli([*words[:3], *words[5:]]).exit_code == 2
 
 
 @pytest.mark.faults

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from arena_server import Walker, running
+from sqlalchemy import select
 
+from offbook.arena.tables import Blob, Result, Trial
 from offbook.arena.worker import run_worker
 from offbook.data.clips import read_clip
 from offbook.data.store import EpisodeStore
@@ -44,6 +50,47 @@ def test_the_trials_of_a_submission_become_a_store_and_a_dataset_of_lerobot(aren
     back = cli(["data", "import", f"lerobot:{tmp_path / 'lerobot'}", "--out", str(tmp_path / "back")])
     assert back.exit_code == 0, back.stderr
     assert EpisodeStore.open(tmp_path / "back").steps == 15
+
+
+def test_trials_that_cannot_be_exported_are_left_out_and_counted(arena, tmp_path, cli) -> None:
+    entry = arena.submit("root", kind="anchor", anchor="random", name="mixed", trials=4)
+    robot = Walker(steps=6)
+    options = {"robot": robot, "name": "arm-1", "max_trials": 4, "idle_exit": 60.0}
+    assert run_worker(arena.url, arena.tokens["lab"], "arm", **options).trials == {"done": 4}
+
+    def changed(slot: int, label: str, content: bytes | None) -> None:
+        """Another file in place of one that a worker sent, or none."""
+        with arena.database.write() as session:
+            trial = select(Trial.id).where(Trial.submission_id == int(entry), Trial.slot == slot)
+            result = session.scalars(select(Result).where(Result.trial_id == trial.scalar_subquery())).one()
+            kept = [file for file in result.files if file["name"] != label]
+            if content is not None:
+                sha256, size = arena.app.state.arena.blobs.put(content), len(content)
+                row = {"sha256": sha256, "size": size, "media_type": "application/json", "private": False}
+                session.add(Blob(**row, user_id=1, created=0.0))
+                kept.append({"name": label, "sha256": sha256, "media_type": "application/json", "size": size})
+            result.files = kept
+
+    one = pa.table({"state": [[0.0, 0.0]], "action": [[1.0]], "reward": [1.0], "late": [False]})
+    pq.write_table(one, tmp_path / "one.parquet")
+    changed(0, "episode.parquet", (tmp_path / "one.parquet").read_bytes())
+    changed(1, "manifest.json", b'{"format": 1, "robot": "arm"}')
+    changed(2, "episode.parquet", None)
+    words = ["arena", "export", entry, "--url", arena.url]
+    told = cli([*words, str(tmp_path / "store")])
+    assert told.exit_code == 0, told.stderr
+    assert told.stdout.splitlines() == [
+        f"{tmp_path}/store holds 1 trials, 5 steps, of submission {entry}.",
+        "Left out, because there was one step alone, whose observation is the last: 1, trial 0",
+        "Left out, because its recording cannot be understood: 1, trial 1",
+        "Left out, because nothing was recorded: 1, trial 2",
+    ]
+    assert EpisodeStore.open(tmp_path / "store").steps == 5
+    other = {"state": [["place", 3]], "action": 1, "robot": "arm", "rate_hz": 50.0}
+    changed(3, "manifest.json", json.dumps(other).encode())
+    listed = json.loads(cli([*words, str(tmp_path / "none"), "--json"]).stdout)
+    assert (listed["status"], "1 where something else was observed" in listed["detail"]) == (1, True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_cannot_be_exported_is_said(arena, tmp_path, cli) -> None:

@@ -13,15 +13,18 @@ import httpx
 import numpy as np
 import pytest
 from arena_server import META, Walker, until
-from arena_world import BENCHMARK, VirtualClock, submit
+from arena_world import BENCHMARK, Client, VirtualClock, lease, open_arena, submit
 from server_processes import found_arena
 from sqlalchemy import func, select
 
 from offbook.arena import submissions
+from offbook.arena.app import create_app
 from offbook.arena.database import Database
+from offbook.arena.pictures import FRESH_SECONDS, LOOKED_SECONDS
 from offbook.arena.seats import VALID_SECONDS, SeatBook
+from offbook.arena.service import Settings
 from offbook.arena.serving import served_apart
-from offbook.arena.tables import Attempt, Result, Submission, Trial
+from offbook.arena.tables import Attempt, Picture, Result, Submission, Trial
 from offbook.arena.verify import verify_store
 from offbook.arena.worker import run_worker
 from offbook.client.protocol import FunctionPolicy
@@ -148,6 +151,50 @@ def test_the_seats_of_a_server_that_died_are_soon_forgotten(make_database) -> No
     assert other.renew([])[1] == {entry: "http://dead"}
     clock.seconds += VALID_SECONDS + 1
     assert other.renew([])[1] == {}
+
+
+def test_what_a_robot_sees_is_shown_by_every_server_while_somebody_looks(make_database, tmp_path: Path) -> None:
+    clock = VirtualClock()
+    database = make_database(clock)
+    with open_arena(database, tmp_path) as here:
+        there = Client(create_app(Settings(folder=tmp_path), database))
+        with database.write() as session:
+            submit(session, kind="anchor", anchor="expert")
+            given = lease(session)
+        trial = f"/v1/trials/{given['trial']}"
+
+        def watched() -> bool:
+            answer = here.ask("POST", f"{trial}/heartbeat", "lab", json={"fence": given["fence"]})
+            return answer.json()["watched"]
+
+        def send(picture: bytes) -> None:
+            sent = here.ask("POST", f"{trial}/frame?fence={given['fence']}", "lab", content=b"\xff\xd8\xff" + picture)
+            assert sent.status_code == 204, sent.text
+
+        def seen() -> bytes:
+            return there.get("/v1/robots/arm-1/frame").content[3:]
+
+        send(b"nobody looks")
+        assert (watched(), seen()) == (False, b"")
+        assert watched()
+        send(b"first")
+        send(b"too soon")
+        assert seen() == b"first"
+        clock.seconds += 1
+        send(b"second")
+        assert seen() == b"second"
+        with database.read() as session:
+            assert session.scalars(select(Picture.jpeg)).all() == [b"\xff\xd8\xffsecond"]
+        # Who goes on looking is noted again; what is old is shown to nobody.
+        clock.seconds += FRESH_SECONDS + 1
+        assert (seen(), watched()) == (b"", True)
+        clock.seconds += LOOKED_SECONDS - 1
+        assert watched()
+        clock.seconds += 2
+        assert not watched()
+        send(b"nobody looks any more")
+        assert seen() == b""
+        assert there.get("/v1/robots/nobody/frame").status_code == 404
 
 
 def test_several_servers_may_migrate_at_once(postgres: str) -> None:

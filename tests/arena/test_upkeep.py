@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import threading
@@ -10,18 +11,19 @@ from pathlib import Path
 
 import pytest
 from arena_world import BENCHMARK, DONE, lease, play, submit
-from sqlalchemy import func, inspect, select
+from sqlalchemy import func, inspect, select, text
 
-from offbook.arena import accounts, submissions, trials, verify
+from offbook.arena import accounts, backup, submissions, trials, verify
 from offbook.arena.backup import FENCE_STEP, back_up, restore
 from offbook.arena.database import Database
 from offbook.arena.service import Settings
 from offbook.arena.tables import Attempt, Blob, Result, Submission, Token, Trial, User
 from offbook.arena.verify import verify_store
-from offbook.errors import ConfigError, DataError
+from offbook.errors import ConfigError, DataError, ResourceError
 from offbook.rating import outputs, studies, voting
 from offbook.rating.outputs import Content, OutputRecord
 from offbook.rating.tables import SCHEMA, Rater
+from offbook.service import storage
 from offbook.service.refusal import RefusedError
 from offbook.service.storage import BlobStore
 
@@ -146,15 +148,83 @@ def test_what_comes_while_the_store_is_verified_is_no_trouble(make_database, tmp
     assert verify_store(database, store).dangling == []
 
 
-def test_a_store_that_goes_away_while_it_is_verified_is_not_said_to_be_damaged(arena, monkeypatch) -> None:
-    _, database, store = arena
+def failing(monkeypatch, sha256: str, error: OSError, *methods: str) -> None:
+    """From now on what happens to this blob ends in this error: `read` after its first bytes, `size` at once."""
+    real, span = BlobStore.size, storage._span
 
-    def away(self, sha256: str):
-        raise RefusedError(503, "store", "the store", expected="an answer", got="none", fix="try again")
+    def size(self, name: str) -> int:
+        with storage._reading(name):
+            if name == sha256 and "size" in methods:
+                raise error
+            return real(self, name)
 
-    monkeypatch.setattr(BlobStore, "read", away)
-    with pytest.raises(RefusedError, match="the store: expected an answer"):
-        verify_store(database, store)
+    class Broken:
+        def __init__(self, file) -> None:
+            self.file = file
+
+        def read(self, count: int) -> bytes:
+            raise error
+
+        seek = close = __enter__ = lambda self, *args: self
+        __exit__ = lambda self, *args: self.file.close()  # noqa: E731
+
+    def broken_span(file, start: int, stop: int, name: str):
+        return span(Broken(file) if name == sha256 and "read" in methods else file, start, stop, name)
+
+    monkeypatch.setattr(BlobStore, "size", size)
+    monkeypatch.setattr(storage, "_span", broken_span)
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_damaged(arena, monkeypatch, cli) -> None:
+    settings, database, store = arena
+    unreadable = store.put(FILM)
+    with monkeypatch.context() as patch:
+        failing(patch, unreadable, OSError(errno.EIO, "Input/output error"), "read")
+        found = verify_store(database, store)
+        assert (found.unreadable, found.damaged, found.missing, found.sound) == ([unreadable], [], [], False)
+        told = cli(["arena", "verify-store", str(settings.folder)])
+        assert (told.exit_code, "unreadable: 1" in told.stdout, "damaged: none" in told.stdout) == (1, True, True)
+    # A store that is away as a whole has no files to tell of.
+    with monkeypatch.context() as patch:
+        failing(patch, unreadable, OSError(errno.EHOSTUNREACH, "No route to host"), "read", "size")
+        with pytest.raises(RefusedError, match="expected an answer, got No route to host"):
+            verify_store(database, store)
+
+
+@pytest.mark.parametrize("verb", ["verify-store", "backup"])
+def test_a_database_that_is_missing_away_or_of_another_version_is_told(tmp_path: Path, cli, empty, verb) -> None:
+    folder, copy = tmp_path / "arena", tmp_path / "copy"
+    words = ["arena", verb, *([str(copy)] if verb == "backup" else []), str(folder)]
+
+    def names() -> set[str]:
+        return {path.name for path in folder.iterdir()} - {"arena.db-wal", "arena.db-shm"}
+
+    def refused(named: str, fix: str, database: str = "") -> None:
+        Settings(folder=folder, database=database).save()
+        before = names()
+        told = cli(words)
+        assert (told.exit_code, told.stdout, told.stderr.count("\n")) == (2, "", 1), told.stderr
+        assert named in told.stderr
+        assert fix in told.stderr
+        assert names() == before
+        assert not copy.exists()
+
+    refused("arena.db: expected a database, got no such file", "restore the file from a copy")
+    refused(
+        "expected a database that answers, got", "that the server runs", "postgresql+psycopg://ada@127.0.0.1:9/arena"
+    )
+    (folder / "arena.db").write_text("a thesis, by mistake " * 100)
+    refused("got file is not a database", "check the address")
+    (folder / "arena.db").write_bytes(b"")
+    refused("expected the schema of this offbook, ", "start its service once")
+    database = Database(Settings(folder=folder).database_url)
+    database.migrate({"alembic_version": "0001"})
+    refused("got 0001 in alembic_version", "start its service once, which brings it up to date")
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    refused("got 9999 in alembic_version", "install a newer offbook")
+    database.close()
+    refused("got none in alembic_version", "start its service once", empty("postgresql"))
 
 
 def test_a_store_in_memory_is_verified_too(arena, tmp_path: Path) -> None:
@@ -260,7 +330,7 @@ def test_a_second_copy_into_the_same_folder_brings_only_what_is_new(arena, tmp_p
 
 
 def test_what_cannot_be_copied_or_restored_is_said_in_one_sentence(arena, tmp_path: Path, cli) -> None:
-    settings, _, store = arena
+    settings, _, _ = arena
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis").write_text("precious")
     with pytest.raises(ConfigError, match="an earlier copy"):
@@ -278,13 +348,100 @@ def test_what_cannot_be_copied_or_restored_is_said_in_one_sentence(arena, tmp_pa
     with pytest.raises(DataError, match=r"trials\.jsonl"):
         restore(tmp_path / "copy", Settings(folder=tmp_path / "new"))
     assert not (tmp_path / "new").exists()
-    # A copy is not finished when a file is missing.
-    Path(store.path(next(store.stored())[0])).unlink()
-    with pytest.raises(DataError, match="verify-store"):
-        back_up(settings, tmp_path / "half")
-    outcome = cli(["arena", "restore", str(tmp_path / "half"), str(tmp_path / "new")])
-    assert outcome.exit_code == 2
-    assert "unfinished copy" in outcome.stderr
+    for content, named in ((b"{", "expected a JSON object"), (b'{"format": 1}', "expected the entry 'folder'")):
+        (tmp_path / "copy" / "manifest.json").write_bytes(content)
+        outcome = cli(["arena", "restore", str(tmp_path / "copy"), str(tmp_path / "new")])
+        assert (outcome.exit_code, named in outcome.stderr) == (1, True), outcome.stderr
+    (tmp_path / "copy" / "manifest.json").unlink()
+    outcome = cli(["arena", "restore", str(tmp_path / "copy"), str(tmp_path / "new")])
+    assert (outcome.exit_code, "unfinished copy" in outcome.stderr) == (2, True), outcome.stderr
+
+
+def test_what_the_arena_has_lost_is_told_and_everything_else_is_copied(arena, tmp_path: Path, cli) -> None:
+    settings, _, store = arena
+    hashes = [sha256 for sha256, _ in store.stored()]
+    damaged, gone = hashes[:2]
+    Path(store.path(damaged)).write_bytes(b"X" * store.size(damaged))
+    Path(store.path(gone)).unlink()
+    made = cli(["arena", "backup", str(tmp_path / "copy"), str(settings.folder)])
+    assert made.exit_code == 1
+    assert "Missing or damaged in the arena itself, and so in the copy: 2" in made.stdout
+    assert json.loads((tmp_path / "copy" / "manifest.json").read_text())["lost"] == [damaged, gone]
+    again = cli(["arena", "restore", str(tmp_path / "copy"), str(tmp_path / "new"), "--json"])
+    assert (again.exit_code, json.loads(again.stdout)["missing"]) == (1, [damaged, gone])
+    assert [sha256 for sha256, _ in BlobStore(str(tmp_path / "new")).stored()] == hashes[2:]
+
+
+def test_each_side_that_fails_is_named_and_what_was_done_is_gone_on_with(arena, tmp_path: Path, monkeypatch) -> None:
+    settings, database, store = arena
+    copy, new = tmp_path / "copy", Settings(folder=tmp_path / "new")
+    hashes = [sha256 for sha256, _ in store.stored()]
+    broken = OSError(errno.EIO, "Input/output error")
+
+    def full(self, *args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # The arena's disk, and then that of the copy; both leave a copy that is none, and go on.
+    for patched, kind, named in (
+        (lambda patch: failing(patch, hashes[-1], broken, "read"), DataError, rf"^arena, file {hashes[-1]}: .*Input"),
+        (lambda patch: patch.setattr(BlobStore, "finish", full), ResourceError, rf"^copy in {copy}: .*No space left"),
+        (lambda patch: patch.setattr(Path, "open", full), ResourceError, rf"^copy in {copy}: .*No space left"),
+    ):
+        with monkeypatch.context() as patch:
+            patched(patch)
+            with pytest.raises(kind, match=named):
+                back_up(settings, copy)
+        assert {path.name for path in copy.iterdir()} == {"blobs", "tmp"}
+        with pytest.raises(ConfigError, match="unfinished copy"):
+            restore(copy, new)
+    manifest = back_up(settings, copy)
+    assert (manifest["blobs"], manifest["lost"]) == (len(hashes), [])
+    # One that fails leaves the earlier copy whole.
+    with monkeypatch.context() as patch:
+        failing(patch, keep(database, store, b"new"), broken, "read")
+        with pytest.raises(DataError, match=r"^arena, file"):
+            back_up(settings, copy)
+    assert json.loads((copy / "manifest.json").read_text()) == manifest
+
+    with monkeypatch.context() as patch:
+        failing(patch, hashes[-1], broken, "read")
+        with pytest.raises(DataError, match=rf"^copy in {copy}, file {hashes[-1]}: .*Input"):
+            restore(copy, new)
+    assert {path.name for path in new.folder.iterdir()} == {"blobs", "tmp"}
+    with monkeypatch.context() as patch:
+        patch.setattr(BlobStore, "finish", full)
+        patch.setattr(BlobStore, "holds", lambda self, sha256: False)
+        with pytest.raises(ResourceError, match=r"^new arena: .*No space left"):
+            restore(copy, new)
+    with monkeypatch.context() as patch:
+        patch.setattr(Settings, "save", full)
+        with pytest.raises(ResourceError, match=r"^new arena in .*No space left"):
+            restore(copy, Settings(folder=tmp_path / "full"))
+    with monkeypatch.context() as patch:
+        patch.setattr(backup, "_end_leases", lambda session: session.execute(text("SELECT absent")))
+        with pytest.raises(ConfigError, match="expected a database that takes the rows, got no such column: absent"):
+            restore(copy, new)
+    made, _ = restore(copy, new)
+    again = Database(made.database_url)
+    assert verify_store(again, BlobStore(made.blobs_url)).sound
+    again.close()
+    # A copy that was damaged since is the copy's fault.
+    Path(BlobStore(str(copy)).path(hashes[0])).unlink()
+    with pytest.raises(DataError, match=rf"^copy in {copy}: expected 4 whole files, got 1 missing or damaged"):
+        restore(copy, Settings(folder=tmp_path / "third"))
+
+
+def test_a_copy_of_an_earlier_version_becomes_an_arena_of_this_one(arena, tmp_path: Path, empty_database) -> None:
+    settings, database, _ = arena
+    manifest = back_up(settings, tmp_path / "copy")
+    assert "pictures" not in manifest["tables"]
+    manifest["revisions"]["alembic_version"] = "0003"  # which had all the tables that are copied, and no other
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(manifest))
+    made, _ = restore(tmp_path / "copy", Settings(folder=tmp_path / "new", database=empty_database()))
+    again = Database(made.database_url)
+    assert verify_store(again, BlobStore(made.blobs_url)).sound
+    assert rows_of(again)["results"] == rows_of(database)["results"]
+    again.close()
 
 
 def test_backup_and_restore_from_the_command_line(arena, tmp_path: Path, cli) -> None:

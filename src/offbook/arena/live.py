@@ -1,11 +1,9 @@
-"""What a robot sees now, for whoever looks at its page: taken only while somebody does, and kept nowhere."""
+"""What a robot sees now, on its way to the arena: taken only while somebody looks at its page, see `pictures`."""
 
 from __future__ import annotations
 
 import io
 import threading
-import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,39 +13,8 @@ from numpy.typing import NDArray
 from offbook.client.submit import ArenaClient
 from offbook.errors import OffbookError
 
-LOOKED_SECONDS, FRESH_SECONDS, EVERY_SECONDS = 15.0, 10.0, 1.0
+EVERY_SECONDS = 1.0
 FRAME_BYTES, WIDTH = 256 * 1024, 480
-_ROBOTS = 1000
-
-
-class Gallery:
-    """The newest picture of each robot at one server; its place is taken by the next one."""
-
-    def __init__(self) -> None:
-        self._frames: OrderedDict[str, tuple[float, bytes]] = OrderedDict()
-        self._looked: OrderedDict[str, float] = OrderedDict()
-
-    def look(self, robot: str) -> bytes | None:
-        """The newest picture as JPEG, None when there is none of the last seconds; notes that somebody looks."""
-        _keep(self._looked, robot, time.monotonic())
-        taken, frame = self._frames.get(robot, (-FRESH_SECONDS, b""))
-        return frame if time.monotonic() - taken < FRESH_SECONDS else None
-
-    def watched(self, robot: str) -> bool:
-        """Whether somebody looked in the last seconds, so that a picture is worth its cost."""
-        return time.monotonic() - self._looked.get(robot, -LOOKED_SECONDS) < LOOKED_SECONDS
-
-    def show(self, robot: str, frame: bytes) -> None:
-        """Takes the next picture of a robot."""
-        _keep(self._frames, robot, (time.monotonic(), frame))
-
-
-def _keep(shelf: OrderedDict[str, Any], robot: str, what: Any) -> None:
-    # Anybody may ask for any name: only so many are remembered, the latest.
-    shelf[robot] = what
-    shelf.move_to_end(robot)
-    while len(shelf) > _ROBOTS:
-        shelf.popitem(last=False)
 
 
 class LiveCamera:

@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from offbook.arena.database import Database
 from offbook.arena.gateway import Gateway
-from offbook.arena.live import Gallery
 from offbook.arena.trials import Rules
 from offbook.errors import ConfigError, nearest
 from offbook.runs.directory import write_atomic
@@ -216,7 +215,6 @@ class Arena:
         self.database = database or Database(settings.database_url)
         self.blobs = BlobStore(settings.blobs_url)
         self.storage = StorageWatch(self.blobs, settings.reserve_bytes)
-        self.gallery = Gallery()
         self.meters = Meters()
         self.turnstile = Turnstile()
         self.checking = asyncio.Semaphore(1)

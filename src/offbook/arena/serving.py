@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from offbook.arena.app import create_app
@@ -16,6 +17,9 @@ from offbook.arena.service import Settings
 from offbook.client.wire import RAW_FRAME_LIMIT
 from offbook.errors import ConfigError
 from offbook.service.serving import Server
+
+_ADDRESS = re.compile(r"https?://(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::(\d{1,5}))?/?", re.ASCII | re.IGNORECASE)
+_LONGEST = 200  # characters of an address in the table of seats
 
 
 def arena_server(
@@ -36,8 +40,10 @@ def arena_server(
         advertise: where workers reach this server itself, when several share the database; `"here"` for its own port.
 
     Raises:
-        ConfigError: the port cannot be had, or the sandbox that the settings want does not hold.
+        ConfigError: the port cannot be had, no worker can reach what is advertised, or the sandbox that the settings
+            want does not hold.
     """
+    _check_advertised(advertise, host)
     if settings.sandbox:
         prove()
     return Server(
@@ -73,6 +79,28 @@ def serve_arena(
         raise ConfigError(f"arena in {settings.folder}", expected="to start", got="a failure that is told above",
                           fix="check database and blob store in arena.json")  # fmt: skip
     return server.url
+
+
+def _check_advertised(address: str, host: str) -> None:
+    """Refuses what other servers would hand to their workers in vain."""
+    if address == "here":
+        if _unspecified(host):
+            raise ConfigError("--advertise here", expected="--host with an address by which others reach this machine",
+                              got=f"--host {host}, which is any address of it",
+                              fix="name the address itself, such as --advertise http://10.0.0.5:8000")  # fmt: skip
+        return
+    found = _ADDRESS.fullmatch(address[: _LONGEST + 1])
+    if address and (not found or len(address) > _LONGEST or int(found[3] or 0) >= 2**16
+                    or _unspecified(found[1] or found[2])):  # fmt: skip
+        raise ConfigError("--advertise", expected=f"http(s)://HOST[:PORT] of at most {_LONGEST} characters, or here",
+                          got=repr(address.split("@")[-1][:_LONGEST]),
+                          fix="name the address at which workers of the other servers reach this one")  # fmt: skip
+
+
+def _unspecified(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ip_address(host).is_unspecified
+    return False
 
 
 @contextlib.contextmanager

@@ -84,6 +84,16 @@ class Robot(Table):
     stopped: Mapped[float | None]
 
 
+class Picture(Table):
+    """What a robot saw last, while somebody `looked`; the next picture takes its place. No copy of an arena has it."""
+
+    __tablename__ = "pictures"
+    robot_id: Mapped[int] = mapped_column(ForeignKey("robots.id"), primary_key=True)
+    looked: Mapped[float]
+    taken: Mapped[float | None]
+    jpeg: Mapped[bytes | None]
+
+
 class Worker(Table):
     """The process beside a robot; `instance` tells one start of it from the next."""
 

@@ -26,6 +26,8 @@ class StoreReport:
         bytes: their size together.
         missing: known to the database, and no file there.
         damaged: the file's content or size is not what its name and the database say.
+        unreadable: a file is there, and the store does not give it out: rights, or a disk that fails. Nothing is said
+            of its content.
         dangling: named by a result or a submission, and unknown to the table of blobs.
         unreferenced: files that no row knows, such as an upload leaves whose server died before its row was written;
             they cost room and nothing else.
@@ -36,13 +38,14 @@ class StoreReport:
     bytes: int = 0
     missing: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
     dangling: list[str] = field(default_factory=list)
     unreferenced: list[str] = field(default_factory=list)
 
     @property
     def sound(self) -> bool:
         """Whether everything that the database names can be read."""
-        return not (self.missing or self.damaged or self.dangling)
+        return not (self.missing or self.damaged or self.unreadable or self.dangling)
 
 
 def verify_store(
@@ -61,6 +64,7 @@ def verify_store(
         progress: called with the number of files that were looked at, and of all.
 
     Raises:
+        ConfigError: the database is away, or its schema is not this version's.
         RefusedError: 503, the store does not answer.
     """
     # Files first: a blob that comes in between has its row already, and its file is looked for by itself.
@@ -72,8 +76,10 @@ def verify_store(
     for done, (sha256, size) in enumerate(sorted(rows.items()), start=1):
         if sha256 not in stored and not blobs.holds(sha256):
             report.missing.append(sha256)
-        elif stored.get(sha256, size) != size or (content and not _whole(blobs, sha256)):
+        elif stored.get(sha256, size) != size:
             report.damaged.append(sha256)
+        elif content:
+            _read(blobs, sha256, report)
         progress(done, len(rows))
     report.dangling = sorted(named - rows.keys())
     report.unreferenced = sorted(stored.keys() - rows.keys())
@@ -94,15 +100,17 @@ def _named(session: Session) -> set[str]:
     return found | set(session.scalars(select(Submission.checkpoint).where(Submission.checkpoint.is_not(None))))
 
 
-def _whole(blobs: BlobStore, sha256: str) -> bool:
+def _read(blobs: BlobStore, sha256: str, report: StoreReport) -> None:
     digest = hashlib.sha256()
     try:
         for piece in blobs.read(sha256):
             digest.update(piece)
     except RefusedError as error:
-        if error.status != 404:
-            raise
-        return False
-    except OSError:
-        return False
-    return digest.hexdigest() == sha256
+        if error.status == 404:
+            report.missing.append(sha256)
+            return
+        blobs.size(sha256)  # which says so when the store as a whole is away
+        report.unreadable.append(sha256)
+        return
+    if digest.hexdigest() != sha256:
+        report.damaged.append(sha256)

@@ -123,12 +123,13 @@ def serve(
         folder: of the arena.
         host: address to listen on. Beyond this machine put a server with TLS in front; tokens travel in headers.
         port: 0 for any free one.
-        advertise: where several serve one arena, the address at which workers of the others reach this one; here for
-            the address that it listens on.
+        advertise: where several serve one arena, the address at which workers of the others reach this one, as
+            http(s)://HOST[:PORT]; here for the address that it listens on.
 
     Examples:
         offbook arena serve
         offbook arena serve /srv/arena --port 8080
+        offbook arena serve /srv/arena --host 10.0.0.5 --advertise here
     """
     with needs_extra("arena"):
         from offbook.arena.service import Settings

@@ -22,7 +22,8 @@ def export(
     """Keeps the trials of a submission as a store of episodes: states, actions, rewards, and which steps came late.
 
     From there `offbook data export` writes LeRobotDataset v3.0 or Minari, and `offbook train` learns. The last
-    observation of a trial is its final one: the action of its last step is left out.
+    observation of a trial is its final one: the action of its last step is left out. Trials that cannot be kept, such
+    as those of one step, are left out and told.
 
     Args:
         submission: its id.
@@ -38,8 +39,14 @@ def export(
         from offbook.arena.export import read_trials
     from offbook.data.formats import new_folder, write_whole
 
-    folder = new_folder(out)
+    folder, left_out = new_folder(out), dict[int, str]()
     with ArenaClient(url) as arena:
-        store = write_whole(read_trials(arena, submission, films), f"submission {submission}", folder, "fetching")
-    text = f"{out} holds {len(store)} trials, {store.steps} steps, of submission {submission}."
-    return Report(text=text, data={"path": str(out), "episodes": len(store), "steps": store.steps})
+        trials = read_trials(arena, submission, films, left_out.__setitem__)
+        store = write_whole(trials, f"submission {submission}", folder, "fetching")
+    lines = [f"{out} holds {len(store)} trials, {store.steps} steps, of submission {submission}."]
+    for why in dict.fromkeys(left_out.values()):
+        slots = [slot for slot, its in left_out.items() if its == why]
+        lines.append(f"Left out, because {why}: {len(slots)}, trial {', '.join(map(str, slots))}")
+    told = [{"trial": slot, "why": why} for slot, why in left_out.items()]
+    data = {"path": str(out), "episodes": len(store), "steps": store.steps, "left_out": told}
+    return Report(text="\n".join(lines), data=data)

@@ -58,6 +58,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "offbook.cli.arena_upkeep:requeue",
         "put trials that wait for their operator back into the queue",
     ),
+    "arena robot": ("offbook.cli.arena_upkeep:robot", "stop a robot, or let it go on"),
     "arena export": ("offbook.cli.arena_export:export", "keep the trials of a submission as recordings"),
     "arena verify-store": ("offbook.cli.arena_upkeep:verify_store", "whether database and files agree"),
     "arena backup": ("offbook.cli.arena_upkeep:backup", "copy an arena while it runs"),

@@ -256,8 +256,12 @@ def show_stats(request: Request, study: str, owner: AnyOwner) -> dict[str, Any]:
         return rating.analysis(session, visible(studies.find(session, number("study", study)), owner)).to_json()
 
 
-@router.get("/studies/{study}/export", response_class=PlainTextResponse)
-def export(request: Request, study: str, owner: AnyOwner) -> PlainTextResponse:
+class _Lines(PlainTextResponse):
+    media_type = "application/x-ndjson"
+
+
+@router.get("/studies/{study}/export", response_class=_Lines)
+def export(request: Request, study: str, owner: AnyOwner) -> _Lines:
     """All votes as `votes.jsonl`; while the study is open, for owners only. Strangers get no free texts."""
     with rating_of(request).database.read() as session:
         found = visible(studies.find(session, number("study", study)), owner)
@@ -267,7 +271,7 @@ def export(request: Request, study: str, owner: AnyOwner) -> PlainTextResponse:
     shown = votes if owner is not None else [replace(vote, note="") for vote in votes]
     text = "".join(json.dumps(vote.to_json(), allow_nan=False) + "\n" for vote in shown)
     headers = {"Content-Disposition": 'attachment; filename="votes.jsonl"'}
-    return PlainTextResponse(text, headers=headers, media_type="application/x-ndjson")
+    return _Lines(text, headers=headers)
 
 
 def visible(study: Study, owner: str | None) -> Study:

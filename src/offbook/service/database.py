@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Connection, Engine, Float, MetaData, String, create_engine, event
+from sqlalchemy import JSON, Connection, Engine, Float, MetaData, String, create_engine, event, inspect
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
@@ -110,20 +110,38 @@ class Database:
 
     @contextmanager
     def snapshot(self) -> Iterator[Session]:
-        """A session that only looks, and sees one and the same moment until its end."""
+        """A session that only looks, at a database that is there already, and sees one moment until its end.
+
+        Raises:
+            ConfigError: the database cannot be reached, also in the middle, or its schema is not this version's.
+        """
         engine = self.engine
         if engine.dialect.name == "postgresql":
             # SQLite's reading transactions are of this kind anyway.
             engine = engine.execution_options(isolation_level="REPEATABLE READ")
-        with Session(engine, info=self._info, autoflush=False) as session:
+        elif self._no_file():  # which SQLite would make
+            raise ConfigError(self._where, expected="a database", got="no such file",
+                              fix="check the address, or restore the file from a copy")  # fmt: skip
+        with self.told("a database that answers"), Session(engine, info=self._info, autoflush=False) as session:
+            self._check_schemas(session)
             yield session
 
-    def migrate(self, revisions: Mapping[str, str] | None = None) -> None:
+    def is_empty(self) -> bool:
+        """Whether there are no tables in it; a file of SQLite that is not there is not made by looking.
+
+        Raises:
+            ConfigError: the database cannot be reached.
+        """
+        with self.told("a database that answers"):
+            return self._no_file() or not inspect(self.engine).get_table_names()
+
+    def migrate(self, revisions: Mapping[str, str] | None = None, connection: Connection | None = None) -> None:
         """Brings the schemas to this version's; nothing happens where they are there already.
 
         Args:
             revisions: by version table, earlier schemas for rows that were copied from them; a schema that is not named
                 is left out.
+            connection: in whose transaction; in one of its own when None.
 
         Raises:
             ConfigError: the database cannot be reached or opened, or a newer offbook made it.
@@ -132,7 +150,10 @@ class Database:
         from alembic.util import CommandError
 
         try:
-            with self._writing.begin() as connection:
+            with (
+                self.told("a reachable database that this user may change"),
+                nullcontext(connection) if connection is not None else self._writing.begin() as connection,
+            ):
                 if connection.dialect.name == "postgresql":
                     # Several servers may start at once: one migrates, the others wait and find it done.
                     connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('offbook migrations'))")
@@ -141,23 +162,53 @@ class Database:
                     if revision is not None:
                         command.upgrade(_alembic(schema, connection), revision)
         except CommandError as error:
-            raise ConfigError(f"database {self.engine.url.render_as_string()}",
-                              expected="a schema that this offbook knows", got=str(error),
+            raise ConfigError(self._where, expected="a schema that this offbook knows", got=str(error),
                               fix="install the offbook that made it, or a newer one") from error  # fmt: skip
-        except SQLAlchemyError as error:
-            raise ConfigError(
-                f"database {self.engine.url.render_as_string()}",
-                expected="a reachable database that this user may change",
-                got=str(error.__cause__ or error).strip().split("\n")[0],
-                fix="check the address and that the server runs",
-            ) from error
 
     def close(self) -> None:
         """Gives all connections back."""
         self.engine.dispose()
 
+    @property
+    def _where(self) -> str:
+        return f"database {self.engine.url.render_as_string()}"
 
-def _alembic(schema: Schema, connection: Connection) -> Any:
+    def _no_file(self) -> bool:
+        return self.engine.dialect.name == "sqlite" and not Path(self.engine.url.database or "").is_file()
+
+    @contextmanager
+    def told(self, expected: str) -> Iterator[None]:
+        """Makes one sentence of what the database or its driver says.
+
+        Args:
+            expected: of the database.
+
+        Raises:
+            ConfigError: it failed in the block.
+        """
+        try:
+            yield
+        except SQLAlchemyError as error:
+            raise ConfigError(self._where, expected=expected, got=str(error.__cause__ or error).strip().split("\n")[0],
+                              fix="check the address and that the server runs") from error  # fmt: skip
+
+    def _check_schemas(self, session: Session) -> None:
+        from alembic.migration import MigrationContext
+        from alembic.script import ScriptDirectory
+
+        for schema in self.schemas:
+            scripts = ScriptDirectory.from_config(_alembic(schema))
+            options = {"version_table": schema.version_table}
+            found = MigrationContext.configure(session.connection(), opts=options).get_current_revision()
+            newest = scripts.get_current_head()
+            if found != newest:
+                older = found is None or found in {script.revision for script in scripts.walk_revisions()}
+                fix = "start its service once, which brings it up to date" if older else "install a newer offbook"
+                raise ConfigError(self._where, expected=f"the schema of this offbook, {newest}",
+                                  got=f"{found or 'none'} in {schema.version_table}", fix=fix)  # fmt: skip
+
+
+def _alembic(schema: Schema, connection: Connection | None = None) -> Any:
     from alembic.config import Config
 
     config = Config()

@@ -112,7 +112,7 @@ class BlobStore:
         stop = self.size(sha256) if stop is None else stop
         with _reading(sha256):
             file = self._files.open(self.path(sha256), "rb")
-        return _span(file, start, stop)
+        return _span(file, start, stop, sha256)
 
     def stored(self) -> Iterator[tuple[str, int]]:
         """Hash and size of every file in the store, in the order of the hashes.
@@ -265,8 +265,8 @@ def _pieces(path: Path) -> Iterable[bytes]:
             yield piece
 
 
-def _span(file: Any, start: int, stop: int) -> Iterator[bytes]:
-    with file:
+def _span(file: Any, start: int, stop: int, sha256: str) -> Iterator[bytes]:
+    with file, _reading(sha256):
         file.seek(start)
         while start < stop:
             piece = file.read(min(PIECE, stop - start))

@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from offbook.arena import accounts
+from offbook.arena import accounts, pictures
 from offbook.arena.accounts import Principal
 from offbook.arena.routes.doors import arena_of, needs
 from offbook.arena.tables import Robot
@@ -37,9 +37,9 @@ def resume(request: Request, robot: str, who: Annotated[Principal, Depends(needs
     response_class=Response,
     responses={200: {"content": {"image/jpeg": {}}}, 204: {"description": "No picture now."}},
 )
-async def frame(request: Request, robot: str) -> Response:
+def frame(request: Request, robot: str) -> Response:
     """What a robot sees now; nothing while it plays nothing, and for the first moments that somebody looks."""
-    content = arena_of(request).gallery.look(robot[:80])
+    content = pictures.look(arena_of(request).database, robot)
     return Response(status_code=204) if content is None else Response(content, media_type="image/jpeg")
 
 

@@ -11,11 +11,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from offbook.arena import accounts, scheduler, trials
+from offbook.arena import accounts, pictures, scheduler, trials
 from offbook.arena.accounts import Principal
 from offbook.arena.live import FRAME_BYTES
 from offbook.arena.routes.doors import arena_of, identify, needs
-from offbook.arena.tables import IN_FLIGHT, Attempt, Blob, Robot, Trial, Worker
+from offbook.arena.tables import IN_FLIGHT, Attempt, Blob, Trial, Worker
 from offbook.client.protocol import PolicyMeta
 from offbook.errors import ConfigError
 from offbook.service.fields import SmallRecord, Text, number
@@ -143,27 +143,27 @@ def heartbeat(request: Request, trial: str, message: Heartbeat, who: IsWorker) -
         answer = trials.heartbeat(
             session, number("trial", trial), message.fence, progress=message.progress, rules=arena.settings.rules
         )
-    return answer | {"watched": arena.gallery.watched(answer["robot"])}
+        return answer | {"watched": pictures.watched(session, answer["robot"])}
 
 
 @router.post("/v1/trials/{trial}/frame", status_code=204)
 async def frame(request: Request, trial: str, fence: Fence, who: IsWorker) -> Response:
-    """What the robot sees now, as JPEG, for the readers of its page; it is not kept."""
+    """What the robot sees now, as JPEG, for the readers of its page; the next one takes its place."""
     arena, content = arena_of(request), await request.body()
     if not content.startswith(b"\xff\xd8\xff") or len(content) > FRAME_BYTES:
         raise RefusedError(422, "bad_frame", "body", expected=f"a JPEG of at most {FRAME_BYTES} bytes",
                            got=f"{len(content)} bytes", fix="send a smaller picture")  # fmt: skip
 
-    def robot() -> str:
-        with arena.database.read() as session:
+    def show() -> None:
+        with arena.database.write() as session:
             _own(session, trial, fence, who)
             live = (Trial.id == number("trial", trial), Trial.fence == fence, Trial.state.in_(IN_FLIGHT))
-            name = session.scalar(select(Robot.name).join(Trial, Trial.robot_id == Robot.id).where(*live))
-            if name is None:
+            robot = session.scalar(select(Trial.robot_id).where(*live))
+            if robot is None:
                 raise unknown("lease", f"{trial[:20]}.{fence}", "ask for a new one")
-            return name
+            pictures.show(session, robot, content)
 
-    arena.gallery.show(await run_in_threadpool(robot), content)
+    await run_in_threadpool(show)
     return Response(status_code=204)
 
 

@@ -210,6 +210,7 @@ def submit(session: Session, name: str | None, base_url: str) -> dict[str, Any]:
                 "title": "Or answer in Python",
                 "words": "Any function from an observation to an action is a policy.",
                 "code": "from offbook.client import FunctionPolicy\nfrom offbook.client.serve import serve_policy\n\n"
+                "policy = FunctionPolicy(meta, lambda state, images: ...)  # meta: what it observes, how it acts\n"
                 f'serve_policy(policy, "{base_url}", token, submission="ID")',
             },
         ],

@@ -17,6 +17,7 @@
   setInterval(look, 1000);
 
   const form = document.querySelector("form.operate");
+  const token = form.querySelector("input"); // without a name, so that no browser sends or keeps it with the form
   const told = form.querySelector("output");
   let asked = null, timer = 0;
   const calm = () => {
@@ -38,7 +39,7 @@
     calm();
     told.textContent = "Asking the arena…";
     try {
-      const headers = { Authorization: `Bearer ${form.elements.token.value.trim()}` };
+      const headers = { Authorization: `Bearer ${token.value.trim()}` };
       const answer = await fetch(`${form.dataset.robot}/${button.value}`, { method: "POST", headers });
       const body = await answer.json();
       told.textContent = answer.ok ? (body.stopped ? "Stopped." : "It may go on.") : `Refused: ${body.detail}`;

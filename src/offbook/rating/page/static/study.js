@@ -32,7 +32,7 @@
     const form = event.target;
     if (form.matches("[data-sign-in]")) {
       event.preventDefault();
-      token = form.elements.token.value.trim();
+      token = form.querySelector("input").value.trim(); // nameless: no browser sends it with the form
       attempt(async () => { await show(); keep(token); });
     } else if (form.matches("[data-invite]")) {
       event.preventDefault();
