@@ -168,7 +168,7 @@ def test_actions_are_held_and_pictures_of_the_control_suite_are_seen(cli, tmp_pa
     [evaluated] = json.loads(outcome.stdout)["policies"]
     assert evaluated["environment"] == "dmc:cartpole-balance"
     # There the environment held the actions and drew once; here the policy says each four times.
-    assert evaluated["episodes"][0]["return"] == metrics["eval_return"]
+    assert evaluated["episodes"][0]["return"] == pytest.approx(metrics["eval_return"], rel=1e-2)
 
 
 def test_what_does_not_fit_is_told_in_a_sentence(cli, tmp_path):

@@ -217,9 +217,9 @@ class _World:
             self.env, self._tests = _Held(self._make(), config.repeat), list[AnyEnv]()
         except ConfigError as error:
             raise self._unseen(config.camera, "none") if error.where == "image_size" else error from None
-        leaves = {leaf.name: leaf for leaf in observation_leaves(self.env.observation_space) if leaf.camera}
-        self.action = action_spec(self.env.action_space)
         try:
+            leaves = {leaf.name: leaf for leaf in observation_leaves(self.env.observation_space) if leaf.camera}
+            self.action = action_spec(self.env.action_space)
             self._check(config.camera, [*leaves])
         except ConfigError:
             self.close()

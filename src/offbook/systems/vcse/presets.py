@@ -101,9 +101,9 @@ class VcseStudy:
 def small_pixels() -> ExploringConfig:
     """Pictures and networks so small that a processor is soon through with them; they learn little."""
     return ExploringConfig(
-        steps=4_000, image_size=24, sizes=PixelSizes(channels=4, features=8, hidden=32), batch_size=32, shift=1,
-        noise_start=0.2, noise_end=0.2, update_every=20, random_steps=200, evaluate_every=2_000, evaluate_episodes=1,
-        checkpoint_every=2_000,
+        steps=4_000, image_size=24, repeat=10, sizes=PixelSizes(channels=4, features=8, hidden=32), batch_size=32,
+        shift=1, noise_start=0.2, noise_end=0.2, update_every=4, random_steps=200, evaluate_every=2_000,
+        evaluate_episodes=1, checkpoint_every=2_000,
     )  # fmt: skip
 
 
