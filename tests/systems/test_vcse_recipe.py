@@ -125,7 +125,7 @@ def test_agents_of_a_seed_begin_alike_and_learn_the_whole_network():
 
 
 def test_presets_are_whole():
-    assert list(PRESETS) == ["smoke", "tiny", "paper"]
+    assert list(PRESETS) == ["smoke", "tiny", "paper", "drqv2-dmc", "metaworld"]
     assert not smoke().judged
     assert len(tiny().seeds) == 5
     assert sum(task.algorithm == "a2c" for task in tiny().tasks) == 3
@@ -138,7 +138,7 @@ def test_smoke_runs_from_the_command_line_and_ends_the_same_after_an_interruptio
     outcome = cli(["reproduce", "vcse", "--preset", "smoke", "--out", "run", "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     found = json.loads(outcome.stdout)["claims"]
-    assert len(found) == 3
+    assert len(found) == 5
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert Path("run/vcse.png").stat().st_size > 10_000
     kept = Path("run/Empty-5x5/VCSE-0.json")

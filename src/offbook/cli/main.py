@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "learn a policy that keeps its earlier trials in view",
     ),
     "train dt": ("offbook.cli.hindsight:dt", "learn a policy that is told which return to aim at"),
+    "train drqv2": ("offbook.cli.pixels:train", "let an agent learn a task from pictures, with or without exploration"),
     "reproduce": ("offbook.cli.reproduce:reproduce", "a system's claim beside its baselines, with a verdict"),
     "evaluate": ("offbook.cli.evaluate:evaluate", "test a policy in a simulator, with intervals and videos"),
     "arena init": ("offbook.cli.arena:init", "set up an arena in a folder"),

@@ -38,7 +38,7 @@ def reproduce(
     Args:
         system: the system, as `offbook systems` lists it.
         preset: `smoke` shows in a minute that everything is wired; `tiny` is the honest small study, up to an hour on
-            two cores; `paper` wants a GPU.
+            two cores; `paper` wants a GPU. A system may have more, such as `drqv2-dmc` and `metaworld` of vcse.
         seeds: numbers with commas between them, instead of the preset's.
         out: the folder; by default a new one, out/SYSTEM-PRESET.
         resume: go on with what is in the folder `--out`.
@@ -49,6 +49,7 @@ def reproduce(
         offbook reproduce bpt --preset smoke
         offbook reproduce bpt --preset tiny --out runs/bpt --resume
         offbook reproduce bpt --preset tiny --seeds 3,4,5 --record
+        offbook reproduce vcse --preset drqv2-dmc --seeds 0
     """
     known = {name: about.recipe for name, about in SYSTEMS.items() if about.recipe}
     recipe = known.get(system)

@@ -188,8 +188,8 @@ def _keypoints(maps: Float[Tensor, "batch keypoint height width"]) -> Float[Tens
 
 
 def shift_images(
-    images: UInt8[Tensor, "batch height width 3"], largest: int, rng: torch.Generator
-) -> UInt8[Tensor, "batch height width 3"]:
+    images: UInt8[Tensor, "batch height width channels"], largest: int, rng: torch.Generator
+) -> UInt8[Tensor, "batch height width channels"]:
     """Shifts each image by whole pixels at random and repeats its border, so that a policy does not rely on one pixel.
 
     Source: Kostrikov et al., "Image Augmentation Is All You Need" (2021), section 3.1.

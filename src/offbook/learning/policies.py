@@ -18,6 +18,7 @@ KINDS: dict[str, str] = {
     "mtm": "offbook.learning.masked_roles:RolePolicy",
     "hindsight": "offbook.learning.trying:HindsightPolicy",
     "offline": "offbook.learning.offline:OfflinePolicy",
+    "pixels": "offbook.learning.pixel_policy:PixelPolicy",
     "vinn": "offbook.learning.vinn:VinnPolicy",
 }
 """Kind of checkpoint -> the class that plays it: `from_record(record)` builds it, `module` takes the weights.

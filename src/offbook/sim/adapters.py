@@ -154,6 +154,33 @@ class Adapter(gym.Wrapper[Any, Any, Any, Any]):
         return info
 
 
+def hold(env: AnyEnv, action: Any, steps: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    """Several control steps with one action, fewer where the episode ends; rewards add up, the last moment is drawn.
+
+    Args:
+        env: an environment from `make`.
+        action: as `step` takes it.
+        steps: 1 or more.
+
+    Example:
+        >>> env = make("gym:Pendulum-v1")
+        >>> _ = env.reset(seed=0)
+        >>> hold(env, np.zeros(1, np.float32), 300)[2:4]  # it is over after 200
+        (False, True)
+        >>> env.close()
+    """
+    if isinstance(env, Adapter):
+        observation, total, terminated, truncated, info = hold(env.env, action, steps)
+        return env._seen(observation), total, terminated, truncated, env._told(info)
+    total = 0.0
+    for _ in range(steps):
+        observation, reward, terminated, truncated, info = env.step(action)
+        total += float(reward)
+        if terminated or truncated:
+            break
+    return observation, total, bool(terminated), bool(truncated), info
+
+
 def _control_hz(env: AnyEnv) -> float | None:
     # The time between two control steps where the world knows it, else the rate at which its videos are to be shown.
     step = getattr(env.unwrapped, "dt", None)
@@ -392,13 +419,14 @@ class SeededMetaWorld(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray
     Args:
         env: the task with the goal in its observation.
         stop_on_success: whether an episode terminates at the first success; it is truncated after 500 steps anyway.
+        sparse: whether a step in which the task is done pays 1 and all others nothing, instead of the shaped reward.
     """
 
-    def __init__(self, env: Any, *, stop_on_success: bool = False) -> None:
+    def __init__(self, env: Any, *, stop_on_success: bool = False, sparse: bool = False) -> None:
         super().__init__(env)
         # By default every reset repeats one arrangement; these two make it draw from the environment's own generator.
         env._freeze_rand_vec, env.seeded_rand_vec = False, True
-        self._stop = stop_on_success
+        self._stop, self._sparse = stop_on_success, sparse
         self._success = False
 
     def reset(
@@ -416,6 +444,7 @@ class SeededMetaWorld(gym.Wrapper[np.ndarray, np.ndarray, np.ndarray, np.ndarray
         """One control step."""
         observation, reward, terminated, truncated, info = self.env.step(action)
         self._success = self._success or bool(info["success"])
+        reward = float(info["success"]) if self._sparse else reward
         terminated = bool(terminated) or (self._stop and self._success)
         return observation, reward, terminated, truncated and not terminated, {**info, "success": self._success}
 

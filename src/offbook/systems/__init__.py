@@ -86,9 +86,15 @@ SYSTEMS: dict[str, System] = {
         authors="Kim, Shin, Abbeel, Seo",
         venue="NeurIPS 2023",
         arxiv="2305.19476",
-        status="in progress: estimator, bonuses, Stable-Baselines3 and TorchRL, reproduction",
+        status="in progress: estimator, bonuses, Stable-Baselines3, TorchRL, an agent for pictures, reproduction",
         recipe="offbook.systems.vcse.recipe:run",
-        commands=("offbook explore check", "offbook explore bench", "offbook explore record", "offbook reproduce vcse"),
+        commands=(
+            "offbook explore check",
+            "offbook explore bench",
+            "offbook explore record",
+            "offbook train drqv2",
+            "offbook reproduce vcse",
+        ),
     ),
     "dpok": System(
         title="Reinforcement fine-tuning of image generators (DPOK)",

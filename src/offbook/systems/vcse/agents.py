@@ -1,5 +1,7 @@
 """The agents of the reproduction: A2C in grid worlds and SAC on bodies, which differ in nothing but the bonus.
 
+Those that see pictures are made in `pixels`.
+
 Sizes and rates of A2C are the published ones. The published SAC is 1,024 wide and learns from batches of 1,024; this
 one is to finish on a processor. Its temperature is fixed at the published 0.001, so that it explores by a bonus or not.
 
@@ -55,7 +57,7 @@ class GridFeatures(BaseFeaturesExtractor):
 def world(task: Task) -> gym.Env[Any, Any]:
     """The codes of the cells that an agent sees of a grid world, or the state of a body as one vector."""
     if task.algorithm == "sac":
-        return gym.wrappers.FlattenObservation(make(task.name))
+        return gym.wrappers.FlattenObservation(make(task.name, **task.settings))
     with needs_extra("sim"):
         import minigrid  # noqa: F401 - registers its environments
         from minigrid.wrappers import ImgObsWrapper

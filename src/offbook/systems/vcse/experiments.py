@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,16 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from offbook.runs.directory import kept
+from offbook.errors import ConfigError
+from offbook.learning.pixel_training import train_pixels
+from offbook.runs.directory import RunDirectory, kept
 from offbook.runs.parallel import run_all
 from offbook.runs.seeding import evaluation_seeds
-from offbook.systems.vcse.agents import ARMS, agent, world
+from offbook.systems.vcse.agents import ARMS, ENTROPY, OURS, PLAIN, RANDOM, agent, world
+from offbook.systems.vcse.pixels import Kind
 from offbook.systems.vcse.presets import Task, VcseStudy
+
+_KINDS: dict[str, Kind] = {PLAIN: "none", ENTROPY: "state-entropy", RANDOM: "rnd", OURS: "vcse"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +49,26 @@ class Life:
 
     def curve(self) -> Curve:
         """From its file, or lived."""
-        name = f"{self.arm.replace(' ', '-')}-{self.seed}.json"
-        found = kept(self.out / self.task.short / name, self._live)
+        folder = self.out / self.task.short / f"{self.arm.replace(' ', '-')}-{self.seed}"
+        found = kept(folder.with_suffix(".json"), lambda: self._look(folder) if self.task.pixels else self._live())
+        shutil.rmtree(folder / "replay", ignore_errors=True)  # pictures of a whole life, gigabytes at full size
         return Curve(**{measure: tuple(values) for measure, values in found.items()})
+
+    def _look(self, folder: Path) -> dict[str, list[float]]:
+        """The life of an agent that sees pictures; interrupted, it goes on where it was."""
+        if self.task.pixels is None:
+            raise ConfigError(self.task.name, expected="an agent for pictures", got="none", fix="correct the study")
+        config = replace(
+            self.task.pixels, steps=self.task.steps, evaluate_every=self.task.steps // self.looks, seed=self.seed,
+            evaluate_episodes=self.task.episodes, beta=self.task.beta, k=self.task.k, bonus=_KINDS[self.arm],
+        )  # fmt: skip
+        run = RunDirectory.create(folder, config, resume=True)
+        train_pixels(self.task.name, config, run, resume=True, settings=self.task.settings, explores=config.explores())
+        rows = [row for row in run.metrics() if "eval_return" in row]
+        # A test is made after whole episodes: the first one at each look or behind it.
+        at = [next(row for row in rows if row["step"] >= step) for step in self.steps]
+        succeeded = [row["eval_success"] for row in at] if self.task.succeeds else []
+        return {"returns": [row["eval_return"] for row in at], "successes": succeeded}
 
     def _live(self) -> dict[str, list[float]]:
         mine = agent(self.task, self.arm, self.seed)
@@ -56,7 +79,7 @@ class Life:
                 mine.learn(step - mine.num_timesteps, reset_num_timesteps=False)
                 returns, successes = play(mine, tests, sampled=self.task.algorithm == "a2c")
                 found["returns"].append(float(np.mean(returns)))
-                if self.task.algorithm == "a2c":
+                if self.task.succeeds:
                     found["successes"].append(float(np.mean(successes)))
             return found
         finally:
@@ -71,7 +94,7 @@ class Curve:
 
     Attributes:
         returns: the episodes' mean, at each.
-        successes: share of the episodes that ended with a reward; empty where a task knows no success.
+        successes: share of the episodes in which the task was done; empty where a task knows no success.
     """
 
     returns: tuple[float, ...]
@@ -105,7 +128,7 @@ def play(mine: Any, worlds: Sequence[gym.Env[Any, Any]], *, sampled: bool) -> tu
         sampled: whether actions are drawn from its policy, as in training, or are the most likely ones.
 
     Returns:
-        The returns, and whether the last reward of an episode that ended itself was positive.
+        The returns, and whether the task was done: as it says, or else by a positive reward where it ended itself.
     """
     seeds = evaluation_seeds(0, len(worlds))
     seen = [one.reset(seed=seed)[0] for one, seed in zip(worlds, seeds, strict=True)]
@@ -116,11 +139,10 @@ def play(mine: Any, worlds: Sequence[gym.Env[Any, Any]], *, sampled: bool) -> tu
             actions, _ = mine.predict(np.stack([seen[number] for number in running]), deterministic=not sampled)
             left = []
             for number, action in zip(running, actions, strict=True):
-                seen[number], reward, terminated, truncated, _ = worlds[number].step(action)
+                seen[number], reward, terminated, truncated, info = worlds[number].step(action)
                 returns[number] += float(reward)
-                if terminated:
-                    successes[number] = float(reward) > 0
-                elif not truncated:
+                successes[number] = bool(info.get("success", terminated and float(reward) > 0))
+                if not (terminated or truncated):
                     left.append(number)
             running = left
     return returns, successes

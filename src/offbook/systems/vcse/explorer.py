@@ -51,7 +51,64 @@ class CriticSettings:
         check_settings(self, checks, prefix="critic ")
 
 
-class Explorer(nn.Module):
+class Payer(nn.Module):
+    """A bonus with its weight: what all that pays agents has in common, whatever their states look like.
+
+    Args:
+        bonus: what pays.
+        beta: weight, or a function from environment steps to it.
+
+    Attributes:
+        step: environment steps so far, by which beta goes.
+        report: of the last batch, by name: see the page of the system.
+    """
+
+    def __init__(self, bonus: Bonus, beta: float | Callable[[int], float]) -> None:
+        super().__init__()
+        self.bonus, self.beta, self.step = bonus, beta, 0
+        self._paid: deque[tuple[float, float]] = deque(maxlen=_UPDATES)
+        self._warned = False
+        self.report: dict[str, float] = {}
+
+    def weight(self) -> float:
+        """Beta at this step."""
+        return float(self.beta(self.step) if callable(self.beta) else self.beta)
+
+    def _bonus(self, features: Tensor, values: Tensor, rewards: Tensor) -> Tensor:
+        began = time.perf_counter()
+        try:
+            bonus: Tensor = self.bonus(features, values)
+        except DataError as error:
+            where = f"{error.where}, environment step {self.step}"
+            raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
+        spent = time.perf_counter() - began
+        paid, of_task = self.weight() * float(bonus.abs().mean()), float(rewards.abs().mean())
+        self.report = {
+            "beta": self.weight(),
+            "bonus_mean": float(bonus.mean()),
+            "bonus_std": float(bonus.std(correction=0)),
+            "reward_mean": float(rewards.mean()),
+            "bonus_share": paid / (paid + of_task) if paid + of_task > 0 else 0.0,
+            "zero_share": self.bonus.zero_share,
+            "skipped": float(self.bonus.skipped),
+            "milliseconds": 1e3 * spent,
+        }
+        self._remark(paid, of_task)
+        return bonus
+
+    def _remark(self, paid: float, of_task: float) -> None:
+        """Once the task has paid something, a bonus beside which that hardly counts is too heavy."""
+        self._paid.append((paid, of_task))
+        rewarded = [pair for pair in self._paid if pair[1] > 0]
+        if self._warned or len(rewarded) < _UPDATES or min(p / (p + r) for p, r in rewarded) <= _SHARE:
+            return
+        even = self.weight() * sum(r for _, r in rewarded) / sum(p for p, _ in rewarded)
+        said = f"the bonus is over {_SHARE:.0%} of what the agent is paid; with beta = {even:.2g} it would be a half"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+        self._warned = True
+
+
+class Explorer(Payer):
     """Bonuses for the states that an agent meets, with a critic that learns beside it.
 
     Args:
@@ -62,10 +119,6 @@ class Explorer(nn.Module):
         gamma: discount of the task.
         settings: of the critic.
         seed: of the critic.
-
-    Attributes:
-        step: environment steps so far, by which beta goes.
-        report: of the last batch, by name: see the page of the system.
     """
 
     updates: Tensor
@@ -81,9 +134,9 @@ class Explorer(nn.Module):
         settings: CriticSettings,
         seed: int,
     ) -> None:
-        super().__init__()
-        self.bonus, self.encoder, self.beta, self.gamma = bonus, encoder.requires_grad_(False).eval(), beta, gamma
-        self.settings, self.seed, self.step = settings, seed, 0
+        super().__init__(bonus, beta)
+        self.encoder, self.gamma = encoder.requires_grad_(False).eval(), gamma
+        self.settings, self.seed = settings, seed
         # No random number is taken from the agent's stream.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -91,13 +144,6 @@ class Explorer(nn.Module):
         self.target = deepcopy(self.critic).requires_grad_(False)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self._optimiser = torch.optim.Adam(self.critic.parameters(), settings.learning_rate)
-        self._paid: deque[tuple[float, float]] = deque(maxlen=_UPDATES)
-        self._warned = False
-        self.report: dict[str, float] = {}
-
-    def weight(self) -> float:
-        """Beta at this step."""
-        return float(self.beta(self.step) if callable(self.beta) else self.beta)
 
     @torch.no_grad()
     def features(self, observations: Any) -> Float[Tensor, "batch size"]:
@@ -174,39 +220,6 @@ class Explorer(nn.Module):
             self._optimiser.step()
         self.updates += 1
         self.report["critic_loss"] = float(loss.detach())
-
-    def _bonus(self, features: Tensor, values: Tensor, rewards: Tensor) -> Tensor:
-        began = time.perf_counter()
-        try:
-            bonus: Tensor = self.bonus(features, values)
-        except DataError as error:
-            where = f"{error.where}, environment step {self.step}"
-            raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
-        spent = time.perf_counter() - began
-        paid, of_task = self.weight() * float(bonus.abs().mean()), float(rewards.abs().mean())
-        self.report = {
-            "beta": self.weight(),
-            "bonus_mean": float(bonus.mean()),
-            "bonus_std": float(bonus.std(correction=0)),
-            "reward_mean": float(rewards.mean()),
-            "bonus_share": paid / (paid + of_task) if paid + of_task > 0 else 0.0,
-            "zero_share": self.bonus.zero_share,
-            "skipped": float(self.bonus.skipped),
-            "milliseconds": 1e3 * spent,
-        }
-        self._remark(paid, of_task)
-        return bonus
-
-    def _remark(self, paid: float, of_task: float) -> None:
-        """Once the task has paid something, a bonus beside which that hardly counts is too heavy."""
-        self._paid.append((paid, of_task))
-        rewarded = [pair for pair in self._paid if pair[1] > 0]
-        if self._warned or len(rewarded) < _UPDATES or min(p / (p + r) for p, r in rewarded) <= _SHARE:
-            return
-        even = self.weight() * sum(r for _, r in rewarded) / sum(p for p, _ in rewarded)
-        said = f"the bonus is over {_SHARE:.0%} of what the agent is paid; with beta = {even:.2g} it would be a half"
-        warnings.warn(said, RuntimeWarning, stacklevel=2)
-        self._warned = True
 
     def get_extra_state(self) -> Any:
         """Of the optimiser, which belongs to what a resumed run needs."""

@@ -21,4 +21,5 @@ def run(study: VcseStudy, out: RunDirectory) -> list[Claim]:
     # Record: each task beside what the paper says, all of them together, a table and a picture.
     claims.draw(study, out.path / "vcse.png", curves)
     write_atomic(out.path / "table.md", claims.table(study, curves))
-    return [*(claims.task(study, one, curves) for one in study.tasks), claims.together(study, curves)]
+    alone = [claims.task(study, one, curves) for one in study.tasks]
+    return [*alone, *([claims.together(study, curves)] if any(one.algorithm == "a2c" for one in study.tasks) else [])]
