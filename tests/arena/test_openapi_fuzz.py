@@ -81,7 +81,7 @@ def _try(client: Any, examples: int, operation: Any) -> None:
         if inside and isinstance(case.body, dict):
             case.body |= {key: value for key, value in KNOWN.items() if key in case.body}
         headers = {} if role is None else {"Authorization": f"Bearer {client.tokens[role]}"}
-        answer = case.call_and_validate(headers=headers, checks=CHECKS)
+        answer = case.call_and_validate(headers=headers, checks=CHECKS, timeout=300)  # that of the test decides
         if answer.status_code >= 400:
             assert set(answer.json()) >= {"ok", "error", "detail", "hint", "status"}
             assert "Traceback" not in answer.text
