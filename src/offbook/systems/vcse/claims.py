@@ -47,7 +47,7 @@ def task(study: VcseStudy, of: Task, curves: Curves) -> Claim:
     note += f" VCSE loses to: {', '.join(loses)}." if loses else ""
     return Claim(
         system="vcse",
-        claim=f"on {of.short} {of.algorithm.upper()} gets more return over its life of {of.steps:,} steps with VCSE "
+        claim=f"on {of.short} {of.agent} gets more return over its life of {of.steps:,} steps with VCSE "
         "than without a bonus, and than with state entropy",
         metrics=(*gains.values(), areas[OURS], ends[OURS]),
         baseline_metrics=(*(areas[other] for other in _OTHERS), *(ends[other] for other in _OTHERS)),
@@ -104,7 +104,7 @@ def draw(study: VcseStudy, path: Path, curves: Curves) -> None:
     figure = Figure(figsize=(3.9 * len(study.tasks), 6.6), layout="constrained")
     panels = figure.subplots(2, len(study.tasks), squeeze=False)
     for (upper, lower), of in zip(panels.T, study.tasks, strict=True):
-        upper.set_title(f"{of.short}, {of.algorithm.upper()}")
+        upper.set_title(f"{of.short}, {of.agent}")
         _panel(upper, curves, of, "returns")
         if _last(of) == "success":
             _panel(lower, curves, of, "successes")

@@ -48,6 +48,11 @@ class Task:
         return self.sparse or self.algorithm == "a2c"
 
     @property
+    def agent(self) -> str:
+        """What its agents are called."""
+        return "DrQ-v2" if self.algorithm == "drqv2" else self.algorithm.upper()
+
+    @property
     def short(self) -> str:
         """Its name without the library's, such as `DoorKey-6x6` or `pendulum-swingup`."""
         return self.name.partition(":")[2].removeprefix("MiniGrid-").removesuffix("-v0").removesuffix("-v3")
