@@ -15,6 +15,7 @@ from offbook.client import serve, wire
 from offbook.client.channel import InferenceThread, socket_url
 from offbook.client.protocol import PolicyMeta
 from offbook.client.serve import serve_policy
+from offbook.client.submit import ArenaClient
 from offbook.errors import ConfigError, SubmissionError
 
 
@@ -413,12 +414,26 @@ def test_addresses(url, expected):
     assert socket_url(url, "/v1/play") == expected
 
 
-@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "ftp://x", "http://user:pass@host", "http://host/?token=secret"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:8000",
+        "ftp://x",
+        "http://user:pass@host",
+        "http://host/?token=secret",
+        "http://[::",
+        "ws://host:x",
+    ],
+)
 def test_addresses_that_cannot_be_meant_or_carry_secrets_are_refused(url):
     with pytest.raises(ConfigError, match="arena address") as caught:
         socket_url(url, "/v1/play")
     assert "pass@" not in str(caught.value)
     assert "secret" not in str(caught.value)
+    if "token" not in url and not url.startswith("ws"):
+        with pytest.raises(ConfigError, match="arena address"):
+            ArenaClient(url)
 
 
 def test_an_inference_thread_hands_exceptions_back_and_can_be_awaited():

@@ -16,7 +16,6 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import msgpack
 import numpy as np
@@ -25,6 +24,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.protocol import State
 from websockets.sync.client import ClientConnection, connect
 
+from offbook.client.addresses import split_address
 from offbook.errors import ConfigError, PolicyError
 
 LIMIT = 8 * 2**20
@@ -54,7 +54,7 @@ class OpenPiServer:
 
     def __init__(self, address: str, *, patience_s: float = PATIENCE_S, deadline_s: float = DEADLINE_S) -> None:
         self._url = address if "://" in address else f"ws://{address}"
-        parts = urlsplit(self._url)
+        parts = split_address(self._url)
         if parts.scheme not in ("ws", "wss") or not parts.hostname:
             fix = "write ws://localhost:8000"
             raise ConfigError("--openpi", expected="ws(s)://HOST[:PORT]", got=repr(address), fix=fix)

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidURI
 
 from offbook.client import wire
+from offbook.client.addresses import split_address
 from offbook.errors import ConfigError
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def socket_url(url: str, path: str) -> str:
         >>> socket_url("https://arena.example", "/v1/play")
         'wss://arena.example/v1/play'
     """
-    parts = urlsplit(url)
+    parts = split_address(url)
     schemes = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
     if parts.scheme not in schemes or not parts.hostname or parts.username or parts.query:
         shown = f"{parts.scheme}://{parts.hostname or ''}"
@@ -83,7 +83,7 @@ def socket_url(url: str, path: str) -> str:
 
 def dial(url: str, token: str, limit: int) -> connect:
     """A websocket connection to be awaited or entered; the token travels in the Authorization header only."""
-    loopback = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
+    loopback = split_address(url).hostname in ("localhost", "127.0.0.1", "::1")
     try:
         return connect(
             url,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 
+from offbook.client.addresses import split_address
 from offbook.errors import ConfigError, SubmissionError
 
 _CHUNK = 2**20
@@ -43,7 +44,7 @@ class ArenaClient:
     """
 
     def __init__(self, url: str, token: str = "", *, timeout_s: float = 30.0) -> None:
-        parts = urlsplit(url)
+        parts = split_address(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             fix = "pass the address that the arena printed when it started"
             raise ConfigError("arena address", expected="http(s)://HOST[:PORT]", got=repr(url.split("@")[-1]), fix=fix)
