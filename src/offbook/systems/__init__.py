@@ -51,7 +51,7 @@ SYSTEMS: dict[str, System] = {
         authors="Wu, Majumdar, Stone, Lin, Mordatch, Abbeel, Rajeswaran",
         venue="ICML 2023",
         arxiv="2305.02968",
-        status="in progress: model, roles, specialists, role card, reproduction",
+        status="recorded on a CPU: one model for all roles; the choice of masks does not hold",
         recipe="offbook.systems.mtm.recipe:run",
         commands=("offbook train mtm", "offbook evaluate", "offbook reproduce mtm"),
     ),
