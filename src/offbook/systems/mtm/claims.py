@@ -94,9 +94,17 @@ def few_actions(
     score = {which: [float(np.mean(returns[plays[name, which, seed]])) for seed in seeds] for which in kinds}
     ratios = [a / b for a, b in zip(error["all"], error["few"], strict=True)]
     ratio = float(np.mean(score["all"]) / max(1e-9, float(np.mean(score["few"]))))
+    more = over_seeds(
+        "return, with states less 1.2 times without",
+        [a - 1.2 * b for a, b in zip(score["all"], score["few"], strict=True)],
+    )
     metrics = [
         over_seeds("action error, with states to without", ratios, higher=False),
+        Metric(
+            name="action error, with states to without, highest of the seeds", value=max(ratios), higher_is_better=False
+        ),
         Metric(name="return, with states to without", value=ratio, higher_is_better=True),
+        more,
         over_seeds("action error, with states", error["all"], higher=False),
         over_seeds("return, with states", score["all"]),
     ]
@@ -104,10 +112,7 @@ def few_actions(
         over_seeds("action error, without", error["few"], higher=False),
         over_seeds("return, without", score["few"]),
     ]
-    more = over_seeds("margin", [a - 1.2 * b for a, b in zip(score["all"], score["few"], strict=True)])
-    verdict = _verdict(
-        all(one < 1 for one in ratios) and ratio >= 1.2, _ends(metrics[0])[0] < 1 and _ends(more)[1] >= 0
-    )
+    verdict = _verdict(max(ratios) < 1 and ratio >= 1.2, _ends(metrics[0])[0] < 1 and _ends(more)[1] >= 0)
     return _claim(
         study, f"with actions in {study.with_actions:.0%} of the episodes of {name}, the states of the others lower "
         "the error of cloned actions for every seed and raise the return of the two-stage role 1.2 times",
@@ -123,8 +128,12 @@ def offline(study: MtmStudy, plays: Plays, returns: Returns, data: Dataset) -> C
         max(float(np.mean(returns[plays.targets[target, seed]])) for target in study.targets) for seed in study.seeds
     ]
     ratio = float(np.mean(means["MTM"]) / max(1e-9, float(np.mean(means["MLP rcbc"]))))
+    margin = over_seeds(
+        "MTM less 0.95 times MLP rcbc", [a - 0.95 * b for a, b in zip(means["MTM"], means["MLP rcbc"], strict=True)]
+    )
     metrics = [
         Metric(name="MTM to MLP rcbc", value=ratio, higher_is_better=True),
+        margin,
         as_metric(
             "MTM, final, target 1",
             bootstrap_mean([x for seed in study.seeds for x in returns[plays.hopper["MTM", seed]]]),
@@ -133,7 +142,6 @@ def offline(study: MtmStudy, plays: Plays, returns: Returns, data: Dataset) -> C
         over_seeds(f"MTM, best of {len(study.targets)} targets", best),
     ]
     baseline = [over_seeds(name, means[name]) for name in names if name != "MTM"]
-    margin = over_seeds("margin", [a - 0.95 * b for a, b in zip(means["MTM"], means["MLP rcbc"], strict=True)])
     return _claim(
         study, "on hopper-replay the return-conditioned model, at its last step and a target fixed beforehand, gets "
         "0.95 times the return of the return-conditioned MLP", metrics, baseline,
@@ -151,14 +159,14 @@ def masks(study: MtmStudy, cards: Mapping[tuple[str, int], Card], data: Dataset)
         (pattern, role): over_seeds(f"{role}, {pattern}", of, higher=False) for (pattern, role), of in errors.items()
     }
     margins = [
-        over_seeds("margin", 1.05 * errors[pattern, role] - errors["auto", role])
-        for pattern in study.patterns for role in ("bc", "rcbc")
+        over_seeds(f"{role}, 1.05 times {pattern} less auto", 1.05 * errors[pattern, role] - errors["auto", role])
+        for pattern in study.patterns for role in ("bc", "rcbc") if pattern != "auto"
     ]  # fmt: skip
     verdict = _verdict(min(m.value for m in margins) >= 0, min(_ends(m)[1] for m in margins) >= 0)
     mine = [metric for (pattern, _), metric in found.items() if pattern == "auto"]
     return _claim(
         study, "with random autoregressive masks the errors of both kinds of cloning are within 5 % of the least",
-        mine, [metric for metric in found.values() if metric not in mine], verdict, data, _MASKS,
+        [*margins, *mine], [metric for metric in found.values() if metric not in mine], verdict, data, _MASKS,
     )  # fmt: skip
 
 
