@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import tyro
 
+from offbook.cli.learner import begun, opened
 from offbook.cli.report import Report
-from offbook.data.splits import left_out
-from offbook.data.store import EpisodeStore
 from offbook.errors import needs_extra
 from offbook.runs.config import with_presets
-from offbook.runs.directory import RunDirectory
 from offbook.runs.progress import note
 
 with needs_extra("models"):
     from offbook.learning.cost import check_cost, measure_cost
-    from offbook.learning.encoding import through
-    from offbook.learning.fit import main_process_first
     from offbook.learning.hindsight_presets import SINGLE, TRAINING, decision_transformer, tiny
     from offbook.learning.hindsight_training import ChainData, HindsightConfig, train_hindsight
 
@@ -99,10 +94,7 @@ def dt(
 def _train(
     data: Path, out: Path, resume: bool, encoder: Path | None, dry_run: bool, yes: bool, config: HindsightConfig
 ) -> Report:
-    store, learn = EpisodeStore.open(data), cast(Callable[..., Any], train_hindsight)
-    if encoder is not None:
-        with main_process_first(config.fit.device):
-            store, config, learn = through(encoder, store, config, learn)
+    store, config, learn = opened(data, encoder, config, train_hindsight, config.fit.device)
     found = ChainData(store, config)  # refused, if at all, before a folder is made
     config = replace(config, parts=tuple(name for name, _ in found.observation.state))
     cost = measure_cost(found, found.build())
@@ -111,10 +103,7 @@ def _train(
     note(str(cost))
     if not yes:
         check_cost(cost)
-    with main_process_first(config.fit.device) as first:
-        run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
-    if first and (count := left_out(store)):
-        note(f"{count} of {len(store)} episodes are in no group and not learnt from: run offbook data split {data}")
+    run = begun(store, data, out, config, resume, config.fit.device)
     began = time.monotonic()
     policy = learn(store, config, run, resume=resume)
     seconds, last = time.monotonic() - began, run.metrics()[-1]

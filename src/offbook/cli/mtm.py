@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import tyro
 
+from offbook.cli.learner import begun, opened
 from offbook.cli.report import Report, interval_text, table
-from offbook.data.splits import left_out
-from offbook.data.store import EpisodeStore
 from offbook.errors import DataError, needs_extra
 from offbook.runs.config import with_presets
 from offbook.runs.directory import RunDirectory, write_atomic
 from offbook.runs.progress import note
 
 with needs_extra("models"):
-    from offbook.learning.encoding import EncodedPolicy, through
-    from offbook.learning.fit import main_process_first
+    from offbook.learning.encoding import EncodedPolicy
     from offbook.learning.masked_roles import FILL, RolePolicy
     from offbook.learning.masked_training import MtmConfig, train_mtm, trajectories
     from offbook.learning.specialists import Specialist, SpecialistConfig, train_specialist
@@ -63,17 +61,11 @@ def train(
         offbook evaluate runs/mtm
         offbook evaluate runs/mtm:bc runs/mtm:rcbc:0.9 runs/mtm:plan
     """
-    store, learn = EpisodeStore.open(data), cast(Callable[..., Any], train_mtm)
-    if encoder is not None:
-        with main_process_first(config.fit.device):
-            store, config, learn = through(encoder, store, config, learn)
+    store, config, learn = opened(data, encoder, config, train_mtm, config.fit.device)
     found = trajectories(store, config)
     found.sampler(config.model.length)  # refused, if at all, before a folder is made
     config = replace(config, parts=found.parts)
-    with main_process_first(config.fit.device) as first:
-        run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
-    if first and (count := left_out(store)):
-        note(f"{count} of {len(store)} episodes are in no group and not learnt from: run offbook data split {data}")
+    run = begun(store, data, out, config, resume, config.fit.device)
     began = time.monotonic()
     learnt = learn(store, config, run, resume=resume)
     policy: RolePolicy = learnt.inner if isinstance(learnt, EncodedPolicy) else learnt

@@ -11,20 +11,17 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from offbook.cli.learner import begun, opened
 from offbook.cli.report import Report
 from offbook.client.protocol import ObservationSpec
-from offbook.data.splits import left_out
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.config import with_presets
-from offbook.runs.directory import RunDirectory
-from offbook.runs.progress import note
 
 with needs_extra("models"):
     from offbook.learning.actor_critic import Algorithm
     from offbook.learning.cloning import CloningConfig, check_cloning, train_cloning
-    from offbook.learning.encoding import through
-    from offbook.learning.fit import FitConfig, main_process_first
+    from offbook.learning.fit import FitConfig
     from offbook.learning.offline import OfflineConfig, check_offline, train_offline
     from offbook.learning.vinn import VinnConfig, check_vinn, train_vinn
 
@@ -222,18 +219,11 @@ def _train(
     train: Callable[..., Any],
 ) -> Report:
     device: Literal["auto", "cpu"] = "auto" if isinstance(config, VinnConfig) else config.fit.device
-    store = EpisodeStore.open(data)
-    if encoder is not None:
-        with main_process_first(device):
-            store, config, train = through(encoder, store, config, train)
+    store, config, train = opened(data, encoder, config, train, device)
     # Resolved and written down, so that the run's folder says what the policy looks at.
     parts = tuple(name for name, _ in check(store, config).state)
     config = replace(config, parts=parts)
-    with main_process_first(device) as first:
-        run = RunDirectory.create(out, config, resume=resume) if first else RunDirectory.open(out)
-    if first and (count := left_out(store)):
-        said = f"{count} of {len(store)} episodes are in no group and not learnt from"
-        note(f"{said}: run offbook data split {data}")
+    run = begun(store, data, out, config, resume, device)
     began = time.monotonic()
     policy = train(store, config, run, resume=resume)
     seconds = time.monotonic() - began

@@ -114,7 +114,7 @@ def few_actions(
     ]
     verdict = _verdict(max(ratios) < 1 and ratio >= 1.2, _ends(metrics[0])[0] < 1 and _ends(more)[1] >= 0)
     return _claim(
-        study, f"with actions in {study.with_actions:.0%} of the episodes of {name}, the states of the others lower "
+        study, f"with actions in {study.keep_actions:.0%} of the episodes of {name}, the states of the others lower "
         "the error of cloned actions for every seed and raise the return of the two-stage role 1.2 times",
         metrics, baseline, verdict, data, _FEW,
     )  # fmt: skip

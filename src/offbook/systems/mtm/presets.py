@@ -82,7 +82,7 @@ class MtmStudy:
         model: every masked trajectory model; specialists are fitted for as many steps on as many windows.
         maze: episodes of `pointmaze-mixed`.
         hopper: steps of `hopper-replay`.
-        with_actions: share of the episodes that keep their actions where the others lose them.
+        keep_actions: share of the episodes that keep their actions where the others lose them.
         patterns: what the ablation of masks compares.
         targets: shares of the range of returns that the best score may choose from; 1 is the fixed one.
         episodes: that each policy plays.
@@ -100,7 +100,7 @@ class MtmStudy:
     model: MtmConfig = field(default_factory=_study_model)
     maze: int = 667
     hopper: int = 150_000
-    with_actions: float = 0.02
+    keep_actions: float = 0.02
     patterns: tuple[str, ...] = ("auto", "random", "rcbc")
     targets: tuple[float, ...] = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
     episodes: int = 20
@@ -122,7 +122,7 @@ def smoke() -> MtmStudy:
     single = _transformer()
     single = replace(single, fit=replace(single.fit, steps=10, batch_size=4, warmup=5))
     return MtmStudy(
-        model=model, maze=20, hopper=1_200, with_actions=0.2, patterns=("auto", "rcbc"), targets=(0.9, 1.0), episodes=2,
+        model=model, maze=20, hopper=1_200, keep_actions=0.2, patterns=("auto", "rcbc"), targets=(0.9, 1.0), episodes=2,
         transformer=single, offline_steps=50, cartpole=2, agent_steps=100, looks=1, seeds=(0,),
         encoder=Sizes(dim=16, heads=2, encoder=1),
         judged=False,

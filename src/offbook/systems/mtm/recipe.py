@@ -35,7 +35,7 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
     partial = {
         (name, which, seed): EpisodeStore.open(path)
         for name, store in stores.items() for seed in study.seeds
-        for which, path in zip(("all", "few"), without_actions(store, study.with_actions, seed, out.path), strict=True)
+        for which, path in zip(("all", "few"), without_actions(store, study.keep_actions, seed, out.path), strict=True)
     }  # fmt: skip
 
     # Model and learning: one model for all roles, specialists, masks of other kinds, offline reinforcement learners.
