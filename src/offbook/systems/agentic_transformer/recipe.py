@@ -50,8 +50,8 @@ def run(study: AtStudy, out: RunDirectory) -> list[Claim]:
     fit_all([*arms.values(), *others.values()], study.jobs)
 
     # Test: groups of trials on instances that nobody has seen; the last trial also after another group's trials.
-    tries = {key: _try(study, stores[key[0]], arm, key[1]) for key, arm in arms.items()}
-    hopper = {key: _try(study, stores[HOPPER], arm, key[0]) for key, arm in others.items()}
+    tries = {key: _try(study, key[0], stores[key[0]], arm, key[1]) for key, arm in arms.items()}
+    hopper = {key: _try(study, HOPPER, stores[HOPPER], arm, key[0]) for key, arm in others.items()}
     played = try_all([*tries.values(), *hopper.values()], study.jobs)
     groups = {key: played[one] for key, one in tries.items()}
     lengths = {plain: measure(_long(study, plain, study.long)) for plain in (True, False)}
@@ -113,12 +113,13 @@ def _folder(out: RunDirectory, name: str, kind: str, seed: int) -> Path:
     return out.path / name / f"{kind.replace(',', '').replace(' % ', '-').replace(' ', '-').replace('+', '-')}-{seed}"
 
 
-def _try(study: AtStudy, store: EpisodeStore, arm: Arm, kind: str) -> Try:
+def _try(study: AtStudy, name: str, store: EpisodeStore, arm: Arm, kind: str) -> Try:
     settings = json.dumps(store.schema.extra.get("recording", {}).get("settings", {}))
+    groups = study.hidden_groups if name == HIDDEN else study.groups
     fresh = study.fresh if kind == DT else 0
     return Try(
-        arm=arm, task=store.schema.environment, settings=settings, trials=study.trials, groups=study.groups,
-        fresh=fresh, foreign=kind.startswith("AT"),
+        arm=arm, task=store.schema.environment, settings=settings, trials=study.trials, groups=groups, fresh=fresh,
+        foreign=kind.startswith("AT"),
     )  # fmt: skip
 
 
