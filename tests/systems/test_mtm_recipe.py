@@ -39,6 +39,19 @@ def test_a_model_is_held_against_its_specialists_and_the_rule() -> None:
     assert claims.roles(replace(STUDY, judged=False), "d", {0: good}, DATA).verdict == "recorded"
 
 
+def test_who_clones_from_as_many_states_is_another_claim() -> None:
+    good = card(bc=0.9, rcbc=1.15, id=3.0, fd=1.1)
+    for role, error in {"bc": 0.75, "rcbc": 1.2}.items():
+        good[role][f"MLP {role}, 4 states"] = error
+    found = claims.roles(STUDY, "d", dict.fromkeys((0, 1, 2), good), DATA, 4)
+    assert found.verdict == "contradicted"
+    assert found.claim.endswith("where who clones sees 4 states as the model does")
+    values = {metric.name: metric.value for metric in found.metrics}
+    assert values["bc, model to MLP bc, 4 states"] == pytest.approx(1.2)
+    good["bc"]["MLP bc, 4 states"] = 0.95
+    assert claims.roles(STUDY, "d", dict.fromkeys((0, 1, 2), good), DATA, 4).verdict == "reproduced"
+
+
 def plays_of(name: str, seeds: tuple[int, ...]) -> dict[int, Play]:
     arms = {
         seed: Arm(store=Path("s"), model=STUDY.model, config=STUDY.model, folder=Path(f"{name}-{seed}"))
@@ -98,7 +111,7 @@ def test_masks_and_features_are_judged() -> None:
     assert claims.masks(STUDY, cards, DATA).verdict == "not separated"
 
     def verdict(*gains: float) -> str:
-        lives = [("raw state", 0.0), ("frozen features", 1.0), ("tuned features", 0.0)]
+        lives = [("state alone", 0.0), ("frozen features", 1.0), ("tuned features", 0.0)]
         curves = [
             Curve(kind=kind, seed=seed, steps=(1,), returns=(10.0 + sign * gain,))
             for kind, sign in lives for seed, gain in enumerate(gains)
@@ -140,7 +153,7 @@ def test_smoke_runs_from_the_command_line_and_goes_on_from_its_folder(cli, tmp_p
     outcome = cli(["reproduce", "mtm", "--preset", "smoke", "--out", "run", "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     found = json.loads(outcome.stdout)["claims"]
-    assert len(found) == 7
+    assert len(found) == 9
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert Path("run/mtm.png").stat().st_size > 10_000
     again = cli(["reproduce", "mtm", "--preset", "smoke", "--out", "run", "--resume", "--json"])

@@ -68,6 +68,18 @@ def test_one_model_tells_states_actions_and_what_lies_between(learnt):
     assert between.square().mean() < 0.1 * actions.var()
 
 
+def test_the_units_of_the_card_are_the_recordings_whatever_the_model_is_standardised_by(tmp_path):
+    recorded = linear_world.record(tmp_path / "store", (20,) * 30)
+    cards = []
+    for statistics in ("real", "official"):
+        config = replace(TINY, statistics=statistics)
+        data = trajectories(recorded, config)
+        cards.append({row.role: row.errors for row in role_card(build(data, config), data)})
+    for role, rule in (("bc", "mean action"), ("fd", "state stays"), ("return", "mean return")):
+        assert cards[0][role][rule] == cards[1][role][rule]
+    assert cards[0]["bc"]["mean action"].value == pytest.approx(1, rel=0.5)
+
+
 @pytest.mark.learning
 def test_the_card_has_every_role_beside_its_rules_and_specialists(learnt, tmp_path):
     from offbook.learning.specialists import SpecialistConfig, train_specialist

@@ -1,4 +1,4 @@
-"""Do agents learn faster on a model's features? TD3 on a cart-pole, with the raw state, frozen and tuned features."""
+"""Does TD3 learn a cart-pole faster on the state and a model's features, frozen or tuned, than on the state alone?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from offbook.systems.mtm.experiments import Arm
 from offbook.systems.mtm.presets import MtmStudy
 
 TASK = "dmc:cartpole-swingup"
-KINDS = ("raw state", "frozen features", "tuned features")
+PLAIN = "state alone"
+KINDS = (PLAIN, "frozen features", "tuned features")
 # Episodes at each look at an agent.
 EPISODES = 2
 
@@ -72,14 +73,15 @@ def _live(kind: str, seed: int, encoder: Arm, looks: Sequence[int]) -> list[floa
         from stable_baselines3 import TD3
         from stable_baselines3.common.noise import NormalActionNoise
 
-        from offbook.systems.mtm.encoder import StateFeatures
-    settings: dict[str, Any] = {"net_arch": [256, 256]}
-    if kind != "raw state":
-        trained = encoder.fit()
-        if not isinstance(trained, RolePolicy):
-            raise TypeError("an encoder is a masked trajectory model")
-        settings["features_extractor_class"] = StateFeatures
-        settings["features_extractor_kwargs"] = {"model": trained.module, "freeze": kind == "frozen features"}
+        from offbook.systems.mtm.encoder import StandardState, StateFeatures
+    trained = encoder.fit()
+    if not isinstance(trained, RolePolicy):
+        raise TypeError("an encoder is a masked trajectory model")
+    settings: dict[str, Any] = {"net_arch": [256, 256], "features_extractor_kwargs": {"model": trained.module}}
+    # What the state is scaled by is the same for all: only features may make a difference.
+    settings["features_extractor_class"] = StandardState if kind == PLAIN else StateFeatures
+    if kind != PLAIN:
+        settings["features_extractor_kwargs"]["freeze"] = kind == "frozen features"
     world, test = (gym.wrappers.FlattenObservation(make(TASK)) for _ in range(2))
     try:
         first = int(generator(seed, "agent").integers(2**31))

@@ -80,7 +80,7 @@ def role_card(
     """
     windows, episodes = _held_out(model, data)
     rows = []
-    for role, question in _questions(model, windows).items():
+    for role, question in _questions(model, windows, data).items():
         kept = windows[f"{question.modality} present"][:, question.step]
         for name in {STATE, ACTION, RETURN} & model.modalities.keys():
             if bool(question.seen[name].any()):
@@ -95,7 +95,7 @@ def role_card(
             told[name] = _said(expert, expert(chosen, question.step - expert.config.tells[1]))
         told |= {name: rule[kept] for name, rule in question.rules.items()}
         index = model.modalities[question.modality].kind == "index"
-        std = torch.ones(1) if index else model.get_buffer(f"{question.modality}_std")
+        std = torch.ones(1) if index else _of(data, question.modality)[1]
         errors = {name: _errors(values, wanted, std, index) for name, values in told.items()}
         numbers = episodes[kept.numpy()]
         rows.append(
@@ -121,7 +121,13 @@ def _held_out(model: MaskedTrajectoryModel, data: Trajectories) -> tuple[dict[st
     return data.tensors(windows), windows.episode
 
 
-def _questions(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor]) -> dict[str, _Question]:
+def _of(data: Trajectories, modality: str) -> tuple[Tensor, Tensor]:
+    """Mean and deviation over the real steps, whatever the model itself is standardised by."""
+    mean, std = (torch.from_numpy(of.astype(np.float32)) for of in data.statistics[modality])
+    return mean, std
+
+
+def _questions(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor], data: Trajectories) -> dict[str, _Question]:
     """The roles, with their simple rules; every one is asked at the end of the window, where there is most to see."""
     batch, length = windows[f"{STATE} present"].shape
     last = length - 1
@@ -134,7 +140,7 @@ def _questions(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor]) -> d
         action = windows[ACTION].float()
         rules = {"last action": action[:, last - 1]}
         if model.modalities[ACTION].kind != "index":
-            rules["mean action"] = model.get_buffer(f"{ACTION}_mean").expand(batch, -1)
+            rules["mean action"] = _of(data, ACTION)[0].expand(batch, -1)
         found["bc"] = _Question(
             tells="the action, from what was before", seen=at_step("bc", shape, step), modality=ACTION, step=last,
             rules=rules,
@@ -160,7 +166,7 @@ def _questions(model: MaskedTrajectoryModel, windows: Mapping[str, Tensor]) -> d
         name = "plan" if ACTION in model.modalities else "bc"
         found["return"] = _Question(
             tells="the return, from what was before and the action", seen=at_step(name, shape, step), modality=RETURN,
-            step=last, rules={"mean return": model.get_buffer(f"{RETURN}_mean").expand(batch, -1)},
+            step=last, rules={"mean return": _of(data, RETURN)[0].expand(batch, -1)},
         )  # fmt: skip
     if length > 2:
         middle = length // 2

@@ -21,7 +21,35 @@ if TYPE_CHECKING:
     import gymnasium as gym
 
 
-class StateFeatures(BaseFeaturesExtractor):
+class StandardState(BaseFeaturesExtractor):
+    """The state as a model's recordings standardise it, without what the model makes of it: what to compare with.
+
+    Args:
+        observation_space: of the task: one vector, as the model's recordings have it.
+        model: a trained one.
+        features: how many more numbers there will be.
+
+    Raises:
+        ConfigError: the observation is not what the model knows as a state.
+    """
+
+    def __init__(self, observation_space: gym.Space[Any], model: MaskedTrajectoryModel, features: int = 0) -> None:
+        size, shape = model.modalities[STATE].size, observation_space.shape
+        if shape != (size,):
+            fix = "use a model of this task's recordings"
+            where = type(self).__name__
+            raise ConfigError(where, expected=f"an observation of shape ({size},)", got=f"{shape}", fix=fix)
+        super().__init__(observation_space, features + size)
+        for of in ("mean", "std"):
+            self.register_buffer(of, model.get_buffer(f"{STATE}_{of}").clone())
+
+    def forward(self, observations: Float[Tensor, "batch size"]) -> Float[Tensor, "batch features"]:
+        """The state, in standard deviations from its mean."""
+        mean, std = self.get_buffer("mean"), self.get_buffer("std")
+        return standard(observations, mean, std).clamp(-INPUT_LIMIT, INPUT_LIMIT)
+
+
+class StateFeatures(StandardState):
     """What the encoder makes of the present state alone; beside it the state itself, standardised.
 
     Args:
@@ -45,11 +73,7 @@ class StateFeatures(BaseFeaturesExtractor):
     """
 
     def __init__(self, observation_space: gym.Space[Any], model: MaskedTrajectoryModel, freeze: bool = True) -> None:
-        size, shape = model.modalities[STATE].size, observation_space.shape
-        if shape != (size,):
-            fix = "use a model of this task's recordings"
-            raise ConfigError("StateFeatures", expected=f"an observation of shape ({size},)", got=f"{shape}", fix=fix)
-        super().__init__(observation_space, model.tokens[STATE] * model.sizes.dim + size)
+        super().__init__(observation_space, model, features=model.tokens[STATE] * model.sizes.dim)
         self.model = copy.deepcopy(model).eval()
         if freeze:
             self.model.requires_grad_(False)
@@ -62,6 +86,4 @@ class StateFeatures(BaseFeaturesExtractor):
 
     def forward(self, observations: Float[Tensor, "batch size"]) -> Float[Tensor, "batch features"]:
         """The features."""
-        mean, std = (self.model.get_buffer(f"{STATE}_{of}") for of in ("mean", "std"))
-        plain = standard(observations, mean, std).clamp(-INPUT_LIMIT, INPUT_LIMIT)
-        return torch.cat([self.model.encode_state(observations), plain], 1)
+        return torch.cat([self.model.encode_state(observations), super().forward(observations)], 1)

@@ -80,12 +80,15 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
     # Record: each claim beside its limits, and pictures.
     claims.draw(study, out.path, cards, returns, plays, curves)
     return [
-        *(claims.roles(study, name, {seed: cards[name, seed] for seed in study.seeds}, data[name]) for name in stores),
+        *(
+            claims.roles(study, name, {seed: cards[name, seed] for seed in study.seeds}, data[name], seeing)
+            for name in stores for seeing in (1, study.model.model.length)
+        ),
         *(claims.few_actions(study, name, few_cards, plays.few, returns, data[name]) for name in stores),
         claims.offline(study, plays, returns, data[HOPPER]),
         claims.masks(study, mask_cards, data[MAZE]),
         claims.features(study, curves),
-    ]
+    ]  # fmt: skip
 
 
 def _arm(study: MtmStudy, store: EpisodeStore, seed: int, out: Path, name: str, **changes: object) -> Arm:
