@@ -171,17 +171,22 @@ def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
         from offbook.learning.policies import load_policy
     path, role, aim = run_and_role(target)
     policy = load_policy(path)
-    if not role:
+    if not role and aim is None:
         return policy
-    if not hasattr(policy, "in_role"):
-        fix = f"leave :{role} out"
-        raise ConfigError(target, expected="a policy with roles", got=f"{policy.meta.name}, without", fix=fix)
-    found: Policy = policy.in_role(role, aim)
+    way, expected = ("in_role", "a policy with roles") if role else ("aiming_at", "a policy that aims at a return")
+    if not hasattr(policy, way):
+        fix = f"leave {target.removeprefix(path)} out"
+        if role and hasattr(policy, "aiming_at"):
+            fix = f"write {path}::TARGET for another return to aim at"
+        raise ConfigError(target, expected=expected, got=f"{policy.meta.name}, without", fix=fix)
+    found: Policy = policy.in_role(role, aim) if role else policy.aiming_at(aim)
     return found
 
 
 def run_and_role(target: str) -> tuple[str, str, float | None]:
     """What stands before and behind the colons of `RUN:ROLE:TARGET`: the path, the role, the return to aim at.
+
+    An empty role, as in `RUN::TARGET`, is the policy's own.
 
     Raises:
         ConfigError: the return is no number.
