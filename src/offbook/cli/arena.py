@@ -269,8 +269,8 @@ def submit(
 
     Args:
         policy: a run folder or checkpoint file, which is uploaded and checked, with :ROLE or :ROLE:TARGET behind it for
-            a model of many roles; remote for a policy that dials in from your machine; expert or random for the
-            benchmark's anchors (scope admin).
+            a model of many roles, or ::TARGET for another return to aim at; remote for a policy that dials in from your
+            machine; expert or random for the benchmark's anchors (scope admin).
         benchmark: on which.
         split: on which scenes; the benchmark's first by default.
         name: label on the leaderboard; the name of the run folder by default.

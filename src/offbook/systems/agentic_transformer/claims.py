@@ -67,7 +67,7 @@ def audit(
     return _claim(
         study, f"on {name}, where nothing is hidden, the last of {study.trials} trials of AT gets more return than DT "
         "does on average", metrics, baseline, separation(retry), (data,), _BETTER,
-        f"Judged by the interval over seeds; {said}.",
+        f"At the last checkpoints, judged by the interval over seeds; {said}.",
     )  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def context(study: AtStudy, played: Played, data: Dataset) -> Claim:
         *_shown(DT, single),
     ]
     note = (
-        "Held where both intervals are above 0 for every seed, and those of DT's gain contain it; contradicted where "
-        "one of either is below 0."
+        "At the last checkpoints. Held where both intervals are above 0 for every seed, and those of DT's gain contain "
+        "it; contradicted where one of either is below 0."
     )
     return _claim(
         study, "on darkpoint, where the goal is hidden, AT's last trial profits from its own earlier ones: more than "
@@ -124,7 +124,8 @@ def ablation(study: AtStudy, played: Played, data: Dataset) -> Claim:
     ]  # fmt: skip
     return _claim(
         study, "on darkpoint no part of the recipe can be left out with a gain of the last trial", metrics, [],
-        _verdict(not better, better), (data,), None, "Intervals over the groups of all seeds together, paired.",
+        _verdict(not better, better), (data,), None,
+        "At the last checkpoints; intervals over the groups of all seeds together, paired.",
     )  # fmt: skip
 
 
@@ -142,8 +143,8 @@ def sizes(study: AtStudy, played: Played, data: Dataset) -> Claim:
         study, "on darkpoint the last trial's return rises with the width of the network", [*found.values()], [],
         _verdict(means == sorted(means), separation(rise) == "contradicted"), (data,),
         Paper(value="larger models do better", table="scaling figure"),
-        "Held where the means over seeds rise with each width; contradicted where the interval over seeds of the "
-        "widest less the narrowest is below 0.",
+        "At the last checkpoints. Held where the means over seeds rise with each width; contradicted where the "
+        "interval over seeds of the widest less the narrowest is below 0.",
     )  # fmt: skip
 
 
