@@ -40,7 +40,7 @@ def test_nan_is_placed_by_check_and_refused_by_training(cli, tmp_path):
     assert (outcome.exit_code, outcome.stderr.count("\n")) == (1, 1)
     assert "episode 1" in outcome.stderr
     assert "joints" in outcome.stderr
-    assert "expected finite numbers, got NaN or infinity" in outcome.stderr
+    assert "expected finite numbers, got NaN or infinity; leave such steps out: --on-nan drop." in outcome.stderr
 
 
 @pytest.mark.faults

@@ -9,7 +9,7 @@ import pytest
 from made import SCHEMA, values
 
 from offbook.cli.main import main
-from offbook.data.splits import FILE, draw_split, left_out, read_splits, write_splits
+from offbook.data.splits import FILE, draw_split, ensure_split, left_out, read_splits, write_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
 
@@ -26,6 +26,18 @@ def test_a_drawn_split_is_a_partition_by_episode_that_the_seed_decides(make_stor
     assert all((again[name] == drawn[name]).all() for name in drawn)
     with pytest.raises(ConfigError, match="share held out"):
         draw_split(store, 1.0, 3)
+
+
+def test_episodes_are_held_out_once(make_store):
+    store = make_store([2] * 10)
+    ensure_split(store, 0.2)
+    drawn = draw_split(store, 0.2)
+    assert {name: of.tolist() for name, of in read_splits(store).items()} == {
+        name: of.tolist() for name, of in drawn.items()
+    }
+    write_splits(store, {"held_out": [5]})
+    ensure_split(store, 0.2)
+    assert read_splits(store)["held_out"].tolist() == [5]
 
 
 def test_one_episode_cannot_be_split(make_store):

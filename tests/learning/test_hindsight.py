@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offbook.client.protocol import ActionSpec, Observation, ObservationSpec, PolicyMeta
 from offbook.data.chains import Trial
@@ -118,6 +120,21 @@ def test_layers_that_compute_again_give_the_same_on_a_long_chain(layout):
         found.append((loss.item(), torch.cat([p.grad.flatten() for p in network.parameters()])))
     assert found[0][0] == pytest.approx(found[1][0], abs=1e-4)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-4)
+
+
+def test_attention_by_blocks_is_the_plain_one_on_a_long_chain():
+    chains = _chains([512] * 4, batch=1)
+    found = []
+    for remat, way in (("attn", nullcontext()), ("none", sdpa_kernel(SDPBackend.MATH))):
+        network = _network(remat=remat, steps=512).train()
+        with way:
+            loss = hindsight_loss(network, network(chains), chains, "all")
+            loss.backward()
+        found.append((loss.item(), {name: p.grad for name, p in network.named_parameters()}))
+    (ours, grads), (plain, wanted) = found
+    assert ours == pytest.approx(plain, abs=1e-4)
+    for name, grad in grads.items():
+        assert torch.allclose(grad, wanted[name], atol=1e-4), name
 
 
 @pytest.mark.parametrize("lengths", [[3, 40, 7, 20, 5], [28, 40, 35, 34, 36]])
@@ -300,6 +317,24 @@ def test_what_was_recalled_is_as_if_it_had_been_lived():
     seen = np.concatenate([state[number == 2][0], [2, 0, 0]]).astype(np.float32)[None]
     told.infer(Observation(sessions=("7",), state=seen, images={}, time=np.zeros(1)))
     assert told._lives["7"].starts == lived._lives["7"].starts
+
+
+@pytest.mark.parametrize("trials", [1, 2])
+def test_only_a_policy_of_several_trials_is_moved_by_the_one_before(trials):
+    network, told = _network(trials=trials, steps=16, state=2), []
+    meta = PolicyMeta(name="p", observation=ObservationSpec(state=(("position", 2), (TRIAL, 3))), action=BOX)
+    tell = network.tell
+    network.tell = lambda x: told.append(tell(x)) or told[-1]
+    for before in (0.1, 0.9):
+        policy = HindsightPolicy(network, meta, {"target": 9.0, "seed": 0})
+        policy.reset(["a"], [""])
+        lived = np.full((5, 2), before, np.float32)
+        policy.recall("a", [Trial(state=lived, action=-lived, reward=np.full(5, before))])
+        for step in range(3):
+            seen = np.array([[0.2, 0.3, 1, step, 0.5]], np.float32)
+            policy.infer(Observation(sessions=("a",), state=seen, images={}, time=np.zeros(1)))
+    same = [torch.equal(one, other) for one, other in zip(told[:3], told[3:], strict=True)]
+    assert same == [trials == 1] * 3
 
 
 def test_sessions_answer_alike_whoever_else_asks():

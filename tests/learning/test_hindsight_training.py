@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from offbook.cli.policy import find_policy
 from offbook.data.splits import read_splits
 from offbook.data.store import EpisodeStore
 from offbook.errors import ConfigError, DataError
@@ -38,6 +39,12 @@ def test_whole_instances_are_held_out(store):
     assert len(data.train) == 72
     assert not set(seeds[data.train].tolist()) & set(seeds[data.held_out].tolist())
     assert not read_splits(store)
+
+
+def test_of_few_instances_one_is_held_out(store):
+    few = replace(BRIEF, held_out=0.04)  # of 10 less than half a one
+    assert (len(ChainData(store, few).train), len(ChainData(store, few).held_out)) == (72, 8)
+    assert not len(ChainData(store, replace(BRIEF, held_out=0.0)).held_out)
 
 
 def test_of_one_group_episodes_are_held_out(store):
@@ -156,6 +163,32 @@ def test_verbs(cli, store, tmp_path):
     assert (tmp_path / "tried" / "trials.png").stat().st_size > 10_000
     once = cli(["evaluate", runs[0], "--episodes", "2", "--videos", "0"])
     assert once.exit_code == 0, once.stderr
+    far, small = f"{runs[0]}::1000", ["--task", "offbook:darkpoint", "--episodes", "2"]
+    tried = cli(["evaluate", *runs, far, "--trials", "6", *small])
+    assert tried.exit_code == 0, tried.stderr
+    assert tried.stdout.startswith("offbook:darkpoint, 2 groups of 6 trials each, at the last checkpoint, with 95%")
+    assert "trials that went out of view" in tried.stdout
+    returns = load_policy(runs[0]).provenance["returns"]
+    listed = ", ".join(f"{value:.4g} ({name})" for name, value in returns.items())
+    assert f"{runs[0]} aims at a return of {load_policy(runs[0]).target:.4g}; those of its recordings are {listed}" in (
+        lines := tried.stdout.splitlines()
+    )
+    assert f"warning: {far} aims at a return of 1000, far outside those of its recordings: {listed}" in lines
+    assert "at the last checkpoint" not in cli(["evaluate", "random", "--trials", "2", *small]).stdout
+    assert find_policy(far, None).target == 1000
+    alone = json.loads(cli(["evaluate", f"{runs[1]}::3", *small, "--videos", "0", "--json"]).stdout)
+    assert (aim := alone["aims"][f"{runs[1]}::3"])["target"] == 3
+    assert aim["returns"] == returns
+    for words, message in (
+        (":bc:3", f"expected a policy with roles, got hindsight-agentic_transformer, without; write {runs[0]}::TARGET"),
+        ("::nan", "target: expected a finite return, got nan"),
+    ):
+        refused = cli(["evaluate", f"{runs[0]}{words}", *small])
+        assert (refused.exit_code, message in refused.stderr) == (2, True), refused.stderr
+    refused = cli(["train", "dt", *where, "--out", str(tmp_path / "x"), *WORDS, "--n-trials", "4", "4"])
+    assert refused.exit_code == 2
+    assert "expected 1 1, as it learns from single trials, got 4 4; run: offbook train agentic" in refused.stderr
+    assert not (tmp_path / "x").exists()
     refused = cli(["evaluate", *runs, "--trials", "3", "--jobs", "2"])
     assert refused.exit_code == 2
     assert "--jobs" in refused.stderr

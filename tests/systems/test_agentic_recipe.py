@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from offbook.data.splits import draw_split, read_splits
+from offbook.data.store import EpisodeStore
 from offbook.evaluate.groups import Groups
 from offbook.runs.ledger import Dataset
 from offbook.systems.agentic_transformer import claims
@@ -56,8 +58,11 @@ def test_experience_must_be_the_own_and_better_than_none_for_every_seed():
     counting = groups([2, 3, 4, 5], foreign=5.0)  # better with each trial, whatever it has lived
     worse = groups([0, 0, 0, 1], foreign=0.0)  # uses its own, and is no better than one that has none
     rising = groups([2, 3, 4, 5])
-    for key, one in (("AT", counting), ("AT", worse), ("DT", rising)):
-        assert claims.context(STUDY, {**played, (claims.HIDDEN, key, 1): one}, DATA).verdict == "contradicted"
+    for key, one, verdict in (
+        ("AT", counting, "not separated"), ("AT", worse, "contradicted"), ("DT", rising, "not separated"),
+        ("AT", groups([2, 3, 4, 5], foreign=6.0), "contradicted"),
+    ):  # fmt: skip
+        assert claims.context(STUDY, {**played, (claims.HIDDEN, key, 1): one}, DATA).verdict == verdict
 
 
 def test_a_part_that_is_better_left_out_is_seen():
@@ -77,7 +82,11 @@ def test_sizes_and_lengths_are_judged():
         }  # fmt: skip
 
     assert claims.sizes(STUDY, sized(1, 2, 3), DATA).verdict == "reproduced"
-    assert claims.sizes(STUDY, sized(1, 3, 2), DATA).verdict == "contradicted"
+    assert claims.sizes(STUDY, sized(1, 3, 2), DATA).verdict == "not separated"
+    assert claims.sizes(STUDY, sized(3, 1, 2), DATA).verdict == "contradicted"
+    # For one seed the widest is worst, for the others best: no interval tells.
+    mixed = sized(2, 3, 2.5) | {(claims.HIDDEN, "AT, width 128", 1): groups([1, 1, 1, 0])}
+    assert claims.sizes(STUDY, mixed, DATA).verdict == "not separated"
     small, large = (Taken(bytes=size, loss=1.0, gradient=2.0) for size in (1 << 20, 2 << 30))
     assert claims.lengths(STUDY, {True: large, False: small}, {True: large, False: small}).verdict == "met"
     assert claims.lengths(STUDY, {True: small, False: small}, {True: large, False: small}).verdict == "missed"
@@ -112,6 +121,11 @@ def test_smoke_runs_from_the_command_line_and_goes_on_from_its_folder(cli, tmp_p
     assert len(found) == 6
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert (out / "agentic_transformer.png").stat().st_size > 20_000
+    # Whether another study has met the recordings before makes no difference.
+    hopper = EpisodeStore.open(tmp_path / "cache" / "datasets" / f"hopper-replay-{smoke().hopper_steps}-seed0")
+    assert {name: of.tolist() for name, of in read_splits(hopper).items()} == {
+        name: of.tolist() for name, of in draw_split(hopper, 0.1).items()
+    }
     weights = {path: path.stat().st_mtime_ns for path in Path(out).rglob("last.safetensors")}
     assert len(weights) == sum(len(kinds(smoke(), name)) for name in (claims.HIDDEN, claims.FIXED, claims.HOPPER)) + 3
     again = cli([*words, "--resume"])

@@ -33,6 +33,7 @@ def test_nan_is_refused_or_dropped_and_counted(cli, tmp_path, field):
     assert f"field {field!r}" in told
     assert place in told
     assert "expected finite" in told
+    assert told.rstrip().endswith("; leave such steps out: --on-nan drop.")
     assert not (tmp_path / "run").exists()
     _, said = offbook(cli, *words, "--on-nan", "drop")
     # With a return to go, the steps before the reward are lost too.

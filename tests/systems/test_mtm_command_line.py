@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from offbook.cli.main import main
-from offbook.cli.policy import run_and_role
+from offbook.cli.policy import find_policy, run_and_role
 from offbook.data.store import EpisodeStore
 from offbook.sim.recording import record
 
@@ -31,6 +31,9 @@ def test_a_role_and_a_target_stand_behind_the_run(run, tmp_path, monkeypatch) ->
     assert run_and_role(str(run)) == (str(run), "", None)
     assert run_and_role(f"{run}:bc") == (str(run), "bc", None)
     assert run_and_role(f"{run}:rcbc:0.9") == (str(run), "rcbc", 0.9)
+    assert run_and_role(f"{run}::0.5") == (str(run), "", 0.5)
+    found = find_policy(f"{run}::0.5", None)
+    assert (found.role, found.provenance["target"]) == ("rcbc", 0.5)
     assert run_and_role("my_module:policy") == ("my_module:policy", "", None)
     # A package of that name is not a run.
     monkeypatch.chdir(tmp_path)
@@ -49,7 +52,14 @@ def test_all_roles_are_evaluated_side_by_side(cli, run) -> None:
 
 @pytest.mark.parametrize(
     ("role", "message"),
-    [("planner", "did you mean 'plan'?"), ("rcbc:high", "expected a number behind the role, got 'high'")],
+    [
+        ("planner", "did you mean 'plan'?"),
+        ("rcbc:high", "expected a number behind the role, got 'high'"),
+        ("rcbc:nan", "in role 'rcbc', target: expected a share of the recordings' range, -10 to 10, got nan"),
+        ("plan:inf", "in role 'plan', target: expected a share of the recordings' range, -10 to 10, got inf"),
+        (":-11", "in role 'rcbc', target: expected a share of the recordings' range, -10 to 10, got -11"),
+        ("bc:0.9", "in role 'bc': expected no target, as it aims at nothing, got one, 0.9; leave the target out, or"),
+    ],
 )
 def test_wrong_roles_are_named(cli, run, role, message) -> None:
     code, _, stderr = cli(["evaluate", f"{run}:{role}", "--episodes", "1"])
@@ -60,9 +70,10 @@ def test_wrong_roles_are_named(cli, run, role, message) -> None:
 def test_a_policy_without_roles_says_so(cli, run, tmp_path) -> None:
     store = run.parent / "store"
     assert cli(["train", "bc", "--data", str(store), "--out", str(tmp_path / "bc"), "--preset", "smoke"])[0] == 0
-    code, _, stderr = cli(["evaluate", f"{tmp_path / 'bc'}:plan", "--episodes", "1"])
-    assert code == 2
-    assert "expected a policy with roles" in stderr
+    for words, expected in ((":plan", "a policy with roles"), ("::0.9", "a policy that aims at a return")):
+        code, _, stderr = cli(["evaluate", f"{tmp_path / 'bc'}{words}", "--episodes", "1"])
+        assert code == 2
+        assert f"expected {expected}, got bc-bc, without; leave {words} out" in stderr
 
 
 def test_recordings_without_actions_teach_to_fill_in_and_no_more(cli, run, tmp_path) -> None:

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from offbook.data.normalise import Normalizer
-from offbook.data.splits import read_splits
+from offbook.data.splits import ensure_split, read_splits
 from offbook.data.store import EpisodeStore
 from offbook.runs.ledger import Dataset
 from offbook.sim.recording import record
 from offbook.systems.mtm import claims
 from offbook.systems.mtm.agents import Curve
-from offbook.systems.mtm.experiments import Arm, Play, split, without_actions
+from offbook.systems.mtm.experiments import Arm, Play, without_actions
 from offbook.systems.mtm.presets import PRESETS, TRAINING, smoke, tiny
 
 STUDY = tiny()
@@ -125,7 +125,7 @@ def test_masks_and_features_are_judged() -> None:
 
 def test_few_actions_are_left_and_the_rest_is_as_it_was(tmp_path) -> None:
     store = record("gym:Pendulum-v1", 30, tmp_path / "all", policy="random")
-    split(store)
+    ensure_split(store, 0.1)
     every, few = (EpisodeStore.open(path) for path in without_actions(store, 0.1, 0, tmp_path))
     groups = read_splits(every)
     there = every.present("action")

@@ -140,7 +140,7 @@ def test_a_plan_leans_towards_what_promises_more_and_a_target_is_aimed_at():
     low, high = (play(made.in_role("rcbc", target), states) for target in (0.0, 1.0))
     assert np.abs(high - low).max() > 1e-3
     np.testing.assert_array_equal(low, proposal)
-    np.testing.assert_array_equal(play(made.in_role("bc", 1.0), states), play(made.in_role("bc", 0.0), states))
+    np.testing.assert_array_equal(*(play(policy("bc", target=target), states) for target in (0.0, 1.0)))
 
 
 @pytest.mark.parametrize("length", [2, 4])

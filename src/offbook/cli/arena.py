@@ -269,8 +269,8 @@ def submit(
 
     Args:
         policy: a run folder or checkpoint file, which is uploaded and checked, with :ROLE or :ROLE:TARGET behind it for
-            a model of many roles; remote for a policy that dials in from your machine; expert or random for the
-            benchmark's anchors (scope admin).
+            a model of many roles, or ::TARGET for another return to aim at; remote for a policy that dials in from your
+            machine; expert or random for the benchmark's anchors (scope admin).
         benchmark: on which.
         split: on which scenes; the benchmark's first by default.
         name: label on the leaderboard; the name of the run folder by default.
@@ -326,11 +326,11 @@ def _record(arena: ArenaClient, stack: ExitStack, policy: str, name: str | None,
 
 @contextmanager
 def _upload(policy: str) -> Iterator[Path]:
-    """The file to send: a run's checkpoint, or a copy of it in the role that is asked for."""
-    path, role, _ = run_and_role(policy)
+    """The file to send: a run's checkpoint, or a copy of it in the role, or aiming at the return, that is asked for."""
+    path, role, aim = run_and_role(policy)
     file = RunDirectory.open(path).checkpoint() if Path(path).is_dir() else Path(path)
     read_header(file)  # what the arena would refuse is said before it is sent
-    if not role:
+    if not role and aim is None:
         yield file
         return
     chosen: Any = find_policy(policy, None)

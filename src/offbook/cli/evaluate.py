@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from offbook.cli.policy import find_policy, recorded_in, run_and_role, scripted
+from offbook.cli.policy import aim_of, find_policy, recorded_in, run_and_role, scripted
 from offbook.cli.report import Report, as_json, interval_text, table
 from offbook.errors import ConfigError, needs_extra
 from offbook.runs.directory import write_atomic
@@ -18,6 +18,12 @@ from offbook.runs.directory import write_atomic
 if TYPE_CHECKING:
     from offbook.evaluate.rollout import Evaluation
     from offbook.evaluate.trials import Comparison
+
+Aims = Mapping[str, tuple[float, Mapping[str, float]]]
+"""By run, the return that its policy aims at and quantiles of those of its recordings."""
+
+# Of the recordings' range of returns, from the 5 % quantile to the largest, by which an aim beyond it is far outside.
+_FAR = 0.5
 
 
 def evaluate(
@@ -40,8 +46,9 @@ def evaluate(
     and are compared pair by pair.
 
     Args:
-        runs: run folders or checkpoint files, with :ROLE or :ROLE:TARGET behind a model of many roles; expert or
-            expert:GRADE with a grade from 0 to 1, random, or MODULE:NAME.
+        runs: run folders or checkpoint files, with :ROLE or :ROLE:TARGET behind a model of many roles, TARGET a share
+            of the recordings' range of returns, or ::TARGET behind a policy of agentic_transformer or dt, a return to
+            aim at; expert or expert:GRADE with a grade from 0 to 1, random, or MODULE:NAME.
         task: the environment, such as offbook:pour or gym:Hopper-v5; by default where the policy's recordings are from.
         episodes: how many for each policy.
         seed: from which the episodes' seeds follow.
@@ -60,6 +67,7 @@ def evaluate(
         offbook evaluate runs/bc expert expert:0.5 random --task offbook:pour --out comparison
         offbook evaluate runs/mtm:bc runs/mtm:rcbc:0.9 runs/mtm:plan
         offbook evaluate runs/at runs/dt --trials 4 --episodes 64
+        offbook evaluate runs/at runs/at::2500 --trials 4
     """
     if not runs or len(set(runs)) < len(runs):
         got = " ".join(runs) or "none"
@@ -75,14 +83,15 @@ def evaluate(
         from offbook.evaluate.trials import compare_all
     limits = {"episodes": episodes, "max_steps": max_steps, "parallel": parallel, "jobs": jobs}
     settings = {} if split is None else {"split": split}
+    aims = {run: aim for run in runs if (aim := aim_of(run))}
     if trials is not None:
         if jobs > 1:
             fix = "leave --jobs out; --parallel lets environments take turns"
             raise ConfigError("--jobs", expected="1 with --trials", got=str(jobs), fix=fix)
-        return _in_groups(runs, task, seed, out, trials, limits, settings)
+        return _in_groups(runs, task, seed, out, trials, limits, settings, aims)
     evaluations = list(_evaluate(runs, task, seed, out if videos > 0 else None, videos, limits, settings))
     comparisons = compare_all(evaluations)
-    report = _report(task, evaluations, comparisons, out)
+    report = _report(task, evaluations, comparisons, out, aims)
     if out is not None:
         from offbook.evaluate.figures import draw_evaluations
 
@@ -99,6 +108,7 @@ def _in_groups(
     trials: int,
     limits: Mapping[str, Any],
     settings: Mapping[str, Any],
+    aims: Aims,
 ) -> Report:
     """Several trials in a row of each policy, on the same tasks."""
     from offbook.evaluate.figures import draw_groups
@@ -114,13 +124,34 @@ def _in_groups(
         )  # fmt: skip
     head, rows = group_rows(found)
     n = limits["episodes"]
-    lines = [f"{task}, {n} group{'s' * (n != 1)} of {trials} trials each, with 95% intervals", "", table(head, rows)]
-    data = {"task": task, "policies": [groups.to_json() for groups in found.values()], "out": str(out or "") or None}
+    # The results are never maxima over checkpoints, and say so.
+    folders = [run for run in runs if not scripted(run) and Path(run_and_role(run)[0]).is_dir()]
+    last = ", at the last checkpoint" if folders else ""
+    lines = [f"{task}, {n} group{'s' * (n != 1)} of {trials} trials each{last}, with 95% intervals", ""]
+    lines += [table(head, rows), *_aim_lines(aims)]
+    policies = [groups.to_json() for groups in found.values()]
+    data = {"task": task, "policies": policies, "aims": _aims_json(aims), "out": str(out or "") or None}
     if out is not None:
         write_atomic(out / "trials.json", as_json(data) + "\n")
         draw_groups(out / "trials.png", found)
     lines += ["", f"results and figure in {out}" if out else "add --out FOLDER for a figure"]
     return Report(text="\n".join(lines), data=data)
+
+
+def _aim_lines(aims: Aims) -> list[str]:
+    """What policies aim at, beside the returns of the recordings that they learnt from."""
+    lines = []
+    for run, (target, returns) in aims.items():
+        listed = ", ".join(f"{value:.4g} ({name})" for name, value in returns.items())
+        low, high = returns["5 %"], returns["100 %"]
+        far = not low - _FAR * (high - low) <= target <= high + _FAR * (high - low)
+        said, those = f"{run} aims at a return of {target:.4g}", "those of its recordings"
+        lines.append(f"warning: {said}, far outside {those}: {listed}" if far else f"{said}; {those} are {listed}")
+    return ["", *lines] if lines else []
+
+
+def _aims_json(aims: Aims) -> dict[str, Any]:
+    return {run: {"target": target, "returns": dict(returns)} for run, (target, returns) in aims.items()}
 
 
 def _evaluate(
@@ -155,18 +186,21 @@ def _folders(runs: Sequence[str]) -> list[str]:
 
 
 def _report(
-    task: str, evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], out: Path | None
+    task: str, evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], out: Path | None, aims: Aims
 ) -> Report:
     data = {
         "task": task,
         "policies": [evaluation.to_json() for evaluation in evaluations],
         "comparisons": [comparison.to_json() for comparison in comparisons],
+        "aims": _aims_json(aims),
         "out": None if out is None else str(out),
     }
-    return Report(text=_text(task, evaluations, comparisons, out), data=data)
+    return Report(text=_text(task, evaluations, comparisons, out, aims), data=data)
 
 
-def _text(task: str, evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], out: Path | None) -> str:
+def _text(
+    task: str, evaluations: Sequence[Evaluation], comparisons: Sequence[Comparison], out: Path | None, aims: Aims
+) -> str:
     names = [name for name in ("success", "score", "return", "length") if name in evaluations[0].summary]
     rows = [[e.policy, *(interval_text(e.summary[name].to_json()) for name in names)] for e in evaluations]
     n = len(evaluations[0].results)
@@ -176,6 +210,7 @@ def _text(task: str, evaluations: Sequence[Evaluation], comparisons: Sequence[Co
         difference = f"{comparisons[0].metric} difference"
         columns = ["first", "second", difference, "only first / second succeeded", "p", "verdict"]
         lines += ["", table(columns, [_compared(c) for c in comparisons])]
+    lines += _aim_lines(aims)
     lines += ["", f"results, videos and figure in {out}" if out else "add --out FOLDER for videos and a figure"]
     return "\n".join(lines)
 

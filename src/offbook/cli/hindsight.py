@@ -11,7 +11,7 @@ import tyro
 
 from offbook.cli.learner import begun, opened
 from offbook.cli.report import Report
-from offbook.errors import needs_extra
+from offbook.errors import ConfigError, needs_extra
 from offbook.runs.config import with_presets
 from offbook.runs.progress import note
 
@@ -88,6 +88,9 @@ def dt(
         offbook train dt --data stores/hopper --out runs/dt --resume
         offbook evaluate runs/dt
     """
+    if config.n_trials[1] > 1:
+        got, fix = " ".join(map(str, config.n_trials)), "run: offbook train agentic_transformer"
+        raise ConfigError("--n-trials", expected="1 1, as it learns from single trials", got=got, fix=fix)
     return _train(data, out, resume, encoder, dry_run, yes, config)
 
 

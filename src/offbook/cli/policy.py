@@ -21,7 +21,7 @@ from offbook.runs.checkpoint import read_header
 if TYPE_CHECKING:
     from offbook.robots.base import Robot
 
-_POLICIES = "a run folder or checkpoint, perhaps with :ROLE, expert, expert:GRADE, random, or MODULE:NAME"
+_POLICIES = "a run folder or checkpoint, perhaps with :ROLE or ::TARGET, expert, expert:GRADE, random, or MODULE:NAME"
 
 
 def serve(
@@ -41,9 +41,9 @@ def serve(
     then count as left by the policy. The token (scope submit) comes from OFFBOOK_TOKEN.
 
     Args:
-        target: run folder or checkpoint, with :ROLE or :ROLE:TARGET behind it for a model of many roles; expert or
-            expert:GRADE, random, or MODULE:NAME, a policy of your own: an object with meta, reset and infer, or a
-            function without arguments that makes one.
+        target: run folder or checkpoint, with :ROLE or :ROLE:TARGET behind it for a model of many roles, or ::TARGET
+            for another return to aim at, see offbook evaluate; expert or expert:GRADE, random, or MODULE:NAME, a policy
+            of your own: an object with meta, reset and infer, or a function without arguments that makes one.
         url: address of the arena.
         submission: id that the arena gave to the submission.
         token_file: file that holds the token, instead of OFFBOOK_TOKEN.
@@ -153,9 +153,9 @@ def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
     """The policy that a word on the command line means.
 
     Args:
-        target: run folder or checkpoint, perhaps with `:ROLE` or `:ROLE:TARGET`; `expert`, `expert:GRADE`, `random`; or
-            `MODULE:NAME` (also of a module in the current folder): a policy, or a function without arguments that makes
-            one.
+        target: run folder or checkpoint, perhaps with `:ROLE`, `:ROLE:TARGET` or `::TARGET`; `expert`, `expert:GRADE`,
+            `random`; or `MODULE:NAME` (also of a module in the current folder): a policy, or a function without
+            arguments that makes one.
         task: environment or robot, for expert and random.
         seed: for expert and random.
 
@@ -170,18 +170,24 @@ def find_policy(target: str, task: str | None, seed: int = 0) -> Policy:
     with needs_extra("models"):
         from offbook.learning.policies import load_policy
     path, role, aim = run_and_role(target)
-    policy = load_policy(path)
-    if not role:
-        return policy
-    if not hasattr(policy, "in_role"):
-        fix = f"leave :{role} out"
-        raise ConfigError(target, expected="a policy with roles", got=f"{policy.meta.name}, without", fix=fix)
-    found: Policy = policy.in_role(role, aim)
+    policy: Any = load_policy(path)
+    found: Policy = policy
+    if not role and aim is None:
+        return found
+    way, expected = ("in_role", "a policy with roles") if role else ("aiming_at", "a policy that aims at a return")
+    if not hasattr(policy, way):
+        fix = f"leave {target.removeprefix(path)} out"
+        if role and hasattr(policy, "aiming_at"):
+            fix = f"write {path}::TARGET for another return to aim at"
+        raise ConfigError(target, expected=expected, got=f"{policy.meta.name}, without", fix=fix)
+    found = policy.in_role(role, aim) if role else policy.aiming_at(aim)
     return found
 
 
 def run_and_role(target: str) -> tuple[str, str, float | None]:
     """What stands before and behind the colons of `RUN:ROLE:TARGET`: the path, the role, the return to aim at.
+
+    An empty role, as in `RUN::TARGET`, is the policy's own.
 
     Raises:
         ConfigError: the return is no number.
@@ -210,6 +216,22 @@ def recorded_in(target: str) -> str | None:
     """
     environment = _record(target).get("environment")
     return environment if isinstance(environment, str) and environment else None
+
+
+def aim_of(target: str) -> tuple[float, Mapping[str, float]] | None:
+    """The return that a policy aims at, and quantiles of those of its recordings by name, where a checkpoint has both.
+
+    Raises:
+        CheckpointError: the word means a checkpoint, and there is none or it cannot be used.
+        ConfigError: the return is no number.
+    """
+    record, aim = _record(target), run_and_role(target)[2]
+    aim, returns = record.get("target") if aim is None else aim, record.get("returns")
+    if not isinstance(returns, Mapping) or not {"5 %", "100 %"} <= returns.keys():
+        return None  # of another kind of policy, which may aim at a share of what was recorded
+    if not all(isinstance(value, int | float) for value in (aim, *returns.values())):
+        return None
+    return float(aim or 0.0), returns
 
 
 def _recorded_on(target: str) -> str | None:

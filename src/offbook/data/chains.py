@@ -251,9 +251,8 @@ class ChainSampler:
         for name in (*self.fields, reward):
             lacking = chosen[~store.present(name)[chosen]]
             if len(lacking):
-                few = ", ".join(map(str, lacking[:_NAMED].tolist())) + (", ..." if len(lacking) > _NAMED else "")
                 expected = "values in all episodes, as chains have the same fields"
-                got, fix = f"none in {len(lacking)} of {len(chosen)}: {few}", "choose episodes that hold it"
+                got, fix = f"none in {len(lacking)} of {len(chosen)}: {named(lacking)}", "choose episodes that hold it"
                 raise DataError(f"{where}, field {name!r}", expected=expected, got=got, fix=fix)
         self._refuse_long(chosen)
         return chosen
@@ -395,6 +394,11 @@ class ChainSampler:
             name: values.astype(np.float32, copy=False) if values.dtype.kind == "f" else values
             for name, values in read.items()
         }
+
+
+def named(episodes: Int64[np.ndarray, " episodes"]) -> str:
+    """The numbers of some episodes, the first few where there are many."""
+    return ", ".join(map(str, episodes[:_NAMED].tolist())) + (", ..." if len(episodes) > _NAMED else "")
 
 
 def _refuse_choice(name: str, value: str, allowed: object) -> None:

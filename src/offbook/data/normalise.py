@@ -12,6 +12,8 @@ from offbook.errors import CheckpointError, DataError
 
 _CHUNK = 1 << 16
 _FLOOR = 1e-3
+MEND = "leave the episode out, or record it again"
+"""What helps against a value that is not finite, where nothing can leave out the step alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,7 @@ class Normalizer:
         episodes: Int64[np.ndarray, " chosen"] | None = None,
         *,
         skip_nan: bool = False,
+        fix: str = MEND,
     ) -> "Normalizer":
         """Computes the statistics over all real steps, in float64.
 
@@ -50,12 +53,13 @@ class Normalizer:
             fields: which fields; the last observation of an episode, after its last step, is not counted.
             episodes: numbers of the episodes to use, such as those to train on; None for all.
             skip_nan: leave out steps at which the field holds NaN or infinity, instead of refusing them.
+            fix: what the user can do about one that is refused.
 
         Raises:
             DataError: a value is NaN or infinite and not to be left out, no episode has the field, or it is not one of
                 numbers.
         """
-        both = {name: _statistics(store, name, episodes, skip_nan) for name in fields}
+        both = {name: _statistics(store, name, episodes, skip_nan, fix) for name in fields}
         return Normalizer(
             mean={name: mean for name, (mean, _) in both.items()}, std={name: std for name, (_, std) in both.items()}
         )
@@ -113,13 +117,13 @@ class Normalizer:
 
 
 def _statistics(
-    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None, skip_nan: bool
+    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None, skip_nan: bool, fix: str
 ) -> tuple[np.ndarray, np.ndarray]:
     spec = store.schema[name]
     shape = spec.shape
     count, total = 0, np.zeros(shape)
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-    for values in _chunks(store, name, episodes, skip_nan):
+    for values in _chunks(store, name, episodes, skip_nan, fix):
         count += len(values)
         total += values.sum(axis=0)
         low, high = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0))
@@ -129,7 +133,7 @@ def _statistics(
     # Rounding must not move the mean of a constant.
     mean = np.where(low == high, low, total / count)
     squares = np.zeros(shape)
-    for values in _chunks(store, name, episodes, skip_nan):
+    for values in _chunks(store, name, episodes, skip_nan, fix):
         squares += ((values - mean) ** 2).sum(axis=0)
     std = np.sqrt(squares / count)
     scale = float(np.sqrt(np.mean(std**2 + mean**2)))
@@ -137,7 +141,7 @@ def _statistics(
 
 
 def _chunks(
-    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None, skip_nan: bool
+    store: EpisodeStore, name: str, episodes: Int64[np.ndarray, " chosen"] | None, skip_nan: bool, fix: str
 ) -> Iterator[np.ndarray]:
     """The field's real and finite steps in float64, a bounded number at a time."""
     values, present = store.field(name), store.present(name)
@@ -149,7 +153,7 @@ def _chunks(
             if not skip_nan:
                 row, starts = first + int(np.flatnonzero(~finite)[0]), store.episodes["start"]
                 episode = int(np.searchsorted(starts, row, "right")) - 1
-                refuse_number(store, name, episode, row - int(starts[episode]))
+                refuse_number(store, name, episode, row - int(starts[episode]), fix)
             part = part[finite]
         if len(part):
             yield part
@@ -168,12 +172,11 @@ def stretches(store: EpisodeStore, episodes: Int64[np.ndarray, " chosen"], most:
             yield row, min(row + most, end)
 
 
-def refuse_number(store: EpisodeStore, name: str, episode: int, step: int) -> NoReturn:
-    """Refuses a value that is not finite.
+def refuse_number(store: EpisodeStore, name: str, episode: int, step: int, fix: str = MEND) -> NoReturn:
+    """Refuses a value that is not finite; `fix` is what the user can do.
 
     Raises:
         DataError: always; it names the field, the episode and the step.
     """
-    fix = "leave such steps out (train bc: --on-nan drop), or record the episode again"
     where = f"{store.path}, field {name!r}, episode {episode}, step {step}"
     raise DataError(where, expected="finite numbers", got="NaN or infinity", fix=fix)

@@ -90,6 +90,21 @@ def draw_split(store: EpisodeStore, share: float, seed: int = 0) -> Splits:
     return {"train": np.sort(order[count:]), HELD_OUT[0]: np.sort(order[:count])}
 
 
+def ensure_split(store: EpisodeStore, share: float) -> None:
+    """Holds episodes out, unless the recordings say already which, so that all who learn from them pass over the same.
+
+    Args:
+        store: the recordings.
+        share: to hold out, see `draw_split`; drawn with seed 0.
+
+    Raises:
+        ConfigError: the share is not between 0 and 1.
+        DataError: there are fewer than two episodes, or the groups that are kept are damaged.
+    """
+    if not read_splits(store):
+        write_splits(store, draw_split(store, share))
+
+
 def _numbers(store: EpisodeStore, name: str, numbers: Any, where: str) -> Int64[np.ndarray, " episodes"]:
     try:
         given = np.asarray(numbers)

@@ -268,7 +268,8 @@ class _Recordings:
         self.train, self.held_out = _episodes(store, config, (*self.parts, *self.cameras, self.action_field))
         continuous = (self.action_field,) if self.action.choices is None else ()
         skip = config.on_nan == "drop"
-        self.normalizer = Normalizer.fit(store, (*self.parts, *continuous), self.train, skip_nan=skip)
+        fields, fix = (*self.parts, *continuous), "leave such steps out: --on-nan drop"
+        self.normalizer = Normalizer.fit(store, fields, self.train, skip_nan=skip, fix=fix)
         self.sampler = self._sampler(self.train)
 
     def _sampler(self, episodes: Int64[np.ndarray, " episodes"]) -> WindowSampler:

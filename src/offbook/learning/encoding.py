@@ -181,8 +181,21 @@ class EncodedPolicy:
         if not hasattr(self.inner, "in_role"):
             got, fix = f"{self.meta.name}, without", "leave the role out"
             raise ConfigError(f"role {role!r}", expected="a policy with roles", got=got, fix=fix)
-        told = self.inner.in_role(role, target).provenance
-        return EncodedPolicy(self.module, self.meta, {**told, "encoded": self.provenance["encoded"]})
+        return self._as(self.inner.in_role(role, target))
+
+    def aiming_at(self, target: float) -> EncodedPolicy:
+        """The same policy aiming at another return, where what stands on features aims at one.
+
+        Raises:
+            ConfigError: it does not, or cannot aim at that one.
+        """
+        if not hasattr(self.inner, "aiming_at"):
+            got, fix = f"{self.meta.name}, without", "leave the target out"
+            raise ConfigError(f"target {target:g}", expected="a policy that aims at a return", got=got, fix=fix)
+        return self._as(self.inner.aiming_at(target))
+
+    def _as(self, inner: Any) -> EncodedPolicy:
+        return EncodedPolicy(self.module, self.meta, {**inner.provenance, "encoded": self.provenance["encoded"]})
 
     def save(self, path: Path) -> None:
         """Writes the policy as one file that needs nothing else to run."""

@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
-from offbook.data.chains import DONE, REWARD, TARGET, Chains, ChainSampler
+from offbook.data.chains import DONE, REWARD, TARGET, Chains, ChainSampler, named
 from offbook.data.normalise import Normalizer
 from offbook.data.splits import HELD_OUT, read_splits
 from offbook.data.store import EpisodeStore
@@ -99,8 +99,8 @@ class ChainData:
         steps: of the longest trial.
 
     Raises:
-        ConfigError: the recordings have no such part, or no action.
-        DataError: no usable episode, rewards are missing, or a value is NaN or infinite.
+        ConfigError: the recordings have no such part.
+        DataError: no usable episode, none or several action fields, rewards are missing, or a value is NaN or infinite.
     """
 
     def __init__(self, store: EpisodeStore, config: HindsightConfig) -> None:
@@ -108,17 +108,29 @@ class ChainData:
         self.observation = choose_observation(store, config.parts)
         self._parts = [name for name, _ in self.observation.state]
         self._field, self.action = _action(store)
-        self.train, self.held_out = _divide(store, config, [*self._parts, self._field])
+        self._fields = [*self._parts, self._field]
+        self.train, self.held_out = _divide(store, config, self._fields)
         self.sampler = self._sampler(self.train, config.n_trials)
         self.steps = int(store.episodes["length"][self.train].max())
 
     def _sampler(self, episodes: Int64[np.ndarray, " episodes"], n_trials: tuple[int, int]) -> ChainSampler:
         config = self.config
         return ChainSampler(
-            self.store, [*self._parts, self._field], n_trials=n_trials, group=config.group, order=config.order,
+            self.store, self._fields, n_trials=n_trials, group=config.group, order=config.order,
             relabel=config.relabel, within=config.within, max_steps=config.max_steps, episodes=episodes,
             seed=config.fit.seed,
         )  # fmt: skip
+
+    def tell(self) -> None:
+        """Says what of the recordings is not learnt from, or not as was asked for."""
+        store, most = self.store, self.config.n_trials[1]
+        lacking = ~np.logical_and.reduce([store.present(name) for name in self._fields])
+        if count := int(lacking.sum()):
+            note(f"{count} of {len(store)} episodes have no actions, or lack a part of the state: not learnt from")
+        if short := self.sampler.short_groups:
+            note(f"{short} of {len(self.sampler.groups)} groups have fewer than {most} trials: shorter chains")
+        if self.config.held_out and not len(self.held_out):
+            note(f"no validation: none of {len(self.train)} episodes is held out")
 
     def batch(self, index: int) -> Mapping[str, Tensor]:
         """A batch of training chains, a function of the seed and the index."""
@@ -201,10 +213,7 @@ def train_hindsight(
     aims = data.targets()
     returns = {f"{q} %": float(np.quantile(data.sampler.returns, q / 100)) for q in (5, 50, 95, 100)}
     target = float(np.quantile(aims, config.target))
-    if short := data.sampler.short_groups:
-        note(
-            f"{short} of {len(data.sampler.groups)} groups have fewer than {config.n_trials[1]} trials: shorter chains"
-        )
+    data.tell()
     note(f"aims at a return of {target:.4g}; those of the recordings are {_listed(returns)}")
     state = ObservationSpec(state=(*data.observation.state, (TRIAL, 3)))
     meta = PolicyMeta(name=f"hindsight-{run.path.name}", observation=state, action=data.action)
@@ -243,8 +252,14 @@ def _listed(returns: Mapping[str, float]) -> str:
 def _action(store: EpisodeStore) -> tuple[str, ActionSpec]:
     fields = list(store.schema.actions)
     if len(fields) != 1:
-        fix = "record with one Box or Discrete action space"
-        raise DataError(str(store.path), expected="one action field", got=f"{len(fields)}", fix=fix)
+        having = {name: np.flatnonzero(store.present(name)) for name in fields}
+        each = [
+            f"{name!r} of size {store.schema[name].size} in {len(episodes)} (episodes {named(episodes)})"
+            for name, episodes in having.items()
+        ]
+        fix = "keep the episodes with one of them in a store of their own" if each else "record actions"
+        expected = "one action field, the same in all episodes"
+        raise DataError(str(store.path), expected=expected, got=" and ".join(each) or "none", fix=fix)
     return fields[0], store.schema.action_spec()
 
 
@@ -252,12 +267,12 @@ def _divide(
     store: EpisodeStore, config: HindsightConfig, fields: list[str]
 ) -> tuple[Int64[np.ndarray, " a"], Int64[np.ndarray, " b"]]:
     """Episodes to learn from, and those held out: by groups where there are several, so that no instance is in both."""
+    every, _ = choose_episodes(store, fields, held_out=0.0, seed=config.fit.seed)
     column = store.episodes[config.group]
-    names = sorted(set(column.tolist()), key=str)
+    names = sorted(set(column[every].tolist()), key=str)
     if len(names) == 1 or set(read_splits(store)) & {*HELD_OUT, "train"}:
         return choose_episodes(store, fields, held_out=config.held_out, seed=config.fit.seed)
-    every, _ = choose_episodes(store, fields, held_out=0.0, seed=config.fit.seed)
-    count = min(round(config.held_out * len(names)), len(names) - 1)
+    count = min(max(round(config.held_out * len(names)), config.held_out > 0), len(names) - 1)
     order = generator(config.fit.seed, "held out groups").permutation(len(names))
     held = {names[i] for i in order[:count]}
     out = np.array([of in held for of in column[every].tolist()], bool)

@@ -31,6 +31,10 @@ ROLES: Mapping[str, tuple[str, ...]] = {
 }
 """The roles of a policy, and the modalities that each needs."""
 
+FARTHEST = 10.0
+"""How far from the returns of the recordings, in lengths of their range, a policy may aim, either way."""
+TARGET = f"a share of the recordings' range, {-FARTHEST:g} to {FARTHEST:g}"
+
 FILL = "fill"
 """What a model without actions is saved as: it fills in, and cannot act."""
 
@@ -81,11 +85,28 @@ class RolePolicy:
         """The same model in another role, or aiming at another return.
 
         Raises:
-            ConfigError: it cannot play that role.
+            ConfigError: it cannot play that role, or a target is out of its range or for a role that has none.
         """
-        role = chosen_role(role, self.module.modalities, f"policy {self.meta.name!r}")
+        where = f"policy {self.meta.name!r}"
+        role = chosen_role(role, self.module.modalities, where)
+        if target is not None:
+            where = f"{where} in role {role!r}"
+            if RETURN not in ROLES.get(role, ()):
+                aiming = " or ".join(name for name, needs in ROLES.items() if RETURN in needs)
+                got, fix = f"one, {target:g}", f"leave the target out, or choose the role {aiming}"
+                raise ConfigError(where, expected="no target, as it aims at nothing", got=got, fix=fix)
+            if not abs(target) <= FARTHEST:
+                raise ConfigError(f"{where}, target", expected=TARGET, got=f"{target:g}", fix="choose one such as 0.9")
         kept = self.provenance["target"] if target is None else target
         return RolePolicy(self.module, self.meta, {**self.provenance, "role": role, "target": kept})
+
+    def aiming_at(self, target: float) -> RolePolicy:
+        """The same model in the same role, aiming at another return.
+
+        Raises:
+            ConfigError: the target is out of its range, or the role has none.
+        """
+        return self.in_role(self.role, target)
 
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
         """Forgets what was seen and done in each session."""

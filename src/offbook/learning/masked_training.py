@@ -18,7 +18,7 @@ from offbook.errors import DataError, check_settings
 from offbook.learning.fit import FitConfig, fit
 from offbook.learning.masked_model import MaskedTrajectoryModel, Modality, Residual, Sizes, masked_loss
 from offbook.learning.masked_patterns import FRACTIONS, PATTERNS, WEIGHTS, Shape, draw
-from offbook.learning.masked_roles import RolePolicy, chosen_role
+from offbook.learning.masked_roles import FARTHEST, TARGET, RolePolicy, chosen_role
 from offbook.learning.trajectories import ACTION, STATE, Statistics, Trajectories
 from offbook.runs.config import to_json
 from offbook.runs.directory import RunDirectory
@@ -95,7 +95,7 @@ class MtmConfig:
                 "one or more shares from 0 to 1",
             ),
             "with_actions": (0 < self.with_actions < 1, "a share between 0 and 1"),
-            "target": (-10 <= self.target <= 10, "a share of the recordings' range, -10 to 10"),
+            "target": (abs(self.target) <= FARTHEST, TARGET),
             "held_out": (0 <= self.held_out < 1, "a share in [0, 1)"),
             "validate_every": (self.validate_every >= 1, "1 or more"),
         }

@@ -23,6 +23,8 @@ from offbook.runs.progress import note
 STATE, ACTION, RETURN = "state", "action", "return"
 """The modalities, in the order in which a step brings its observation, the return to expect, and what is done."""
 
+_DROP = "leave such steps out: --on-nan drop"
+
 Statistics = tuple[Float64[np.ndarray, " size"], Float64[np.ndarray, " size"]]
 
 
@@ -99,7 +101,7 @@ class Trajectories:
     def _measure(self) -> None:
         skip = self._on_nan == "drop"
         names = [*self.parts, *([self.action_field] if self.action_field and not self.discrete else [])]
-        self.normalizer = Normalizer.fit(self.store, names, self.train, skip_nan=skip)
+        self.normalizer = Normalizer.fit(self.store, names, self.train, skip_nan=skip, fix=_DROP)
         self.statistics: dict[str, Statistics] = {STATE: self._joined(self.parts)}
         self.return_range: tuple[float, float] | None = None
         if self.returns is not None:
@@ -123,8 +125,8 @@ class Trajectories:
         chosen = np.concatenate([values[a : a + n] for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
         finite, where = np.isfinite(chosen), f"{store.path}, field {reward!r}"
         if not finite.all() and self._on_nan == "refuse":
-            fix = "leave such steps out: --on-nan drop"
-            raise DataError(where, expected="finite rewards", got=f"{int((~finite).sum())} steps without", fix=fix)
+            got = f"{int((~finite).sum())} steps without"
+            raise DataError(where, expected="finite rewards", got=got, fix=_DROP)
         if not finite.any():
             fix = "learn without returns: add returns:none"
             raise DataError(where, expected="a finite return to go", got="none", fix=fix)

@@ -128,7 +128,14 @@ class HindsightPolicy:
         self._device = next(module.parameters()).device
 
     def aiming_at(self, target: float) -> HindsightPolicy:
-        """The same network aiming at another return."""
+        """The same network aiming at another return, in the unit of the recordings.
+
+        Raises:
+            ConfigError: it is not finite.
+        """
+        if not isfinite(target):
+            where, fix = f"policy {self.meta.name!r}, target", "choose one of the recordings' returns"
+            raise ConfigError(where, expected="a finite return", got=f"{target}", fix=fix)
         return HindsightPolicy(self.module, self.meta, {**self.provenance, "target": target})
 
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:

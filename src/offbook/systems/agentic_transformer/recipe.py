@@ -9,6 +9,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from offbook.data.splits import ensure_split
 from offbook.data.store import EpisodeStore
 from offbook.learning.arms import Arm, fit_all
 from offbook.learning.cloning import CloningConfig
@@ -31,6 +32,8 @@ def run(study: AtStudy, out: RunDirectory) -> list[Claim]:
     # Data: trials of different quality at points that are hidden or always the same, and a hopper's whole life.
     sizes = {HIDDEN: study.goals * 16, FIXED: study.goals * 16, HOPPER: study.hopper_steps}
     stores = {name: generate(name, size=size, jobs=study.jobs) for name, size in sizes.items()}
+    # One group of trials, of which all seeds and learners, and other studies of these recordings, hold out the same.
+    ensure_split(stores[HOPPER], 0.1)
     data = {name: Dataset(name=name, sha256=store.digest, episodes=len(store)) for name, store in stores.items()}
 
     # Model and learning: chains of trials and single ones, in equal numbers of steps; ablations; other learners.

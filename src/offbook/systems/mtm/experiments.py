@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from offbook.client.protocol import Policy, PolicyMeta
-from offbook.data.splits import draw_split, read_splits, write_splits
+from offbook.data.splits import read_splits, write_splits
 from offbook.data.store import EpisodeStore
 from offbook.evaluate.rollout import evaluate_policy
 from offbook.learning import arms
@@ -125,12 +125,6 @@ def _returns(play: Play) -> list[float]:
 def play_all(plays: Sequence[Play], jobs: int) -> dict[Play, list[float]]:
     """The returns of all of them, several policies at a time."""
     return run_all(_returns, plays, jobs=jobs, label="playing")
-
-
-def split(store: EpisodeStore) -> None:
-    """Holds a tenth of the episodes out, unless some are already."""
-    if not read_splits(store):
-        write_splits(store, draw_split(store, 0.1))
 
 
 def without_actions(store: EpisodeStore, share: float, seed: int, out: Path) -> tuple[Path, Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from offbook.data.splits import ensure_split
 from offbook.data.store import EpisodeStore
 from offbook.learning.arms import fit_all
 from offbook.learning.datasets import generate
@@ -19,7 +20,7 @@ from offbook.runs.directory import RunDirectory
 from offbook.runs.ledger import Claim, Dataset
 from offbook.systems.mtm import claims
 from offbook.systems.mtm.agents import learning_curves
-from offbook.systems.mtm.experiments import Arm, Play, errors, play_all, split, without_actions
+from offbook.systems.mtm.experiments import Arm, Play, errors, play_all, without_actions
 from offbook.systems.mtm.presets import MtmStudy
 
 MAZE, HOPPER = "pointmaze-mixed", "hopper-replay"
@@ -30,7 +31,7 @@ def run(study: MtmStudy, out: RunDirectory) -> list[Claim]:
     # Data: recordings that the project makes itself, and copies of them in which few episodes have actions.
     stores = {MAZE: generate(MAZE, size=study.maze, jobs=study.jobs), HOPPER: generate(HOPPER, size=study.hopper)}
     for store in stores.values():
-        split(store)
+        ensure_split(store, 0.1)
     data = {name: Dataset(name=name, sha256=store.digest, episodes=len(store)) for name, store in stores.items()}
     partial = {
         (name, which, seed): EpisodeStore.open(path)
