@@ -22,6 +22,7 @@ from offbook.learning.pixel_training import PixelConfig, train_pixels
 from offbook.learning.policies import load_policy
 from offbook.runs.checkpoint import load_checkpoint, save_checkpoint
 from offbook.runs.directory import RunDirectory
+from offbook.systems.vcse.pixels import ExploringConfig
 
 register()
 SMALL = PixelConfig(
@@ -125,9 +126,14 @@ def test_another_reward_stands_in_the_place_of_the_tasks(tmp_path):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("at", [2, 6], ids=["before the first checkpoint", "between two"])
-def test_killed_and_resumed_it_is_the_same_life_to_the_last_bit(tmp_path, monkeypatch, at):
-    _, whole = train(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("at", "bonus"), [(2, "none"), (6, "none"), (6, "vcse")],
+    ids=["before the first checkpoint", "between two", "exploring"],
+)  # fmt: skip
+def test_killed_and_resumed_it_is_the_same_life_to_the_last_bit(tmp_path, monkeypatch, at, bonus):
+    config = ExploringConfig(**vars(SMALL), bonus=bonus)
+    mine = {"config": config, "explores": config.explores()}
+    _, whole = train(tmp_path / "whole", **mine)
     if not (child := os.fork()):
         take = PixelReplay.take
         monkeypatch.setattr(
@@ -135,19 +141,22 @@ def test_killed_and_resumed_it_is_the_same_life_to_the_last_bit(tmp_path, monkey
             lambda self, *of: take(self, *of) if self.episodes < at else os.kill(os.getpid(), signal.SIGKILL),
         )  # fmt: skip
         try:
-            train(tmp_path / "torn")
+            train(tmp_path / "torn", **mine)
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     stored = EpisodeStore.open(tmp_path / "torn/replay")
     assert len(stored) == at + 1
-    _, torn = train(tmp_path / "torn", resume=True)
-    for name in ("metrics.jsonl", "checkpoints/training.safetensors", "replay/fields/observation.npy"):
+    _, torn = train(tmp_path / "torn", resume=True, **mine)
+    one, other = ([{**row, "explore/milliseconds": 0} for row in run.metrics()] for run in (whole, torn))
+    assert one == other
+    assert ("explore/critic_loss" in one[-1]) == (bonus == "vcse")
+    for name in ("checkpoints/training.safetensors", "replay/fields/observation.npy"):
         assert (torn.path / name).read_bytes() == (whole.path / name).read_bytes(), name
     one, other = (load_checkpoint(run.checkpoint()).values for run in (whole, torn))
     assert all(torch.equal(other[name], one[name]) for name in one)
     before = (torn.path / "checkpoints/training.safetensors").read_bytes()
-    train(tmp_path / "torn", resume=True)  # which is over
+    train(tmp_path / "torn", resume=True, **mine)  # which is over
     assert (torn.path / "checkpoints/training.safetensors").read_bytes() == before
 
 

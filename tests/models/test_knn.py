@@ -38,7 +38,7 @@ def clouds():
         "clusters": (clusters[rng.integers(9, size=700)] + 1e-2 * rng.normal(size=(700, 16)), rng.normal(size=700)),
         "outliers": (far, rng.normal(size=600)),
         "away": (rng.normal(size=(600, 16)) + 3e4, rng.normal(size=600)),
-        "tight": (rng.normal(size=(2_600, 8)) * 0.02, rng.normal(size=2_600)),
+        "tight": (rng.normal(size=(4_096, 8)) * 0.02, rng.normal(size=4_096)),
         "same value": (rng.normal(size=(500, 5)), np.ones(500)),
     }
     return {name: (torch.tensor(s, dtype=torch.float32), torch.tensor(v).float()) for name, (s, v) in made.items()}
@@ -125,11 +125,35 @@ def test_counts_are_strict(name):
     assert (knn.count_states_within(states, radius) == (apart < reach).sum(1)).all()
 
 
+def test_a_radius_that_is_nothing_beside_the_values_holds_those_that_are_equal():
+    values = torch.tensor([1.0, 1.0, 1.0, 2.0, 0.0, 1e-18])
+    assert knn.count_values_within(values, torch.full((6,), 1e-18)).tolist() == [2, 2, 2, 0, 0, 0]
+    assert knn.count_values_within(values, torch.zeros(6)).tolist() == [0] * 6
+    assert knn.count_values_within(values[2:4], torch.full((2,), 1e-18), reference=values).tolist() == [3, 1]
+
+
+def test_it_is_exact_where_products_are_rounded_more():
+    rng = torch.Generator().manual_seed(0)
+    states = torch.randn(3_000, 64, generator=rng) * 20 * torch.rand(3_000, 1, generator=rng)
+    wanted = knn.joint_nearest(states, None, 5).distance
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(knn.joint_nearest(states, None, 5).distance, wanted)
+    assert knn._rounding(states) == 2.0**-23
+    try:
+        for precision, digits in (("high", 10), ("medium", 7)):
+            torch.set_float32_matmul_precision(precision)
+            assert knn._rounding(states) == 2.0**-digits
+            assert knn._rounding(states.double()) == 2.0**-52
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
         ({"k": 9}, ConfigError, "k: expected 1 to 8 of 9 points, got k = 9"),
         ({"k": 0}, ConfigError, "got k = 0"),
+        ({"route": "windows"}, ConfigError, "route: expected auto, all or window, got 'windows'"),
         ({"states": torch.zeros(1, 2), "values": torch.zeros(1)}, ConfigError, "expected 2 points or more"),
         ({"states": torch.zeros(9)}, ConfigError, r"states: expected shape \(points, size\)"),
         ({"values": torch.zeros(9, 9)}, ConfigError, r"values of states: expected shape \(9,\), got shape \(9, 9\)"),

@@ -107,6 +107,23 @@ def test_what_is_not_finite_never_reaches_the_reward(kind):
     assert bonus.skipped == 1
 
 
+def test_states_that_hardly_differ_have_a_finite_bonus():
+    paid = VCSE(2)(1e-18 * torch.arange(8.0)[:, None], torch.tensor([1.0, 2.0]).repeat(4))
+    wanted = torch.digamma(torch.tensor(4.0)) + np.log(1e-5)  # three others of the same value
+    torch.testing.assert_close(paid, wanted.expand(8), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [VCSE, StateEntropy, lambda **more: RND(5, **more)], ids=["VCSE", "entropy", "RND"])
+def test_states_too_far_apart_for_their_numbers_do_no_harm(make):
+    with pytest.raises(DataError, match="expected finite numbers, got features or values that are too large"):
+        make()(1e20 * batch(2)[0], batch(2)[1])
+    bonus, other = make(on_nan="zero"), make(on_nan="zero")
+    assert (bonus(1e20 * batch(2)[0], batch(2)[1]) == 0).all()
+    assert bonus.skipped == 1
+    for _ in range(2):
+        assert torch.equal(bonus(*batch(3)), other(*batch(3)))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [

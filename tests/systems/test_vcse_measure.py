@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from offbook.errors import OffbookError
+from offbook.models.knn import count_values_within, joint_nearest
 from offbook.runs.benchmark import Options
 from offbook.systems.vcse import measure
 
@@ -31,7 +33,9 @@ def test_check_compares_with_the_closed_form(cli):
         (["check", "--rho", "1"], "--rho: expected above -1 and below 1"),
         (["check", "--n", "4"], "k: expected 1 to 3 of 4 points, got k = 5"),
         (["bench", "--points", "12"], "--points: expected more than k = 12"),
-        (["bench", "--k", "1"], "--k: expected 1 or more, of k 2 or more"),
+        (["check", "--n", "-1"], "--n: expected 2 or more, got -1"),
+        (["bench", "--k", "1"], "--k: expected 2 or more, got 1"),
+        (["bench", "--large", "-5"], "--large: expected 0 or more, got -5"),
     ],
 )
 def test_wrong_flags_are_told_in_a_sentence(cli, words, said):
@@ -49,8 +53,25 @@ def test_bench_measures_what_agrees(cli, monkeypatch):
     assert set(second["ratios"]) == {"cdist"}
     assert all(spent > 0 for spent in first["milliseconds"].values())
     monkeypatch.setattr(measure, "all_pairs", lambda states, values, k: torch.zeros(len(states)))
-    with pytest.raises(AssertionError, match="not close"):
+    with pytest.raises(OffbookError, match="bonuses by 'cdist' and by ours: expected the same numbers, got 64 of 64"):
         measure.seconds(64, 8, 3, repeats=1, seed=0)
+
+
+def test_bench_lets_rounding_decide_over_one_value(monkeypatch):
+    ours, spoilt = measure.value_conditional_state_entropy, 1
+
+    def other(states, values, k):
+        paid = ours(states, values, k, compat="official")
+        within = count_values_within(values, joint_nearest(states, values, k - 1).distance[:, -1])[:spoilt]
+        paid[:spoilt] += torch.digamma(within + 3.0) - torch.digamma(within + 2.0)
+        return paid
+
+    monkeypatch.setattr(measure, "all_pairs", other)
+    monkeypatch.setattr(measure, "_TOO_MUCH", 0)
+    assert len(measure.seconds(64, 1, 3, repeats=1, seed=0)["cdist"]) == 1
+    spoilt = 2
+    with pytest.raises(OffbookError, match="got 2 of 64 that differ"):
+        measure.seconds(64, 1, 3, repeats=1, seed=0)
 
 
 def test_the_benchmark_has_its_claims(monkeypatch):

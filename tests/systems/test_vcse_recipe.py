@@ -12,7 +12,7 @@ from offbook.runs.seeding import evaluation_seeds, training_seeds
 from offbook.systems.vcse import claims
 from offbook.systems.vcse.agents import ARMS, GridFeatures, agent
 from offbook.systems.vcse.experiments import Curve, Life, play
-from offbook.systems.vcse.presets import PRESETS, grid, smoke, tiny
+from offbook.systems.vcse.presets import PRESETS, grid, paper, smoke, tiny
 
 STUDY = tiny()
 
@@ -141,6 +141,8 @@ def test_smoke_runs_from_the_command_line_and_ends_the_same_after_an_interruptio
     assert len(found) == 5
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert Path("run/vcse.png").stat().st_size > 10_000
+    assert all(metric["n"] == 2 and metric["interval"] for claim in found[:4] for metric in claim["metrics"])
+    assert json.loads(Path("run/paper.json").read_text())["seeds"] == list(paper().seeds)
     kept = Path("run/Empty-5x5/VCSE-0.json")
     before = kept.read_bytes()
     for lost in (kept, Path("run/table.md")):

@@ -71,11 +71,21 @@ def test_what_does_not_fit_is_said_in_a_sentence(tmp_path):
     for given, said in (
         ({"bonus": "vcse"}, "expected the task's reward"),
         ({"steps": 0}, "expected 1 or more"),
-        ({"beta": float("nan")}, "expected 0 or more"),
+        ({"beta": float("nan")}, "expected a number, 0 or more"),
+        ({"beta": float("inf")}, "expected a number, 0 or more"),
+        ({"seed": -1}, "seed: expected an integer of 0 or more"),
         ({"env_id": "gym:CartPole-v1"}, "continuous actions, got actions Discrete"),
     ):
         with pytest.raises(ConfigError, match=said):
             record_exploration(**{"env_id": "gym:Pendulum-v1", "steps": 10, "out": tmp_path / "a", **given})
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("words", [["--bonus", "vcse"], ["--beta", "inf"], ["--seed", "-1"], ["--steps", "0"]])
+def test_wrong_flags_leave_no_folder(cli, tmp_path, words):
+    outcome = cli(["explore", "record", "gym:Pendulum-v1", *words, "--out", str(tmp_path / "a")])
+    assert outcome.exit_code == 2
+    assert words[0][2:] in outcome.stderr
     assert not (tmp_path / "a").exists()
 
 

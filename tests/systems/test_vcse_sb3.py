@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3 import A2C, DQN, PPO, SAC, HerReplayBuffer
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import IdentityEnv, SimpleMultiObsEnv
+from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnv, SimpleMultiObsEnv
 
 from offbook.errors import ConfigError, DataError
+from offbook.models.knn import joint_nearest
 from offbook.systems.vcse import RND, VCSE, StateEntropy, sb3
 from offbook.systems.vcse.bonus import Bonus
+from offbook.systems.vcse.encoders import RandomProjection
 from offbook.systems.vcse.explorer import CriticSettings, Explorer
 from offbook.systems.vcse.sb3 import _tensors, encoder_for, explore
 from offbook.systems.vcse.scaling import Linear
@@ -105,6 +107,18 @@ def test_sampled_rewards_have_the_bonus_and_stored_ones_do_not(kind, tmp_path):
     torch.testing.assert_close(model.replay_buffer.sample(16).rewards, batch.rewards)
 
 
+def test_hindsight_replay_is_saved_and_loaded(tmp_path):
+    algorithm = explore(SAC, VCSE(3), beta=0.5)
+    env = BitFlippingEnv(n_bits=3, continuous=True, max_steps=3)
+    model = algorithm("MultiInputPolicy", env, replay_buffer_class=HerReplayBuffer, **deepcopy(KINDS[SAC])).learn(30)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    buffer = model.replay_buffer
+    assert buffer.env is model.get_env()
+    assert (buffer.sample(16).rewards % 1 != 0).any()  # the task pays -1 or 0
+    model.learn(10, reset_num_timesteps=False)
+
+
 def test_the_critic_of_the_task_looks_beyond_a_cut_but_not_beyond_an_end(monkeypatch):
     given = []
     rollout = Explorer.rollout
@@ -153,6 +167,30 @@ def test_a_saved_model_goes_on_as_it_was(tmp_path):
     assert again.learn(16, reset_num_timesteps=False).explorer.weight() == pytest.approx(1 - 56 / 100)
 
 
+@pytest.mark.parametrize("kind", [A2C, SAC, DQN], ids=["A2C", "SAC", "DQN"])
+def test_a_loaded_agent_lives_on_like_the_one_that_was_saved(kind, tmp_path):
+    size = {A2C: 4, SAC: 3, DQN: 4}[kind]
+    encoder = RandomProjection(size, 5, seed=9)
+    algorithm = explore(kind, VCSE(3), beta=0.5, encoder=encoder)
+    model = made(kind, algorithm).learn(STEPS[kind])
+    model.save(tmp_path / "model.zip")
+    other = explore(kind, VCSE(3), beta=0.5, encoder=RandomProjection(size, 5))
+    again = other.load(tmp_path / "model.zip", env=model.get_env(), device="cpu")
+    assert torch.equal(again.explorer.encoder.weight, encoder.weight)
+    if kind is not A2C:
+        model.save_replay_buffer(tmp_path / "buffer.pkl")
+        again.load_replay_buffer(tmp_path / "buffer.pkl")
+    lived = []
+    for one in (model, again):
+        one.set_env(model.get_env())
+        one.set_random_seed(5)
+        one.learn(16, reset_num_timesteps=False)
+        lived.append({**one.policy.state_dict(), **dict(one.explorer.named_parameters())})
+    assert model.explorer.updates > 0
+    for name, weight in lived[0].items():
+        assert torch.equal(weight, lived[1][name]), name
+
+
 def test_what_is_logged():
     model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
     model.learn(16, log_interval=10)
@@ -174,6 +212,32 @@ def test_a_bonus_that_drowns_the_task_is_remarked_upon():
         explorer.transitions(x, x, torch.ones(4), torch.ones(4))
 
 
+def test_a_task_that_seldom_pays_is_a_comparison_where_it_does():
+    explorer = Explorer(Constant(50.0), torch.nn.Identity(), size=1, beta=1.0, gamma=0.9,
+                        settings=CriticSettings(), seed=0)  # fmt: skip
+    x, paid = torch.zeros(4, 1), torch.ones(4)
+    for _ in range(9):
+        for rewards in (paid, *[torch.zeros(4)] * 4):
+            explorer.transitions(x, x, rewards, torch.ones(4))
+    with pytest.warns(RuntimeWarning, match=r"over 90% .* even where the task pays"):
+        explorer.transitions(x, x, paid, torch.ones(4))
+
+
+@pytest.mark.parametrize("spoilt", ["features", "rewards"])
+def test_one_batch_that_is_not_finite_spoils_no_other(spoilt):
+    settings = {"size": 2, "beta": 1.0, "gamma": 0.9, "settings": CriticSettings(), "seed": 0}
+    explorer = Explorer(VCSE(2, on_nan="zero"), torch.nn.Identity(), **settings)
+    x, rewards = torch.randn(8, 2, 2, generator=torch.Generator().manual_seed(0)), torch.ones(8, 2)
+    bad = torch.full_like(x, torch.nan) if spoilt == "features" else x
+    bad_rewards = rewards * (torch.nan if spoilt == "rewards" else 1)
+    explorer.rollout(bad, bad[0], bad_rewards, torch.zeros(8, 2))
+    explorer.transitions(bad.flatten(0, 1), bad.flatten(0, 1), bad_rewards.flatten(), torch.ones(16))
+    assert explorer.updates == 0
+    assert (explorer.rollout(x, x[0], rewards, torch.zeros(8, 2)) != 0).all()
+    assert explorer.updates > 0
+    assert all(bool(weight.isfinite().all()) for weight in explorer.target.parameters())
+
+
 def test_a_critic_that_diverged_is_told_with_the_step():
     model = made(A2C, explore(A2C, VCSE(2), beta=0.1))
     model.learn(16)
@@ -181,6 +245,42 @@ def test_a_critic_that_diverged_is_told_with_the_step():
     said = "bonus VCSE, environment step 24: expected finite numbers, got values that are not"
     with pytest.raises(DataError, match=said):
         model.learn(16, reset_num_timesteps=False)
+
+
+def test_pictures_are_encoded_at_a_size_beside_which_values_count():
+    codes, pictures = (spaces.Box(0, 255, (side, side, 3), np.uint8) for side in (7, 84))
+    assert encoder_for(codes).scale == 1
+    seen = torch.randint(256, (64, 84, 84, 3), generator=torch.Generator().manual_seed(0))
+    radius = joint_nearest(encoder_for(pictures)(seen), None, 12).distance[:, -1]
+    assert 0.05 < radius.median() < 2  # values of a batch have a deviation of 1
+    joined = encoder_for(spaces.Dict({"picture": pictures, "codes": codes}))
+    assert [one.scale for one in joined.encoders] in ([1 / 255, 1], [1, 1 / 255])
+
+
+class Shows(gym.Env):
+    """Has observations of some kind."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, space):
+        self.observation_space = space
+
+
+BOX = spaces.Box(-1, 1, (2,))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Tuple([BOX]), spaces.Dict({"a": spaces.Dict({"b": BOX})}), spaces.Text(3), spaces.Sequence(BOX),
+        spaces.Dict({"a": spaces.Text(3)}),
+    ],
+    ids=["tuple", "nested", "text", "sequence", "text in a dict"],
+)  # fmt: skip
+def test_observations_of_another_kind_are_refused_in_a_sentence(space):
+    for kind in (A2C, DQN):
+        with pytest.raises(ConfigError, match=r"observation.*: expected Box, Discrete, MultiDiscrete, MultiBinary, or"):
+            explore(kind, VCSE(2), beta=0.1)("MultiInputPolicy", Shows(space), device="cpu")
 
 
 def test_observations_of_every_kind_have_features():
@@ -217,6 +317,9 @@ def test_a_rollout_is_encoded_in_parts(monkeypatch):
 def test_wrong_use_is_told_in_a_sentence():
     with pytest.raises(ConfigError, match="propagate: expected gae or step, got 'both'"):
         explore(A2C, VCSE(2), beta=0.1, propagate="both")
+    for beta in (float("nan"), float("inf"), "x", None):
+        with pytest.raises(ConfigError, match="beta: expected a finite number or a function"):
+            explore(A2C, VCSE(2), beta=beta)
     with pytest.raises(ConfigError, match="on-policy or off-policy one, got BaseAlgorithm"):
         explore(BaseAlgorithm, VCSE(2), beta=0.1)
     with pytest.raises(ConfigError, match="critic batch: expected 2 or more"):

@@ -42,6 +42,7 @@ def check(*, dim: str = "1,2", rho: str = "0,0.6,0.9", n: int = 4096, k: int = 5
     for flag, right, expected, got in (
         ("--dim", min(sizes) >= 1, "1 or more", dim),
         ("--rho", all(-1 < r < 1 for r in rhos), "above -1 and below 1", rho),
+        ("--n", n >= 2, "2 or more", str(n)),
     ):
         if not right:
             raise ConfigError(flag, expected=expected, got=got, fix=f"change {flag}")
@@ -84,9 +85,9 @@ def bench(
     counts = _numbers("--points", points, int)
     if min(counts) <= k or 0 < large <= k:
         raise ConfigError("--points", expected=f"more than k = {k}", got=points, fix="change --points or --large")
-    for flag, number in (("--size", size), ("--k", k - 1), ("--repeats", repeats)):
-        if number < 1:
-            raise ConfigError(flag, expected="1 or more, of k 2 or more", got=str(number), fix=f"change {flag}")
+    for flag, number, least in (("--size", size, 1), ("--k", k, 2), ("--repeats", repeats, 1), ("--large", large, 0)):
+        if number < least:
+            raise ConfigError(flag, expected=f"{least} or more", got=str(number), fix=f"change {flag}")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     rows, data = [], []

@@ -17,6 +17,10 @@ _BLOCK = 65_536
 # windows can pay.
 _ROWS, _TILE, _GROUP, _MORE, _FEW, _MANY = 128, 2**21, 16, 4, 128, 2_048
 
+# What a product of float32 is rounded like at each precision that PyTorch can be set to; TensorFloat-32 has the digits
+# of float16.
+_ROUNDED = {"highest": torch.float32, "high": torch.float16, "medium": torch.bfloat16}
+
 
 @torch.no_grad()
 def nearest(
@@ -97,7 +101,7 @@ def joint_nearest(
             which pays when states lie close together beside the spread of values; "auto" tries a few queries first.
 
     Raises:
-        ConfigError: k does not fit, shapes do not, or only one side has values.
+        ConfigError: k or the route does not fit, shapes do not, or only one side has values.
         DataError: a number is not finite.
 
     Example:
@@ -107,6 +111,8 @@ def joint_nearest(
 
     Source: the distance, Kraskov et al., "Estimating mutual information" (2004), section II.
     """
+    if route not in ("auto", "all", "window"):
+        raise ConfigError("route", expected="auto, all or window", got=repr(route), fix="choose one of them")
     own = reference is None
     valued = values is not None
     if reference is not None and (reference[1] is not None) != valued:
@@ -122,14 +128,11 @@ def joint_nearest(
         expected = f"1 to {most} of {len(points)} points" if most > 0 else "2 points or more"
         raise ConfigError("k", expected=expected, got=f"k = {k}", fix="choose fewer neighbours or give more points")
     itself = torch.arange(len(states), device=states.device) if own else states.new_full((len(states),), -1).long()
-    queries, search = _Queries(states, values, itself), _Search(points, of_points, k)
-    if valued and (route == "window" or (route == "auto" and _is_narrow(queries, search))):
-        return _by_value(queries, search)
-    found = Neighbours(states.new_empty(len(states), k), itself.new_empty(len(states), k))
-    for rows in _rows(len(states), len(points)):
-        # Nothing of a block is kept, for small tensors between large ones that come and go would scatter the memory.
-        found.distance[rows], found.which[rows] = search.nearest(queries.take(rows))
-    return found
+    # Under autocast the product would be one of half precision.
+    with torch.autocast(states.device.type, enabled=False):
+        queries, search = _Queries(states, values, itself), _Search(points, of_points, k)
+        windows = valued and (route == "window" or (route == "auto" and _is_narrow(queries, search)))
+        return (_by_value if windows else _in_blocks)(queries, search)
 
 
 def _checked(name: str, states: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -203,7 +206,7 @@ class _Search:
         # A point that is no candidate is nearer than the k-th only if the product was wrong by more than the rounding
         # of |q - p|^2 allows; of a p beyond |q| + r it need not be asked, for its distance exceeds r.
         radius = distance[:, -1]
-        slack = (size + 8) * torch.finfo(states.dtype).eps * (2 * norm[:, 0].sqrt() + radius).square()
+        slack = (size + 8) * _rounding(states) * (2 * norm[:, 0].sqrt() + radius).square()
         doubtful = ((radius > 0) & (radius.square() > square[:, -1] - slack)).nonzero()[:, 0]
         if len(doubtful):
             distance[doubtful], index[doubtful] = self._plainly(queries.take(doubtful), points)
@@ -221,6 +224,27 @@ class _Search:
         _leave_out(tile, queries.itself, points.start)
         distance, index = _smallest(tile, self.k)
         return Neighbours(distance, index + points.start)
+
+
+def _rounding(states: Tensor) -> float:
+    """By how much a product of such numbers may be off, relative to its terms."""
+    kind = states.dtype
+    if kind == torch.float32:
+        try:
+            kind = _ROUNDED[torch.get_float32_matmul_precision()]
+        except RuntimeError:  # PyTorch does not tell what was set for one kind of device alone
+            kind = _ROUNDED["medium"]
+    return float(torch.finfo(kind).eps)
+
+
+def _in_blocks(queries: _Queries, search: _Search) -> Neighbours:
+    """Among all points."""
+    shape = len(queries.states), search.k
+    found = Neighbours(queries.states.new_empty(shape), queries.itself.new_empty(shape))
+    for rows in _rows(len(queries.states), len(search.points)):
+        # Nothing of a block is kept, for small tensors between large ones that come and go would scatter the memory.
+        found.distance[rows], found.which[rows] = search.nearest(queries.take(rows))
+    return found
 
 
 def _by_value(queries: _Queries, search: _Search) -> Neighbours:
@@ -305,12 +329,14 @@ def count_values_within(
         >>> count_values_within(torch.tensor([0.0, 1.0, 3.0]), torch.tensor([1.0, 2.5, 2.0])).tolist()
         [0, 2, 0]
     """
-    # In float64 a float32 and its distance add up without rounding.
     v, reach = values.double(), _strictly(radius).double()
     ordered = (values if reference is None else reference).double().sort().values
-    inside = torch.searchsorted(ordered, v + reach) - torch.searchsorted(ordered, v - reach, right=True)
-    own = (reach > 0).long() if reference is None else 0
-    return inside.clamp(min=0) - own
+    # In float64 a float32 and its distance add up without rounding, unless the distance is nothing beside the value:
+    # then equal values, and those alone, lie within.
+    up, down = (torch.nextafter(v, torch.full_like(v, end)) for end in (torch.inf, -torch.inf))
+    high, low = torch.maximum(v + reach, up), torch.minimum(v - reach, down)
+    inside = torch.searchsorted(ordered, high) - torch.searchsorted(ordered, low, right=True)
+    return (inside - int(reference is None)) * (reach > 0)
 
 
 @torch.no_grad()

@@ -88,8 +88,8 @@ class Bonus(nn.Module, ABC):
 
     Args:
         scaling: see `Normaliser`.
-        on_nan: what happens to a batch with features or values that are not finite: "raise" an error, or "zero", no
-            bonus for the whole batch, counted in `skipped`.
+        on_nan: what happens to a batch with features or values that are not finite, or so large that their bonuses are
+            not: "raise" an error, or "zero", no bonus for the whole batch, counted in `skipped`.
 
     Attributes:
         needs_values: whether it looks at values.
@@ -136,15 +136,23 @@ class Bonus(nn.Module, ABC):
             got, fix = f"{tuple(features.shape)} and {tuple(values.shape)}", "give a row and a value for each state"
             raise ConfigError("bonus", expected="features (batch, size) and values (batch,)", got=got, fix=fix)
         values = values.detach().reshape(-1).float()
-        if not (features.isfinite().all() and values.isfinite().all()):
-            if self.on_nan == "raise":
-                got = "features that are not" if values.isfinite().all() else "values that are not"
-                fix = "look for what diverged, or set on_nan='zero'"
-                raise DataError(f"bonus {type(self).__name__}", expected="finite numbers", got=got, fix=fix)
-            self.skipped += 1
-            return torch.zeros_like(values)
-        scaled: Tensor = self.normalise(self.novelty(features, values))
+        if not values.isfinite().all():
+            return self._unpaid(values, "values that are not")
+        if not features.isfinite().all():
+            return self._unpaid(values, "features that are not")
+        novelty = self.novelty(features, values)
+        if not novelty.isfinite().all():
+            return self._unpaid(values, "features or values that are too large")
+        scaled: Tensor = self.normalise(novelty)
         return scaled.detach()
+
+    def _unpaid(self, values: Tensor, got: str) -> Tensor:
+        """What becomes of a batch that nothing can be said of."""
+        if self.on_nan == "raise":
+            fix = "look for what diverged, or set on_nan='zero'"
+            raise DataError(f"bonus {type(self).__name__}", expected="finite numbers", got=got, fix=fix)
+        self.skipped += 1
+        return torch.zeros_like(values)
 
 
 class StateEntropy(Bonus):
@@ -286,6 +294,8 @@ class RND(Bonus):
             raise ConfigError("RND", expected=f"{self.size} features", got=got, fix=fix)
         with torch.enable_grad():
             error: Tensor = (self.predictor(features) - self.target(features)).square().mean(1)
+            if not error.isfinite().all():
+                return error.detach()  # from which nothing can be learnt
             self._optimiser.zero_grad()
             error.mean().backward()  # type: ignore[no-untyped-call]
             self._optimiser.step()

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from offbook.errors import ConfigError
 
-# Larger pictures are averaged down to this, in pixels.
-_SIDE = 24
+SIDE = 24
+"""In pixels: larger pictures are averaged down to this."""
 
 
 class Identity(nn.Module):
@@ -86,7 +86,7 @@ class RandomConv(nn.Module):
             raise ConfigError("RandomConv", expected="pictures of 7 x 7 or more", got=f"shape {shape}", fix=fix)
         self.first, self.scale = shape[0] < shape[2], scale
         channels, height, width = shape if self.first else (shape[2], *shape[:2])
-        self.sides = (min(height, _SIDE), min(width, _SIDE))
+        self.sides = (min(height, SIDE), min(width, SIDE))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.layers = nn.Sequential(

@@ -18,7 +18,8 @@ from torch.nn import functional
 from offbook.errors import DataError, check_settings
 from offbook.systems.vcse.bonus import Bonus
 
-# A bonus that makes up more than this share of what the agent is paid, in so many updates on end, is remarked upon.
+# A bonus that makes up more than this share of what the agent is paid is remarked upon, after so many updates on end in
+# which the task paid.
 _SHARE, _UPDATES = 0.9, 10
 
 
@@ -97,13 +98,14 @@ class Payer(nn.Module):
         return bonus
 
     def _remark(self, paid: float, of_task: float) -> None:
-        """Once the task has paid something, a bonus beside which that hardly counts is too heavy."""
-        self._paid.append((paid, of_task))
-        rewarded = [pair for pair in self._paid if pair[1] > 0]
-        if self._warned or len(rewarded) < _UPDATES or min(p / (p + r) for p, r in rewarded) <= _SHARE:
+        """Where the task pays, a bonus beside which that hardly counts is too heavy."""
+        if of_task > 0:
+            self._paid.append((paid, of_task))
+        if self._warned or len(self._paid) < _UPDATES or min(p / (p + r) for p, r in self._paid) <= _SHARE:
             return
-        even = self.weight() * sum(r for _, r in rewarded) / sum(p for p, _ in rewarded)
-        said = f"the bonus is over {_SHARE:.0%} of what the agent is paid; with beta = {even:.2g} it would be a half"
+        even = self.weight() * sum(r for _, r in self._paid) / sum(p for p, _ in self._paid)
+        said = f"the bonus is over {_SHARE:.0%} of what the agent is paid, even where the task pays; there, "
+        said += f"with beta = {even:.2g} it would be a half"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
         self._warned = True
 
@@ -215,6 +217,8 @@ class Explorer(Payer):
     def _learn(self, features: Tensor, targets: Tensor) -> None:
         with torch.enable_grad():
             loss = functional.mse_loss(self._of(self.critic, features), targets)
+            if self.bonus.on_nan == "zero" and not loss.isfinite():
+                return  # one such step, and its weights are never finite again
             self._optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimiser.step()

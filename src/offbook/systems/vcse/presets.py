@@ -122,14 +122,14 @@ PIXELS: dict[str, Callable[[], ExploringConfig]] = {"smoke": small_pixels, "drqv
 
 
 def smoke() -> VcseStudy:
-    """About a minute on two cores: everything once, where nobody learns."""
+    """About a minute on two cores: everything once, where nobody learns; two seeds, so that there are intervals."""
     tasks = (
         grid("Empty-5x5", steps=256, episodes=2),
         control("pendulum-swingup", steps=120, episodes=1),
         sparse("reach", steps=120, episodes=1),
         seen("cartpole-balance", steps=2_000, episodes=1, pixels=small_pixels()),
     )
-    return VcseStudy(tasks=tasks, looks=2, seeds=(0,), judged=False)
+    return VcseStudy(tasks=tasks, looks=2, seeds=(0, 1), judged=False)
 
 
 def tiny() -> VcseStudy:

@@ -5,11 +5,14 @@ Source: Kim et al., "Accelerating Reinforcement Learning with Value-Conditional 
 
 from __future__ import annotations
 
+import json
+
+from offbook.runs.config import to_json
 from offbook.runs.directory import RunDirectory, write_atomic
 from offbook.runs.ledger import Claim
 from offbook.systems.vcse import claims
 from offbook.systems.vcse.experiments import lives
-from offbook.systems.vcse.presets import VcseStudy
+from offbook.systems.vcse.presets import VcseStudy, paper
 
 
 def run(study: VcseStudy, out: RunDirectory) -> list[Claim]:
@@ -18,7 +21,8 @@ def run(study: VcseStudy, out: RunDirectory) -> list[Claim]:
     # with each; all begin with the same weights, and are looked at on the same episodes in worlds kept for that.
     curves = lives(study, out.path)
 
-    # Record: each task beside what the paper says, all of them together, a table and a picture.
+    # Record: each task beside what the paper says, all of them together, a table, a picture and the published size.
+    write_atomic(out.path / "paper.json", json.dumps(to_json(paper()), indent=2) + "\n")
     claims.draw(study, out.path / "vcse.png", curves)
     write_atomic(out.path / "table.md", claims.table(study, curves))
     alone = [claims.task(study, one, curves) for one in study.tasks]

@@ -118,7 +118,7 @@ def record_exploration(
         ...     len(store), store.steps, "reward" in store.episode(0).fields
         (1, 200, False)
     """
-    _check(steps, bonus, with_reward, beta)
+    _check(steps, bonus, with_reward, beta, seed)
     settings = {"physics": True} if env_id.startswith("dmc:") else {}
     plan = {"policy": f"sac, {bonus}", "beta": beta, "with_reward": with_reward, "seed": seed, "settings": settings}
     with closing(make(env_id, **settings)) as env:
@@ -151,7 +151,7 @@ def _live(agent: Any, recorder: Recorder, steps: int) -> Iterator[None]:
         yield
 
 
-def _check(steps: int, bonus: str, with_reward: bool, beta: float) -> None:
+def _check(steps: int, bonus: str, with_reward: bool, beta: float, seed: int) -> None:
     if steps < 1:
         raise ConfigError("--steps", expected="1 or more", got=str(steps), fix="ask for more steps")
     if bonus not in ("state-entropy", "rnd", "vcse"):
@@ -160,8 +160,9 @@ def _check(steps: int, bonus: str, with_reward: bool, beta: float) -> None:
     if bonus == "vcse" and not with_reward:
         fix = "add --with-reward, or explore by state-entropy"
         raise ConfigError("--bonus vcse", expected="the task's reward, which values are of", got="none", fix=fix)
-    if not beta >= 0:
-        raise ConfigError("--beta", expected="0 or more", got=str(beta), fix="choose another weight")
+    if not 0 <= beta < float("inf"):
+        raise ConfigError("--beta", expected="a number, 0 or more", got=str(beta), fix="choose another weight")
+    training_seeds(seed, 1)  # which refuses what is no seed
 
 
 def _check_world(env: AnyEnv, env_id: str) -> None:

@@ -10,6 +10,7 @@ agent's own critic has learnt the bonus as well. It stands on the same fixed fea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from offbook.errors import ConfigError, needs_extra
 from offbook.systems.vcse.bonus import Bonus
-from offbook.systems.vcse.encoders import Identity, Joined, RandomConv
+from offbook.systems.vcse.encoders import SIDE, Identity, Joined, RandomConv
 from offbook.systems.vcse.explorer import CriticSettings, Explorer
 
 with needs_extra("rl"):
@@ -31,6 +32,7 @@ with needs_extra("rl"):
     from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
     from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
     from stable_baselines3.common.preprocessing import get_obs_shape, preprocess_obs
+    from stable_baselines3.common.vec_env import VecEnv
 
 A = TypeVar("A", bound=BaseAlgorithm)
 
@@ -75,7 +77,9 @@ def explore(
         bonus: is copied for each model.
         beta: weight of the bonus, or a function from environment steps to it, such as `scaling.Linear`.
         encoder: from observations to features, one row each; a mapping of them where observations are one. By default
-            `RandomConv` for pictures and the numbers themselves for all else, categories as one-hot.
+            `RandomConv` for pictures, with colours as numbers from 0 to 1 where a side is longer than 24 (smaller ones
+            are the codes of a grid world, and stay as they are), and the numbers themselves for all else, categories as
+            one-hot.
         propagate: on-policy, whether the bonus is part of the reward ("gae": later bonuses count for earlier steps, and
             the agent's critic foresees them), or is added to the advantage and the return of its own step ("step", as
             the published A2C does). Off-policy it always is part of the reward.
@@ -83,7 +87,8 @@ def explore(
         seed: of the default encoder and the critic.
 
     Raises:
-        ConfigError: the algorithm is of neither kind, or a setting does not exist.
+        ConfigError: the algorithm is of neither kind, a setting does not exist, or beta is no finite number. The class
+            raises it too, for observations of a kind that Stable-Baselines3 does not know.
 
     Example:
         >>> from stable_baselines3 import PPO
@@ -94,6 +99,13 @@ def explore(
     """
     if propagate not in ("gae", "step"):
         raise ConfigError("propagate", expected="gae or step", got=repr(propagate), fix="choose one of them")
+    try:
+        usable = callable(beta) or math.isfinite(beta)
+    except TypeError:
+        usable = False
+    if not usable:
+        expected, fix = "a finite number or a function of environment steps", "choose another weight"
+        raise ConfigError("beta", expected=expected, got=repr(beta), fix=fix)
     kinds: dict[type, type] = {OnPolicyAlgorithm: _OnPolicy, OffPolicyAlgorithm: _OffPolicy}
     kind = next((mine for theirs, mine in kinds.items() if issubclass(algorithm, theirs)), None)
     if kind is None:
@@ -110,7 +122,7 @@ def encoder_for(space: spaces.Space[Any], seed: int = 0) -> nn.Module:
     if isinstance(space, spaces.Dict):
         return Joined({name: encoder_for(of, seed) for name, of in space.spaces.items()})
     if isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3:
-        return RandomConv(space.shape, seed=seed)
+        return RandomConv(space.shape, scale=1 / 255 if max(space.shape) > SIDE else 1.0, seed=seed)
     return Identity()
 
 
@@ -126,6 +138,16 @@ def _tensors(observations: Any, space: spaces.Space[Any], device: torch.device) 
     return preprocess_obs(found, space, normalize_images=False)
 
 
+def _check_space(space: spaces.Space[Any], name: str = "observations") -> None:
+    """Refuses what Stable-Baselines3 takes no observations of."""
+    if isinstance(space, spaces.Dict) and name == "observations":
+        for key, one in space.spaces.items():
+            _check_space(one, f"observation {key!r}")
+    elif not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        expected = "Box, Discrete, MultiDiscrete, MultiBinary, or one Dict of these"
+        raise ConfigError(name, expected=expected, got=str(space), fix="wrap the environment, as by FlattenObservation")
+
+
 def _of(observations: Any, steps: slice) -> Any:
     if isinstance(observations, dict):
         return {name: one[steps] for name, one in observations.items()}
@@ -137,6 +159,13 @@ class _Exploring(BaseAlgorithm):
 
     setting: _Setting
     explorer: Explorer
+
+    @staticmethod
+    def _wrap_env(env: Any, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
+        # Before Stable-Baselines3 looks at it, whose errors do not name what is wrong.
+        if isinstance(env.observation_space, spaces.Space):  # those of the old Gym are translated first
+            _check_space(env.observation_space)
+        return BaseAlgorithm._wrap_env(env, verbose, monitor_wrapper)
 
     def _setup_model(self) -> None:
         cast("Any", super())._setup_model()
@@ -297,6 +326,7 @@ class _Replay:
         return batch._replace(rewards=batch.rewards + self.explorer.weight() * bonus[:, None])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # On disk it is the buffer of Stable-Baselines3 that it was.
-        kept = {name: value for name, value in self.__dict__.items() if name not in ("explorer", "propagate")}
+        # On disk it is the buffer of Stable-Baselines3 that it was, with what that keeps of itself.
+        state = cast("dict[str, Any]", self.__getstate__())
+        kept = {name: value for name, value in state.items() if name not in ("explorer", "propagate")}
         return object.__new__, (self.base,), kept
