@@ -37,8 +37,8 @@ def reproduce(
 
     Args:
         system: the system, as `offbook systems` lists it.
-        preset: `smoke` shows in a minute that everything is wired; `tiny` is the honest small study, up to an hour on
-            two cores; `paper` wants a GPU. A system may have more, such as `drqv2-dmc` and `metaworld` of vcse.
+        preset: `smoke` shows in a minute or two that everything is wired; `tiny` is the honest small study, an hour or
+            two on two cores; `paper` wants a GPU. A system may have more, such as `drqv2-dmc` and `metaworld` of vcse.
         seeds: numbers with commas between them, instead of the preset's.
         out: the folder; by default a new one, out/SYSTEM-PRESET.
         resume: go on with what is in the folder `--out`.

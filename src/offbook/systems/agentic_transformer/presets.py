@@ -70,7 +70,7 @@ def smoke() -> AtStudy:
 
 
 def tiny() -> AtStudy:
-    """Well under an hour on two cores: the table that is claimed."""
+    """About 50 minutes on two cores: the table that is claimed."""
     return AtStudy()
 
 
