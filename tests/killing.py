@@ -8,6 +8,28 @@ import sys
 import time
 from collections.abc import Iterator
 
+LEARNING = """
+import sys
+from importlib import import_module
+from pathlib import Path
+sys.path[:0] = sys.argv[3:]
+from offbook.data.store import EpisodeStore
+from offbook.runs.directory import RunDirectory
+import accelerate
+
+folder, tests, log = Path(sys.argv[1]), import_module(sys.argv[2]), RunDirectory.log
+
+def told(self, step, **metrics):
+    log(self, step, **metrics)
+    announce(step)
+
+RunDirectory.log = told
+
+def begin():
+    tests.learn(EpisodeStore.open(folder / "store"), folder / "cut" / "run")
+"""
+"""A script for `killed`: `learn(store, path)` of a module of tests, on the store in a folder, announcing its steps."""
+
 SERVER = """
 import os, sys
 

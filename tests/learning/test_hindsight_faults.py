@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import linear_world
-from killing import killed
+from killing import LEARNING, killed
 from offbook.data.store import EpisodeStore, FieldSpec
 from offbook.learning.hindsight_presets import smoke
 from offbook.learning.hindsight_training import train_hindsight
@@ -95,26 +95,6 @@ def test_without_any_improvement_it_says_so(cli, tmp_path):
     assert "the returns are equal in every group, there is no improvement to learn from" in done.stderr
 
 
-TRAINING_UNTIL_KILLED = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-import test_hindsight_faults as tests
-from offbook.data.store import EpisodeStore
-from offbook.runs.directory import RunDirectory
-import accelerate
-
-folder, log = Path(sys.argv[1]), RunDirectory.log
-
-def told(self, step, **metrics):
-    log(self, step, **metrics)
-    announce(step)
-
-RunDirectory.log = told
-
-def begin():
-    tests.learn(EpisodeStore.open(folder / "store"), folder / "cut" / "run")
-"""
 LONG = replace(
     smoke(), model=replace(smoke().model, width=16, dropout=0.1), validate_every=7,
     fit=replace(smoke().fit, steps=80, batch_size=4, checkpoint_every=3, log_every=2, device="cpu"),
@@ -130,7 +110,7 @@ def test_killed_again_and_again_training_ends_with_the_same_bytes(tmp_path):
     store = linear_world.record(tmp_path / "store", (12,) * 8)
     learn(store, tmp_path / "whole" / "run")
     here = Path(__file__).parent
-    children = killed(TRAINING_UNTIL_KILLED, str(tmp_path), str(here), str(here.parent), times=4)
+    children = killed(LEARNING, str(tmp_path), "test_hindsight_faults", str(here), str(here.parent), times=4)
     reached = [max(steps, default=0) for steps in children]
     assert 0 < max(reached) < LONG.fit.steps
     learn(store, tmp_path / "cut" / "run")

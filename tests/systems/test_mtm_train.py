@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import linear_world
-from killing import killed
+from killing import LEARNING, killed
 from mtm_runs import BRIEF, FIT, TINY, offbook, refused, train
 from offbook.client.protocol import ActionSpec
 from offbook.data.returns import ReturnSpec
@@ -238,39 +238,23 @@ def test_roles_need_returns(cli, tmp_path):
     assert offbook(cli, *words)[0]["role"] == "bc"
 
 
-TRAINING_UNTIL_KILLED = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-import test_mtm_train as tests
-from offbook.data.store import EpisodeStore
-from offbook.runs.directory import RunDirectory
-import accelerate
-
-folder, log = Path(sys.argv[1]), RunDirectory.log
-
-def told(self, step, **metrics):
-    log(self, step, **metrics)
-    announce(step)
-
-RunDirectory.log = told
-
-def begin():
-    tests.train(EpisodeStore.open(folder / "store"), folder / "cut" / "run", tests.LONG, resume=True)
-"""
 LONG = replace(TINY, model=replace(TINY.model, dropout=0.3), validate_every=7,
                fit=replace(FIT, steps=150, checkpoint_every=3, log_every=2))  # fmt: skip
+
+
+def learn(store, path):
+    train(store, path, LONG, resume=True)
 
 
 @pytest.mark.faults
 def test_killed_again_and_again_training_ends_with_the_same_bytes(tmp_path):
     store = linear_world.record(tmp_path / "store", change=linear_world.lacking("a", range(6)))
-    train(store, tmp_path / "whole" / "run", LONG)
+    learn(store, tmp_path / "whole" / "run")
     here = Path(__file__).parent
-    children = killed(TRAINING_UNTIL_KILLED, str(tmp_path), str(here), str(here.parent), times=6)
+    children = killed(LEARNING, str(tmp_path), "test_mtm_train", str(here), str(here.parent), times=6)
     reached = [max(steps, default=0) for steps in children]
     assert 0 < max(reached) < LONG.fit.steps
-    train(store, tmp_path / "cut" / "run", LONG, resume=True)
+    learn(store, tmp_path / "cut" / "run")
     for file in ("metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/training.safetensors"):
         contents = [(tmp_path / name / "run" / file).read_bytes() for name in ("whole", "cut")]
         assert contents[0] == contents[1], file
