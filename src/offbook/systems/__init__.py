@@ -135,7 +135,7 @@ SYSTEMS: dict[str, System] = {
         authors="Zhou, Dean, Srirama, Rajeswaran, Pari, Hatch, Jain, Yu, Abbeel, Pinto, Finn, Gupta",
         venue="ICRA 2023",
         arxiv="2306.00942",
-        status="in progress: arena, pouring and scooping, encoders, policies on them, reproduction",
+        status="recorded on a CPU: policies lose where things are new; no robot has run it",
         recipe="offbook.systems.toto.recipe:run",
         commands=(
             "offbook demo",
