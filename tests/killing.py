@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 LEARNING = """
 import sys
@@ -72,3 +74,23 @@ def killed(script: str, *arguments: str, times: int = 20, seed: int = 0) -> Iter
             time.sleep(chance.uniform(0, 0.03))
             os.kill(child, signal.SIGKILL)
             yield printed + [int(line) for line in iter(server.stdout.readline, "dead\n")]
+
+
+def check_training(learn: Callable[[Any, Path], object], store: Any, folder: Path, steps: int, times: int) -> None:
+    """Trains once as a whole, and once killed and gone on with: both end with the same bytes.
+
+    Args:
+        learn: a function of a module of tests, also the child's.
+        store: of the recordings, in `folder / "store"`.
+        folder: where the runs go.
+        steps: of the training; it must not be through before the last kill.
+        times: how many kills.
+    """
+    learn(store, folder / "whole" / "run")
+    tests = Path(sys.modules[learn.__module__].__file__)
+    children = killed(LEARNING, str(folder), tests.stem, str(tests.parent), str(Path(__file__).parent), times=times)
+    assert 0 < max(max(told, default=0) for told in children) < steps
+    learn(store, folder / "cut" / "run")
+    for file in ("metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/training.safetensors"):
+        whole, cut = ((folder / name / "run" / file).read_bytes() for name in ("whole", "cut"))
+        assert whole == cut, file

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import linear_world
-from killing import LEARNING, killed
+from killing import check_training
 from offbook.data.store import EpisodeStore, FieldSpec
 from offbook.learning.hindsight_presets import smoke
 from offbook.learning.hindsight_training import train_hindsight
@@ -108,12 +108,4 @@ def learn(store: EpisodeStore, path: Path) -> None:
 @pytest.mark.faults
 def test_killed_again_and_again_training_ends_with_the_same_bytes(tmp_path):
     store = linear_world.record(tmp_path / "store", (12,) * 8)
-    learn(store, tmp_path / "whole" / "run")
-    here = Path(__file__).parent
-    children = killed(LEARNING, str(tmp_path), "test_hindsight_faults", str(here), str(here.parent), times=4)
-    reached = [max(steps, default=0) for steps in children]
-    assert 0 < max(reached) < LONG.fit.steps
-    learn(store, tmp_path / "cut" / "run")
-    for file in ("metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/training.safetensors"):
-        contents = [(tmp_path / name / "run" / file).read_bytes() for name in ("whole", "cut")]
-        assert contents[0] == contents[1], file
+    check_training(learn, store, tmp_path, LONG.fit.steps, times=4)

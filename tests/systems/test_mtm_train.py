@@ -3,14 +3,13 @@
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import linear_world
-from killing import LEARNING, killed
+from killing import check_training
 from mtm_runs import BRIEF, FIT, TINY, offbook, refused, train
 from offbook.client.protocol import ActionSpec
 from offbook.data.returns import ReturnSpec
@@ -249,15 +248,7 @@ def learn(store, path):
 @pytest.mark.faults
 def test_killed_again_and_again_training_ends_with_the_same_bytes(tmp_path):
     store = linear_world.record(tmp_path / "store", change=linear_world.lacking("a", range(6)))
-    learn(store, tmp_path / "whole" / "run")
-    here = Path(__file__).parent
-    children = killed(LEARNING, str(tmp_path), "test_mtm_train", str(here), str(here.parent), times=6)
-    reached = [max(steps, default=0) for steps in children]
-    assert 0 < max(reached) < LONG.fit.steps
-    learn(store, tmp_path / "cut" / "run")
-    for file in ("metrics.jsonl", "checkpoints/last.safetensors", "checkpoints/training.safetensors"):
-        contents = [(tmp_path / name / "run" / file).read_bytes() for name in ("whole", "cut")]
-        assert contents[0] == contents[1], file
+    check_training(learn, store, tmp_path, LONG.fit.steps, times=6)
 
 
 def padded(store, field, episodes, after=lambda values: values):
