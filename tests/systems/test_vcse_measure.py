@@ -80,13 +80,16 @@ def test_the_benchmark_has_its_claims(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     sizes = {"SIDES": (("published", 64, 1.0), ("cdist", 65, 1e9)), "LARGE": 3_000, "ROLLOUTS": 1, "AGENTS": 2}
-    for name, value in sizes.items():
+    for name, value in (sizes | {"SAMPLES": 256}).items():
         monkeypatch.setattr(module, name, value)
-    published, cdist, memory, training = module.run(Options(repeats=2))
+    accuracy, published, cdist, memory, training = module.run(Options(repeats=2))
+    assert accuracy.seeds == (0, 1)
+    assert (accuracy.verdict == "met") == (accuracy.metrics[0].value <= measure.TOLERANCE)
+    assert accuracy.metrics[0].value >= accuracy.metrics[1].value > 0
     assert cdist.verdict == "missed"
     assert memory.verdict == "met"
     assert 1e7 < memory.metrics[0].value < 1.5e9
     assert training.metrics[0].value > -0.5
-    for claim in (published, cdist, memory, training):
+    for claim in (accuracy, published, cdist, memory, training):
         assert claim.system == "exploration"
         assert all(math.isfinite(metric.value) for metric in (*claim.metrics, *claim.baseline_metrics))
