@@ -45,7 +45,7 @@ bench: venv
 	$(BIN)/offbook bench all
 
 soak: venv
-	$(BIN)/pytest -n 2 --dist worksteal -m slow -q
+	$(BIN)/offbook bench soak
 
 gpu: venv
 	$(BIN)/pytest -m gpu -q -rs
