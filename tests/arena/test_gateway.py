@@ -164,6 +164,17 @@ def test_the_newest_connection_of_a_submission_counts(arena) -> None:
     until(lambda: int(entry) not in arena.gateway.present())
 
 
+def test_a_policy_that_dialled_in_elsewhere_since_is_given_no_trial_here(arena) -> None:
+    entry = int(arena.submit("ada"))
+    with dial(arena) as policy:
+        assert hello(policy, str(entry))["type"] == "ready"
+        with arena.database.read() as session:
+            assert arena.gateway.leasable(session) == {entry}
+        SeatBook(arena.database, "http://other").take(entry)
+        with arena.database.read() as session:
+            assert (arena.gateway.connected(), arena.gateway.leasable(session)) == ({entry}, set())
+
+
 def test_a_seat_that_cannot_be_written_down_is_none(arena, monkeypatch) -> None:
     entry = arena.submit("ada")
 

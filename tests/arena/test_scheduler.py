@@ -355,6 +355,17 @@ def test_a_fault_after_the_withdrawal_is_not_run_again(database: Database) -> No
         assert trials.end(session, moving["trial"], moving["fence"], FAULT)["state"] == "cancelled"
 
 
+def test_withdrawing_while_the_last_trial_moves_is_not_forgotten(database: Database) -> None:
+    with database.write() as session:
+        submission = submit(session, kind="anchor", anchor="expert", trials=1)
+        moving = lease(session)
+        trials.start(session, moving["trial"], moving["fence"])
+        assert submissions.cancel(session, submission) == 0
+        assert submission.state == "cancelled"
+        assert trials.end(session, moving["trial"], moving["fence"], FAULT)["state"] == "cancelled"
+        assert lease(session) is None
+
+
 def test_a_full_disk_pauses_the_trial(database: Database) -> None:
     with database.write() as session:
         submit(session, kind="anchor", anchor="expert", trials=1)

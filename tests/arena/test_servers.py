@@ -132,6 +132,8 @@ def test_a_policy_that_dials_in_at_another_server_leaves_the_first(make_database
     assert second.renew([]) == (set(), dict.fromkeys(entries, "http://one"))
     second.take(entries[0])
     second.take(entries[0])
+    with database.read() as session:
+        assert (first.moved(session, entries), second.moved(session, entries[:1])) == ({entries[0]}, set())
     assert first.renew(entries) == ({entries[0]}, {entries[0]: ""})
     # It went: what the first one still says of it changes nothing.
     first.leave(entries[0])

@@ -218,7 +218,9 @@ def machine(database: Database, clock: VirtualClock) -> type[RuleBasedStateMachi
         @rule(back=RECENT)
         def cancel(self, back: int) -> None:
             with database.write() as session:
-                submissions.cancel(session, session.get_one(Submission, _recent(self.entries, back)))
+                entry = session.get_one(Submission, _recent(self.entries, back))
+                submissions.cancel(session, entry)
+                assert entry.state in ("done", "cancelled")
 
         @precondition(lambda self: self.leases)
         @rule(back=RECENT)

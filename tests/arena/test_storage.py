@@ -18,7 +18,7 @@ from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from offbook.arena.service import StorageWatch
 from offbook.errors import ConfigError
 from offbook.service.refusal import RefusedError
-from offbook.service.storage import ABANDONED_SECONDS, BlobStore, parse_range
+from offbook.service.storage import ABANDONED_SECONDS, CACHED, BlobStore, parse_range
 
 HELLO = hashlib.sha256(b"hello").hexdigest()
 
@@ -189,3 +189,14 @@ def test_ranges_outside_the_file(header: str) -> None:
     with pytest.raises(RefusedError) as caught:
         parse_range(header, 10)
     assert caught.value.status == 416
+
+
+def test_of_copies_of_a_remote_store_only_those_used_last_are_kept(tmp_path: Path) -> None:
+    store, cache = BlobStore(f"memory://{tmp_path.name}"), tmp_path / "cache"
+    names = [store.put(str(number).encode()) for number in range(CACHED + 3)]
+    for number, name in enumerate(names):
+        copy = store.local(name, cache)
+        assert copy.read_bytes() == str(number).encode()
+        os.utime(copy, (number, number))
+        store.local(names[0], cache)
+    assert {path.name for path in cache.iterdir()} == {names[0], *names[4:]}

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.5
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
 
 def create_app(settings: Settings, database: Database | None = None, url: str = "") -> FastAPI:
     """Builds the application; the database is migrated when it starts.
@@ -42,7 +44,7 @@ def create_app(settings: Settings, database: Database | None = None, url: str = 
         url: where workers reach this server itself, when several share the database.
     """
     arena = Arena(settings, database, url)
-    feed = Feed(arena.database, limit=settings.listeners)
+    feed = Feed(arena.database, limit=settings.listeners, per_address=settings.listeners_per_address)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -85,7 +87,9 @@ def create_app(settings: Settings, database: Database | None = None, url: str = 
 
     def count(scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
-        arena.meters.requests.labels(scope["method"], route, str(status)).inc()
+        # A label stays for good, and anything may be sent as a method.
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        arena.meters.requests.labels(method, route, str(status)).inc()
         arena.meters.seconds.labels(route).observe(seconds)
 
     dress(app, partial(render, "error"), limit=_limit, count=count)

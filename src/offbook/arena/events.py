@@ -23,11 +23,12 @@ class Feed:
     Args:
         database: where the log is.
         limit: most listeners at once.
+        per_address: most of them at one address.
     """
 
-    def __init__(self, database: Database, *, limit: int) -> None:
-        self._database, self._limit = database, limit
-        self._listeners: set[asyncio.Queue[str | None]] = set()
+    def __init__(self, database: Database, *, limit: int, per_address: int) -> None:
+        self._database, self._limit, self._per_address = database, limit, per_address
+        self._listeners: dict[asyncio.Queue[str | None], str] = {}
         self._last: int | None = None
 
     async def poll(self) -> None:
@@ -53,23 +54,31 @@ class Feed:
                 self._last = rows[-1].id
             return [f"id: {row.id}\ndata: {json.dumps(_record(row))}\n\n" for row in rows]
 
-    def listen(self) -> AsyncIterator[str]:
+    def listen(self, address: str) -> AsyncIterator[str]:
         """The stream of one listener.
 
-        Raises:
-            RefusedError: 503, too many listen already.
-        """
-        if len(self._listeners) >= self._limit:
-            raise RefusedError(503, "too_many_listeners", "live events", expected=f"at most {self._limit} listeners",
-                               got="one more", fix="reload now and then instead")  # fmt: skip
-        return self._stream()
+        Args:
+            address: where it is.
 
-    async def _stream(self) -> AsyncIterator[str]:
+        Raises:
+            RefusedError: 503, too many listen already, or too many there.
+        """
+        if self._full(address):
+            most = f"at most {self._limit} listeners, and {self._per_address} at one address"
+            raise RefusedError(503, "too_many_listeners", "live events", expected=most, got="one more",
+                               fix="reload now and then instead")  # fmt: skip
+        return self._stream(address)
+
+    def _full(self, address: str) -> bool:
+        there = sum(each == address for each in self._listeners.values())
+        return len(self._listeners) >= self._limit or there >= self._per_address
+
+    async def _stream(self, address: str) -> AsyncIterator[str]:
         # A place is taken only here: a stream whose reader left before it began would never give it back.
         queue: asyncio.Queue[str | None] = asyncio.Queue(maxsize=50)
-        if len(self._listeners) >= self._limit:
+        if self._full(address):
             return
-        self._listeners.add(queue)
+        self._listeners[queue] = address
         try:
             yield "retry: 3000\n\n"
             while True:
@@ -81,7 +90,7 @@ class Feed:
                     return
                 yield line
         finally:
-            self._listeners.discard(queue)
+            self._listeners.pop(queue, None)
 
     def close(self) -> None:
         """Ends all streams, so that the process can end."""

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocket, WebSocketState
 
@@ -162,6 +163,11 @@ class Gateway:
     def connected(self) -> frozenset[int]:
         """Submissions whose policies are here and idle; safe to call from any thread."""
         return frozenset(entry for entry, seat in list(self._seats.items()) if seat.relay is None)
+
+    def leasable(self, session: Session) -> frozenset[int]:
+        """Those of `connected` that have dialled in nowhere else since: a dead line here would fail their trials."""
+        here = self.connected()
+        return here - self._book.moved(session, here)
 
     def elsewhere(self) -> dict[int, str]:
         """Submissions whose policies sit at other servers, with the address at which a worker reaches them there."""

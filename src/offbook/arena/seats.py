@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from offbook.arena.database import Database
 from offbook.arena.tables import Seat
@@ -46,6 +47,11 @@ class SeatBook:
         with contextlib.suppress(SQLAlchemyError), self._database.write() as session:
             # A row that cannot be removed now is too old soon.
             session.execute(delete(Seat).where(Seat.submission_id == submission, Seat.server == self._server))
+
+    def moved(self, session: Session, mine: Collection[int]) -> set[int]:
+        """Those of the policies that sat here of which another server has said since that they sit there."""
+        there = select(Seat.submission_id).where(Seat.submission_id.in_(mine), Seat.server != self._server)
+        return set(session.scalars(there))
 
     def renew(self, mine: Collection[int]) -> tuple[set[int], dict[int, str]]:
         """Says that these policies still sit here.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import json
 import math
 import time
@@ -44,6 +45,7 @@ class Settings:
         policies_per_user: most policies of one user that may be connected at once.
         connections_per_address: most connections of one address at once; behind a proxy all come from one.
         listeners: most pages that may listen to live events at once.
+        listeners_per_address: most of one address; behind a proxy all come from one.
         reserve_bytes: while less than this is free in a blob folder, no trial is given to a robot.
         sandbox: whether uploaded checkpoints are looked into in a sandbox, which must prove itself at the start.
     """
@@ -62,6 +64,7 @@ class Settings:
     policies_per_user: int = 32
     connections_per_address: int = 1000
     listeners: int = 500
+    listeners_per_address: int = 50
     reserve_bytes: int = 256 * 2**20
     sandbox: bool = False
 
@@ -218,4 +221,6 @@ class Arena:
         self.meters = Meters()
         self.turnstile = Turnstile()
         self.checking = asyncio.Semaphore(1)
+        # Bytes of the checkpoints that each user is sending now.
+        self.incoming: collections.Counter[int] = collections.Counter()
         self.gateway = Gateway(self.database, self.meters, per_user=settings.policies_per_user, url=url)

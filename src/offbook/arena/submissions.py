@@ -29,6 +29,9 @@ NAME = "[a-z0-9][a-z0-9-]{0,39}"
 """What names of benchmarks look like; they stand in addresses."""
 
 DAY = 86400.0
+
+WITHDRAWN = 10
+"""How many times the trials of a day a user may ask for in one, those counted that are withdrawn."""
 _LOT = random.SystemRandom()
 
 
@@ -309,7 +312,10 @@ def _cancel(session: Session, submission: Submission) -> int:
         execution_options={"synchronize_session": False},
     )
     session.refresh(submission)
-    if submission.state == "open" and cancelled:
+    moving = session.scalar(
+        select(Trial.id).where(Trial.submission_id == submission.id, Trial.state == "running").limit(1)
+    )
+    if submission.state == "open" and (cancelled or moving is not None):
         submission.state = "cancelled"
         submission.finished = now(session)
         note(session, "cancelled", f"withdrawn with {len(cancelled)} trials not run", submission_id=submission.id)
@@ -318,13 +324,22 @@ def _cancel(session: Session, submission: Submission) -> int:
     return len(cancelled)
 
 
-def used_today(session: Session, user_id: int, benchmark_id: int | None = None) -> int:
-    """Trials that a user asked for in the last 24 hours and that were not withdrawn, of one benchmark or all."""
+def used_today(session: Session, user_id: int, benchmark_id: int | None = None, *, withdrawn: bool = False) -> int:
+    """Trials that a user asked for in the last 24 hours, of one benchmark or all.
+
+    Args:
+        session: of the database.
+        user_id: who asked.
+        benchmark_id: of the benchmark; all of them when None.
+        withdrawn: whether those count that were withdrawn.
+    """
     query = (
         select(func.count(Trial.id))
         .join(Submission, Submission.id == Trial.submission_id)
-        .where(Submission.user_id == user_id, Submission.created > now(session) - DAY, Trial.state != "cancelled")
+        .where(Submission.user_id == user_id, Submission.created > now(session) - DAY)
     )
+    if not withdrawn:
+        query = query.where(Trial.state != "cancelled")
     if benchmark_id is not None:
         query = query.join(Split, Split.id == Submission.split_id).where(Split.benchmark_id == benchmark_id)
     return session.scalar(query) or 0
@@ -418,6 +433,8 @@ def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted:
     for limit, used, what in (
         (user.daily_trials, used_today(session, user.id), "all benchmarks"),
         (benchmark.daily_trials, used_today(session, user.id, benchmark.id), benchmark.name),
+        # Who withdraws may ask again, but every row stays: not without end.
+        (WITHDRAWN * user.daily_trials, used_today(session, user.id, withdrawn=True), "any, withdrawn or not"),
     ):
         if used + wanted > limit:
             raise RefusedError(429, "quota", f"trials of {user.name} in 24 hours on {what}",

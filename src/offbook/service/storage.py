@@ -26,6 +26,9 @@ from offbook.service.refusal import RefusedError, unknown
 PIECE = 256 * 1024
 """Bytes that are held in memory at a time."""
 
+CACHED = 16
+"""Copies of a remote store's files that are kept on this machine."""
+
 ABANDONED_SECONDS = 6 * 3600.0
 """Age from which an unfinished upload is taken for one that nobody will finish."""
 
@@ -144,7 +147,12 @@ class BlobStore:
             raise _storage_failed(OSError(0, f"{free} bytes left, of which {reserve} are kept back"))
 
     def local(self, sha256: str, cache: Path) -> Path:
-        """A path on this machine with the content: the file itself, or a copy in `cache` when the store is remote."""
+        """A path on this machine with the content: the file itself, or a copy when the store is remote.
+
+        Args:
+            sha256: its hash.
+            cache: folder of the copies, of which only those used last stay; the path is to be used at once.
+        """
         if self._local:
             self.size(sha256)
             return Path(self.path(sha256))
@@ -156,6 +164,11 @@ class BlobStore:
                 for piece in self.read(sha256):
                     file.write(piece)
             part.replace(copy)
+        with contextlib.suppress(FileNotFoundError):  # somebody else tidies up too
+            copy.touch()
+            held = sorted((each for each in cache.iterdir() if _SHA256.fullmatch(each.name)), key=_used)
+            for old in held[:-CACHED]:
+                old.unlink()
         return copy
 
     def begin(self) -> tuple[str, Any]:
@@ -304,6 +317,10 @@ def _reading(sha256: str) -> Iterator[None]:
 def _storage_failed(error: Exception) -> RefusedError:
     return RefusedError(507, "storage_failed", "blob store", expected="room for the file", got=_words(error),
                         fix="the operator must make room; the trial waits meanwhile")  # fmt: skip
+
+
+def _used(path: Path) -> float:
+    return path.stat().st_mtime
 
 
 def _words(error: Exception) -> str:

@@ -38,17 +38,21 @@ async def upload(request: Request, sha256: str, who: Annotated[Principal, Depend
     who.require("worker" if worker else "submit")
     arena.blobs.path(sha256)
     limit = arena.settings.artifact_bytes if worker else arena.settings.checkpoint_bytes
-    _check_length(request, limit)
-    if not worker:
-        await run_in_threadpool(_check_daily, arena, who)
+    announced = _check_length(request, limit)
+    # What is on its way counts, or many at once would each find room for one.
+    arena.incoming[who.user_id] += 0 if worker else announced
     try:
+        if not worker:
+            await run_in_threadpool(_check_room, arena, who)
         size = await _receive(request, arena, sha256, limit, checkpoint=not worker)
+        kind = kind if worker else _BINARY
+        await run_in_threadpool(_record, arena, who, sha256, size, kind, not worker)
     except RefusedError as error:
         if error.status == 507:
             arena.storage.failed(error)
         raise
-    kind = kind if worker else _BINARY
-    await run_in_threadpool(_record, arena, who, sha256, size, kind, not worker)
+    finally:
+        arena.incoming[who.user_id] -= 0 if worker else announced
     return JSONResponse({"sha256": sha256, "size": size}, status_code=201)
 
 
@@ -92,23 +96,30 @@ def check_magic(head: bytes) -> None:
                        fix="save the policy with offbook; pickles are never opened here")  # fmt: skip
 
 
-def _check_length(request: Request, limit: int) -> None:
+def _check_length(request: Request, limit: int) -> int:
+    """Bytes that are to come: as announced, or as many as are allowed."""
     announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > limit:
+    if not (announced.isascii() and announced.isdigit()):
+        return limit
+    if len(announced) > 18 or int(announced) > limit:
         raise RefusedError(413, "too_large", "upload", expected=f"at most {limit} bytes", got=announced[:20],
                            fix="send a smaller file")  # fmt: skip
+    return int(announced)
 
 
-def _check_daily(arena: Arena, who: Principal) -> None:
+def _check_room(arena: Arena, who: Principal) -> None:
+    """Whether this user may send today what is on its way, and the store keeps enough for the recordings of trials."""
+    arena.storage.check()
     with arena.database.read() as session:
         recent = select(func.sum(Blob.size)).where(
             Blob.user_id == who.user_id, Blob.private.is_(True), Blob.created > now(session) - 86400
         )
         used = session.scalar(recent) or 0
-    if used >= arena.settings.daily_bytes:
+    coming = arena.incoming[who.user_id]
+    if used + coming > arena.settings.daily_bytes:
         raise RefusedError(429, "upload_quota", f"uploads of {who.user} in 24 hours",
-                           expected=f"less than {arena.settings.daily_bytes} bytes", got=str(used),
-                           fix="wait a day")  # fmt: skip
+                           expected=f"at most {arena.settings.daily_bytes} bytes",
+                           got=f"{used} stored and {coming} on their way", fix="wait, or send less")  # fmt: skip
 
 
 def _record(arena: Arena, who: Principal, sha256: str, size: int, kind: str, private: bool) -> None:

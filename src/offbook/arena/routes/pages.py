@@ -91,4 +91,5 @@ def submit(request: Request, benchmark: str | None = None) -> HTMLResponse:
 async def events(request: Request) -> StreamingResponse:
     """News as server-sent events, one for each line of the arena's log."""
     feed: Feed = request.app.state.feed
-    return StreamingResponse(feed.listen(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    address = request.client.host if request.client else ""
+    return StreamingResponse(feed.listen(address), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})

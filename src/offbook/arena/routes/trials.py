@@ -119,7 +119,7 @@ def lease(request: Request, wanted: LeaseRequest, who: IsWorker) -> Response:
         given = scheduler.lease(
             session,
             applicant,
-            connected=arena.gateway.connected(),
+            connected=arena.gateway.leasable(session),
             elsewhere=arena.gateway.elsewhere(),
             rules=arena.settings.rules,
         )

@@ -276,11 +276,17 @@ def _readable(record: Mapping[str, Any]) -> dict[str, Any]:
         "rate_hz": _number(record.get("rate_hz")),
         "traces": rows if None not in rows.get("time", [None]) else {},
         "events": [
-            {"time": _number(event.get("time")), **{key: str(event.get(key, ""))[:2000] for key in ("kind", "text")}}
+            {"time": _instant(event.get("time")), **{key: str(event.get(key, ""))[:2000] for key in ("kind", "text")}}
             for event in (events if isinstance(events, list) else [])[:1000]
             if isinstance(event, dict)
         ],
     }
+
+
+def _instant(value: object) -> float | None:
+    """Seconds since 1970 that a calendar holds."""
+    number = _number(value)
+    return number if number is not None and 0 <= number < 1e11 else None
 
 
 def _number(value: object) -> float | bool | None:

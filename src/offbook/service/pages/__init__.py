@@ -82,7 +82,8 @@ def link(path: str, **query: object) -> str:
 def sheet(rows: Sequence[Any], number: str | None) -> tuple[Sequence[Any], int, int]:
     """One sheet of at most 50 rows: the rows, the sheet's number and the count of sheets."""
     count = max(1, -(-len(rows) // ROWS_PER_PAGE))
-    chosen = min(count, max(1, int(number))) if number and number.isascii() and number.isdigit() else 1
+    whole = number is not None and number.isascii() and number.isdigit() and len(number) < 10
+    chosen = min(count, max(1, int(number or 1))) if whole else 1
     return rows[(chosen - 1) * ROWS_PER_PAGE : chosen * ROWS_PER_PAGE], chosen, count
 
 
