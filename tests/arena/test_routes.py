@@ -387,8 +387,17 @@ def test_a_worker_cannot_report_on_another_users_lease(client) -> None:
     given = lease(client)
     made = client.ask("POST", "/v1/tokens", "admin", json={"user": "rival", "scopes": ["worker"]}).json()
     client.tokens["rival"] = made["token"]
-    answer = client.ask("POST", f"/v1/trials/{given['trial']}/start", "rival", json={"fence": given["fence"]})
-    assert answer.status_code == 404
+    report(client, given, "start")
+    more = {"result": {"score": 1.0, "steps": 1}, "fault": {"kind": "robot_fault", "reason": "mine"}}
+    for what in ("start", "heartbeat", "result", "fault"):
+        answer = client.ask(
+            "POST", f"/v1/trials/{given['trial']}/{what}", "rival", json={"fence": given["fence"]} | more.get(what, {})
+        )
+        assert answer.status_code == 404, what
+    frame = f"/v1/trials/{given['trial']}/frame"
+    picture = {"content": b"\xff\xd8\xff", "headers": {"Content-Type": "image/jpeg"}}
+    assert client.ask("POST", frame, "rival", params={"fence": given["fence"], "step": 0}, **picture).status_code == 404
+    assert report(client, given, "heartbeat").status_code == 200
     body = {"robot": "arm", "worker": "arm-1", "instance": "x", "capabilities": {}}
     assert client.ask("POST", "/v1/leases", "rival", json=body).json()["error"] == "robot_taken"
 

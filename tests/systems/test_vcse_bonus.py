@@ -79,6 +79,7 @@ def test_values_that_say_nothing_leave_state_entropy():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bonus(states, torch.zeros(128))
+        torch.testing.assert_close(VCSE(5, conditional=False)(states, torch.arange(128.0)), wanted)
 
 
 def test_states_that_are_all_the_same_have_a_finite_bonus():

@@ -58,6 +58,18 @@ def test_together_two_of_three_grid_worlds_are_wanted_against_both():
     assert together([0.5, -0.5, -0.5, 0.5]) == "contradicted"
 
 
+def test_values_have_to_win_on_most_tasks_over_the_same_bonus_without_them():
+    def judged(*gains):
+        return claims.conditioning(STUDY, curves(VCSE=list(gains), state_entropy=9.0))
+
+    assert judged(0.5, 0.5, 0.5, 0.0).verdict == "reproduced"
+    assert judged(0.5, 0.5, 0.0, 0.0).verdict == "not separated"
+    assert judged(0.5, -0.5, -0.5, -0.5).verdict == "contradicted"
+    found = {metric.name: metric.value for metric in judged(0.5, 0.5, -0.5, 0.0).metrics}
+    assert (found["tasks ahead of VCSE without values"], found["tasks behind VCSE without values"]) == (2, 1)
+    np.testing.assert_allclose(found["SimpleCrossingS9N1, VCSE less VCSE without values"], 0.25)
+
+
 def test_the_table_says_where_it_loses(tmp_path):
     made = curves(VCSE=[0.5, -0.5, 0.0, 0.5], RND=0.5)
     rows = [line.split(" | ") for line in claims.table(STUDY, made).splitlines()[2:]]
@@ -138,7 +150,7 @@ def test_smoke_runs_from_the_command_line_and_ends_the_same_after_an_interruptio
     outcome = cli(["reproduce", "vcse", "--preset", "smoke", "--out", "run", "--json"])
     assert outcome.exit_code == 0, outcome.stderr
     found = json.loads(outcome.stdout)["claims"]
-    assert len(found) == 5
+    assert len(found) == 6
     assert {claim["verdict"] for claim in found} == {"recorded"}
     assert Path("run/vcse.png").stat().st_size > 10_000
     assert all(metric["n"] == 2 and metric["interval"] for claim in found[:4] for metric in claim["metrics"])

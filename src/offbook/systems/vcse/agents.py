@@ -29,9 +29,9 @@ with needs_extra("rl"):
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 
-PLAIN, ENTROPY, RANDOM, OURS = "plain", "state entropy", "RND", "VCSE"
-ARMS = (PLAIN, ENTROPY, RANDOM, OURS)
-"""What an agent explores by."""
+PLAIN, ENTROPY, RANDOM, HIDDEN, OURS = "plain", "state entropy", "RND", "VCSE without values", "VCSE"
+ARMS = (PLAIN, ENTROPY, RANDOM, HIDDEN, OURS)
+"""What an agent explores by. Published state entropy is positive and scaled; `HIDDEN` is VCSE but for the values."""
 
 _WORLDS = 16  # of an A2C agent; with 8 steps of each, neighbours are searched among 128 states
 _FEATURES = 64
@@ -102,4 +102,4 @@ def _bonus(task: Task, arm: str, size: int, seed: int) -> Bonus:
     if arm == ENTROPY:
         # As published: A2C's is divided by its deviation, SAC's by its mean.
         return StateEntropy(task.k, scaling="std" if task.algorithm == "a2c" else "mean")
-    return RND(size, seed=seed) if arm == RANDOM else VCSE(task.k)
+    return RND(size, seed=seed) if arm == RANDOM else VCSE(task.k, conditional=arm == OURS)

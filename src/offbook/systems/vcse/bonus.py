@@ -198,6 +198,7 @@ class VCSE(Bonus):
         k: which neighbour, the state itself not counted.
         value_scale: "zscore" gives the values of a batch a mean of 0 and a variance of 1, "rank" does that to their
             ranks, and "none" leaves them.
+        conditional: False takes all values for equal: what is left shows how much of a gain is the form of the bonus.
         scaling: see `Normaliser`.
         compat: see `value_conditional_state_entropy`.
         on_nan: see `Bonus`.
@@ -210,6 +211,7 @@ class VCSE(Bonus):
         k: int = 12,
         *,
         value_scale: ValueScale = "zscore",
+        conditional: bool = True,
         scaling: Scaling = "none",
         compat: Compat = "exact",
         on_nan: Literal["raise", "zero"] = "raise",
@@ -220,7 +222,8 @@ class VCSE(Bonus):
             raise ConfigError("value_scale", expected="zscore, rank or none", got=repr(value_scale), fix=fix)
         if compat not in ("exact", "official"):
             raise ConfigError("compat", expected="exact or official", got=repr(compat), fix="choose one of them")
-        self.k, self.value_scale, self.compat, self._warned = _at_least_one(k), value_scale, compat, False
+        self.k, self.value_scale, self.compat = _at_least_one(k), value_scale, compat
+        self.conditional, self._warned = conditional, not conditional
 
     def novelty(
         self, features: Float[Tensor, "batch size"], values: Float[Tensor, " batch"]
@@ -230,7 +233,7 @@ class VCSE(Bonus):
             said = "all values of a batch are equal: the value is not informative yet, and the bonus is of states alone"
             warnings.warn(said, RuntimeWarning, stacklevel=4)
             self._warned = True
-        scaled = scale_values(values, self.value_scale)
+        scaled = scale_values(values, self.value_scale) if self.conditional else torch.zeros_like(values)
         bonus, radius = _conditional(features, scaled, self.k, self.compat, _FLOOR)
         self.zero_share = float((radius == 0).float().mean())
         return bonus

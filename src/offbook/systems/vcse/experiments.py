@@ -17,11 +17,13 @@ from offbook.learning.pixel_training import train_pixels
 from offbook.runs.directory import RunDirectory, kept
 from offbook.runs.parallel import run_all
 from offbook.runs.seeding import evaluation_seeds
-from offbook.systems.vcse.agents import ARMS, ENTROPY, OURS, PLAIN, RANDOM, agent, world
+from offbook.systems.vcse.agents import ARMS, ENTROPY, HIDDEN, OURS, PLAIN, RANDOM, agent, world
 from offbook.systems.vcse.pixels import Kind
 from offbook.systems.vcse.presets import Task, VcseStudy
 
-_KINDS: dict[str, Kind] = {PLAIN: "none", ENTROPY: "state-entropy", RANDOM: "rnd", OURS: "vcse"}
+_KINDS: dict[str, Kind] = {
+    PLAIN: "none", ENTROPY: "state-entropy", RANDOM: "rnd", HIDDEN: "vcse-without-values", OURS: "vcse",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ from offbook.runs.seeding import generator
 from offbook.systems.vcse.bonus import RND, VCSE, Bonus, StateEntropy
 from offbook.systems.vcse.explorer import Payer
 
-Kind = Literal["none", "state-entropy", "rnd", "vcse"]
+Kind = Literal["none", "state-entropy", "rnd", "vcse-without-values", "vcse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class ExploringConfig(PixelConfig):
 
 def _explorer(config: ExploringConfig, maps: int, actions: int, device: torch.device) -> PixelExplorer:
     seed = int(generator(config.seed, "exploration").integers(2**31))
-    bonus: Bonus = VCSE(config.k)
+    bonus: Bonus = VCSE(config.k, conditional=config.bonus == "vcse")
     if config.bonus == "rnd":
         bonus = RND(config.sizes.features, seed=seed)
     elif config.bonus == "state-entropy":

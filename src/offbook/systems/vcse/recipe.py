@@ -26,4 +26,5 @@ def run(study: VcseStudy, out: RunDirectory) -> list[Claim]:
     claims.draw(study, out.path / "vcse.png", curves)
     write_atomic(out.path / "table.md", claims.table(study, curves))
     alone = [claims.task(study, one, curves) for one in study.tasks]
-    return [*alone, *([claims.together(study, curves)] if any(one.algorithm == "a2c" for one in study.tasks) else [])]
+    grids = [claims.together(study, curves)] if any(one.algorithm == "a2c" for one in study.tasks) else []
+    return [*alone, *grids, claims.conditioning(study, curves)]
