@@ -204,6 +204,23 @@ def test_a_huge_body_is_cut_off(client) -> None:
     assert (answer.status_code, answer.json()["error"]) == (413, "too_large")
 
 
+@pytest.mark.parametrize(
+    ("path", "who", "status"),
+    [
+        ("/v1/leases", None, 401),
+        ("/v1/leases", "ada", 422),
+        ("/api/rating/v1/studies", None, 401),
+        ("/api/rating/v1/studies", "ada", 403),
+        ("/api/rating/v1/studies", "admin", 422),
+    ],
+)
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_large_body_wants_a_token_first(client, path: str, who: str | None, status: int, chunked: bool) -> None:
+    content = (b" " * 25_000 for _ in range(4)) if chunked else b" " * 100_000
+    answer = client.ask("POST", path, who, content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, set(answer.json())) == (status, SHAPE)
+
+
 def test_an_unforeseen_failure_tells_a_number_and_nothing_else(client, monkeypatch, caplog) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("the secret inside")

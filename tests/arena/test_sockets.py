@@ -1,11 +1,15 @@
-"""Connections that only cost: too many of one address, and heads of requests that never end."""
+"""Connections that only cost: too many of one address, heads that never end, bodies that stand still, deaf peers."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +20,7 @@ from websockets.sync.client import connect
 
 from offbook.client import wire
 from offbook.service import sockets
+from offbook.service.serving import Server
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
 
@@ -35,6 +40,15 @@ def arena(tmp_path):
 def line(arena) -> socket.socket:
     parts = urlsplit(arena.url)
     return socket.create_connection((parts.hostname, parts.port), timeout=10)
+
+
+def deaf_line(arena) -> socket.socket:
+    """A line whose kernel takes only a few bytes until they are read."""
+    parts, connection = urlsplit(arena.url), socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(10)
+    connection.connect((parts.hostname, parts.port))
+    return connection
 
 
 def ended(connection: socket.socket) -> bool:
@@ -93,16 +107,30 @@ def test_a_websocket_counts_as_one_connection_until_it_ends(arena) -> None:
         assert until(lambda: healthy(arena))
 
 
-@contextmanager
-def upgraded(arena):
-    """A policy that is seated, as a bare socket: its frames can be ill-formed."""
-    entry = arena.submit("ada")
+def upgrade(path: str, token: str = "") -> bytes:
+    """The head of a request that becomes a websocket."""
     head = (
-        f"GET /v1/play HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {arena.tokens['ada']}\r\nConnection: Upgrade\r\n"
+        f"GET {path} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {token}\r\nConnection: Upgrade\r\n"
         "Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
     )
-    with line(arena) as connection:
-        connection.sendall(head.encode())
+    return head.encode()
+
+
+def test_a_stranger_is_refused_before_a_large_body_is_read(arena) -> None:
+    forged = f"Authorization: Bearer ob_00000000_{'a' * 43}\r\n"
+    for length in ("Content-Length: 1000000", "Transfer-Encoding: chunked"):
+        for path, token in (("/v1/leases", ""), ("/v1/leases", forged), ("/api/rating/v1/studies", "")):
+            with line(arena) as connection:
+                connection.sendall(f"POST {path} HTTP/1.1\r\nHost: a\r\n{token}{length}\r\n\r\n".encode())
+                assert connection.recv(4096).startswith(b"HTTP/1.1 401")
+
+
+@contextmanager
+def upgraded(arena, dial=line):
+    """A policy that is seated, as a bare socket: its frames can be ill-formed."""
+    entry = arena.submit("ada")
+    with dial(arena) as connection:
+        connection.sendall(upgrade("/v1/play", arena.tokens["ada"]))
         assert connection.recv(4096).startswith(b"HTTP/1.1 101")
         connection.sendall(frame(wire.encode(wire.hello(META, entry, "raw")), opcode=2, fin=True))
         until(lambda: int(entry) in arena.gateway.present())
@@ -184,3 +212,194 @@ def test_of_a_frame_of_a_gibibyte_no_more_than_the_limit_is_read(arena) -> None:
         assert sent <= wire.RAW_FRAME_LIMIT
         assert cut(peer)
     assert until(lambda: healthy(arena))
+
+
+def test_a_policy_that_pings_and_does_not_read_is_cut_off_and_loses_its_seat(arena) -> None:
+    with upgraded(arena, deaf_line) as peer:
+        assert arena.gateway.present()
+        pings, sent = frame(b"x" * 125, opcode=9, fin=True) * 500, 0
+        with contextlib.suppress(OSError):
+            while sent < 2**26:
+                peer.sendall(pings)
+                sent += len(pings)
+        # What is unread in the kernel is in it: some MiB.
+        assert sent < 2**24
+        assert until(lambda: not arena.gateway.present())
+    assert until(lambda: healthy(arena))
+
+
+MIB = 2**20
+LARGE = 24 * MIB
+"""More than the kernel holds of what nobody reads."""
+
+
+class Plain:
+    """An application that gives and takes bytes, on a real server, and what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+        self.opened = threading.Event()
+        self.server = Server(lambda url: self, lambda url: self.opened.set())  # type: ignore[arg-type,return-value]
+        self.url = self.server.url
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            self.seen.append("accepted")
+            await send({"type": "websocket.send", "bytes": bytes(LARGE)})
+            while scope["path"] != "/leave" and (await receive())["type"] != "websocket.disconnect":
+                await send({"type": "websocket.send", "bytes": bytes(LARGE)})
+        elif scope["type"] == "http":
+            await asyncio.sleep(1.0 if scope["path"] == "/late" else 0.0)
+            size, more = 0, scope["path"] != "/large"
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    self.seen.append("gone")
+                    return
+                size, more = size + len(message["body"]), message["more_body"]
+            answer = bytes(LARGE) if scope["path"] == "/large" else b"took %d" % size
+            length = (b"content-length", b"%d" % len(answer))
+            await send({"type": "http.response.start", "status": 200, "headers": [length]})
+            await send({"type": "http.response.body", "body": answer})
+
+    def empty(self) -> bool:
+        return not self.server.server_state.connections
+
+
+@pytest.fixture
+def plain() -> Iterator[Plain]:
+    plain = Plain()
+    thread = threading.Thread(target=plain.server.serve_here, daemon=True)
+    thread.start()
+    assert plain.opened.wait(30)
+    yield plain
+    plain.server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def answer(connection: socket.socket) -> bytes:
+    said = b""
+    while b"took " not in said and (more := connection.recv(4096)):
+        said += more
+    return said
+
+
+def read(connection: socket.socket, size: int, pause: float = 0.0, piece: int = 65536) -> int:
+    got = 0
+    while got < size and (taken := len(connection.recv(min(piece, size - got)))):
+        got += taken
+        time.sleep(pause)
+    return got
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"POST /take HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 999_000,
+        b"POST /take HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n",
+        b"GET /take HTTP/1.1\r\nHost: a\r\n\r\nPOST /take HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nx",
+    ],
+    ids=["of known length", "in chunks", "behind another request"],
+)
+@pytest.mark.parametrize("drip", [True, False], ids=["byte by byte", "nothing more"])
+def test_a_body_that_stands_still_is_cut_off(plain, monkeypatch, start: bytes, drip: bool) -> None:
+    monkeypatch.setattr(sockets, "BODY_SECONDS", 0.3)
+    with line(plain) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(OSError):
+            for _ in range(60 * drip):
+                connection.sendall(b"x")
+                time.sleep(0.02)
+        assert cut(connection, 5)
+    assert until(lambda: "gone" in plain.seen)
+
+
+def test_a_body_may_take_long_as_long_as_it_moves(plain, monkeypatch) -> None:
+    monkeypatch.setattr(sockets, "BODY_SECONDS", 0.5)
+    monkeypatch.setattr(sockets, "BODY_BYTES", 10_000)
+    with line(plain) as connection:
+        for _ in range(2):  # the line is kept for a second one
+            connection.sendall(b"POST /take HTTP/1.1\r\nHost: a\r\nContent-Length: 120000\r\n\r\n")
+            for _ in range(30):
+                connection.sendall(b"x" * 4000)
+                time.sleep(0.05)
+            assert answer(connection).endswith(b"took 120000")
+        time.sleep(0.8)  # and no clock of a body goes on between them
+        connection.sendall(b"GET /take HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert answer(connection).endswith(b"took 0")
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["asks whether to go on", "is not read"])
+def test_a_body_is_not_charged_for_the_time_that_the_server_takes(plain, monkeypatch, asks: bool) -> None:
+    monkeypatch.setattr(sockets, "BODY_SECONDS", 0.3)
+    with line(plain) as connection:
+        expect = "Expect: 100-continue\r\n" * asks
+        connection.sendall(f"POST /late HTTP/1.1\r\nHost: a\r\nContent-Length: 200000\r\n{expect}\r\n".encode())
+        if asks:
+            assert b" 100 " in connection.recv(4096)
+        else:
+            connection.sendall(b"x" * 100_000)
+            time.sleep(1.1)
+        connection.sendall(b"x" * (200_000 if asks else 100_000))
+        assert answer(connection).endswith(b"took 200000")
+
+
+@pytest.mark.parametrize("ending", ["keep-alive", "close"])
+def test_a_peer_that_does_not_read_its_answer_is_cut_off(plain, monkeypatch, ending: str) -> None:
+    monkeypatch.setattr(sockets, "WRITE_SECONDS", 0.3)
+    with deaf_line(plain) as connection:
+        connection.sendall(f"GET /large HTTP/1.1\r\nHost: a\r\nConnection: {ending}\r\n\r\n".encode())
+        assert until(lambda: not plain.empty())
+        assert until(plain.empty)
+
+
+def test_an_answer_may_be_read_slowly(plain, monkeypatch) -> None:
+    monkeypatch.setattr(sockets, "WRITE_SECONDS", 1.5)
+    with line(plain) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert read(connection, 4 * MIB, pause=0.05) == 4 * MIB
+        assert read(connection, LARGE) > LARGE - 4 * MIB
+
+
+@pytest.mark.parametrize("path", ["/stay", "/leave"], ids=["by its keep-alive", "by the application"])
+def test_a_websocket_that_ends_does_not_wait_for_a_peer_that_does_not_read(plain, monkeypatch, path: str) -> None:
+    if path == "/stay":
+        plain.server.config.ws_ping_interval = plain.server.config.ws_ping_timeout = 0.2
+    else:
+        monkeypatch.setattr(sockets, "WRITE_SECONDS", 0.3)
+    with deaf_line(plain) as connection:
+        connection.sendall(upgrade(path))
+        assert until(lambda: "accepted" in plain.seen)
+        assert until(plain.empty)
+
+
+def test_a_peer_on_a_slow_line_may_ping(plain, monkeypatch) -> None:
+    monkeypatch.setattr(sockets, "BODY_SECONDS", 0.3)  # a websocket has none
+    with deaf_line(plain) as connection:
+        connection.sendall(upgrade("/stay"))
+        assert until(lambda: "accepted" in plain.seen)
+        for again in range(2):
+            if again:
+                connection.sendall(frame(b"", opcode=2, fin=True))
+            for _ in range(sockets.PINGS):
+                connection.sendall(frame(b"", opcode=9, fin=True))
+            time.sleep(0.2)
+            assert not plain.empty()
+            # It reads all that there is, which makes its account even.
+            assert read(connection, LARGE, piece=MIB) == LARGE
+            connection.settimeout(0.3)
+            with contextlib.suppress(TimeoutError):
+                read(connection, MIB)
+            connection.settimeout(10)
+
+
+def test_a_websocket_after_an_unread_answer_waits_for_it_to_be_read(plain) -> None:
+    with deaf_line(plain) as connection:
+        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n" + upgrade("/stay"))
+        time.sleep(0.5)
+        assert plain.seen == []
+        assert read(connection, LARGE, piece=MIB) == LARGE
+        assert until(lambda: plain.seen == ["accepted"])

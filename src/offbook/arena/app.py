@@ -11,6 +11,7 @@ from functools import partial
 
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from offbook import __version__
@@ -19,7 +20,7 @@ from offbook.arena.database import Database
 from offbook.arena.events import Feed
 from offbook.arena.pages import BRAND, NAVIGATION, render
 from offbook.arena.routes import ROUTERS
-from offbook.arena.routes.doors import identify_operator
+from offbook.arena.routes.doors import identify, identify_operator
 from offbook.arena.service import Arena, Settings
 from offbook.rating import page as rating_pages
 from offbook.rating import routes as rating_routes
@@ -92,7 +93,7 @@ def create_app(settings: Settings, database: Database | None = None, url: str = 
         arena.meters.requests.labels(method, route, str(status)).inc()
         arena.meters.seconds.labels(route).observe(seconds)
 
-    dress(app, partial(render, "error"), limit=_limit, count=count)
+    dress(app, partial(render, "error"), limit=_limit, admit=_admit, count=count)
     return app
 
 
@@ -121,6 +122,13 @@ async def _tick(arena: Arena, feed: Feed, stopping: asyncio.Event) -> None:
 
 def _limit(scope: Scope) -> int | None:
     return None if scope["method"] == "PUT" else body_limit(scope)
+
+
+async def _admit(scope: Scope) -> None:
+    if str(scope["path"]).startswith(rating_routes.PREFIX):
+        await rating_routes.admit(scope)
+    else:
+        await identify(HTTPConnection(scope))
 
 
 def openapi(settings: Settings) -> str:

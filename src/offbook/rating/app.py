@@ -143,5 +143,5 @@ def rating_app(database: database.Database, blobs: BlobStore, owner: str) -> Fas
     app.include_router(router)
     app.add_api_route("/", lambda: RedirectResponse("/studies"), include_in_schema=False)
     app.mount("/static", static_files("offbook.rating.page"), name="static")
-    dress(app, partial(render, rating, "error"), limit=routes.body_limit)
+    dress(app, partial(render, rating, "error"), limit=routes.body_limit, admit=routes.admit)
     return app

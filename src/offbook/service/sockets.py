@@ -1,8 +1,12 @@
-"""Connections that are cut: of one address too many at once, or with a head or a frame that does not come to an end."""
+"""Connections that are cut: of one address too many at once, or of a peer that lets the server wait.
+
+A head or a frame must come to an end, a body must keep moving, and what is sent must be read.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections import Counter
 from typing import Any, ClassVar, cast
 
@@ -16,6 +20,22 @@ HEAD_SECONDS = 10.0
 
 FRAME_SECONDS = 10.0
 """How long a websocket message may take from its first bytes to its last."""
+
+BODY_SECONDS = 30.0
+"""Within how long a request's body must bring `BODY_BYTES` more, or end; not counted while the server does not read."""
+
+BODY_BYTES = 64 * 1024
+"""Least that a body brings in that time: 2 kB/s, so that a slow line may take as long as it needs for a large file."""
+
+WRITE_SECONDS = 60.0
+"""How long a peer may take nothing of what waits for it before the connection ends, even one that is being closed.
+
+The kernel counts this: it knows what arrived. A player that pauses a film for some minutes loses its connection so, and
+asks for the rest with a Range.
+"""
+
+PINGS = 64
+"""How often a peer may ping while what it was sent before waits to be read: each answer is kept for it, in memory."""
 
 FRAGMENTS = 64
 """Into how many pieces a websocket message may be cut: empty ones would cost memory without end."""
@@ -48,35 +68,18 @@ class Door:
                 del self._open[address]
 
 
-class _Http(H11Protocol):
+class _Line:
+    """A connection that is charged to its address, and cut when its peer does not read what it is sent."""
+
     door: ClassVar[Door]
     address: str | None = None
-    alarm: asyncio.TimerHandle | None = None
+    alarm: asyncio.TimerHandle | None = None  # for a head or a frame that has begun
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+    def _enter(self, transport: asyncio.BaseTransport) -> None:
         self.address = self.door.enter(transport)
-        if self.address is None:
-            transport.abort()
-        else:
-            self.alarm = self.loop.call_later(HEAD_SECONDS, transport.abort)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        unfinished = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
-        if not unfinished:
-            self._disarm()
-        elif self.alarm is None:
-            self.alarm = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
-
-    def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        # The connection goes over to the websocket's protocol, which counts it anew.
-        self._give_up()
-        super().handle_websocket_upgrade(event)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._give_up()
-        super().connection_lost(exc)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # only Linux counts this
+            line = transport.get_extra_info("socket")
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
 
     def _give_up(self) -> None:
         self._disarm()
@@ -89,13 +92,78 @@ class _Http(H11Protocol):
             self.alarm = None
 
 
-class _WebSocket(WebSocketsSansIOProtocol):
-    door: ClassVar[Door]
-    address: str | None = None
-    alarm: asyncio.TimerHandle | None = None
+class _Http(_Line, H11Protocol):
+    body: asyncio.TimerHandle | None = None  # for a body that has begun
+    brought = 0  # bytes of it since that timer was set
+    excused = False  # whether the server itself did not read for a while since then
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._enter(transport)
+        if self.address is None:
+            transport.abort()
+        else:
+            self.alarm = self.loop.call_later(HEAD_SECONDS, transport.abort)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        unfinished = self.conn.their_state is h11.IDLE and bool(self.conn.trailing_data[0])
+        if not unfinished:
+            self._disarm()
+        elif self.alarm is None:
+            self.alarm = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+        self._follow_body(len(data))
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._follow_body(0)  # of the next request, which may have come together with the one that is answered
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        # The connection goes over to the websocket's protocol, which counts it anew.
+        self._give_up()
+        super().handle_websocket_upgrade(event)
+        if self.flow.write_paused:  # by an answer before; the transport tells this only once
+            cast("asyncio.Protocol", self.transport.get_protocol()).pause_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._give_up()
+        super().connection_lost(exc)
+
+    def _follow_body(self, size: int) -> None:
+        if self.address is None or self.conn.their_state is not h11.SEND_BODY:
+            self._forget_body()
+        elif self.body is None:
+            self._expect_body()
+        else:
+            self.brought += size
+            self.excused = self.excused or self.flow.read_paused
+
+    def _expect_body(self) -> None:
+        # A client that asked whether to go on waits for the server, as one does whose bytes are not read.
+        self.brought, self.excused = 0, self.flow.read_paused or self.conn.they_are_waiting_for_100_continue
+        self.body = self.loop.call_later(BODY_SECONDS, self._judge_body)
+
+    def _judge_body(self) -> None:
+        if self.excused or self.brought >= BODY_BYTES:
+            self._expect_body()
+        else:
+            self.transport.abort()
+
+    def _forget_body(self) -> None:
+        if self.body is not None:
+            self.body.cancel()
+            self.body = None
+
+    def _give_up(self) -> None:
+        self._forget_body()
+        super()._give_up()
+
+
+class _WebSocket(_Line, WebSocketsSansIOProtocol):
+    pings = 0  # that came while the peer did not read
 
     def connection_made(self, transport: Any) -> None:
-        self.address = self.door.enter(transport)
+        self._enter(transport)
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -111,15 +179,30 @@ class _WebSocket(WebSocketsSansIOProtocol):
             self.frames = []
             self.transport.abort()
 
+    def handle_ping(self) -> None:
+        # An honest peer on a slow line pings too, now and then, while a large frame is on its way to it.
+        self.pings += not self.writable.is_set()
+        if self.pings > PINGS:
+            self.transport.abort()
+        else:
+            super().handle_ping()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.pings = 0
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        if self.transport.get_write_buffer_size():  # closing alone would wait for the peer to read
+            self.transport.abort()
+
     def send_receive_event_to_app(self) -> None:
         # A message is whole; of the next one there may be some bytes already, whose time begins now.
         self._disarm()
         super().send_receive_event_to_app()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
-        self.door.leave(self.address)
-        self.address = None
+        self._give_up()
         super().connection_lost(exc)
 
     def _cut(self) -> None:
@@ -128,11 +211,6 @@ class _WebSocket(WebSocketsSansIOProtocol):
             self.alarm = self.loop.call_later(FRAME_SECONDS, self._cut)
         else:
             self.transport.abort()
-
-    def _disarm(self) -> None:
-        if self.alarm is not None:
-            self.alarm.cancel()
-            self.alarm = None
 
 
 def protocols(limit: int) -> tuple[type[asyncio.Protocol], type[asyncio.Protocol]]:

@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 BODY_LIMIT = 1 << 20
 """Bytes of a request's body, except of an upload, which has its own limit."""
+
+STRANGERS_BODY = 64 * 1024
+"""Bytes that are read of somebody without a valid token: the framework reads a body before it asks who sent it."""
 
 _HEADERS = {
     "content-security-policy": CONTENT_SECURITY_POLICY,
@@ -55,10 +58,16 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 DrawError = Callable[[Mapping[str, Any]], str]
 Count = Callable[[Scope, int, float], None]
 Limit = Callable[[Scope], int | None]
+Admit = Callable[[Scope], Awaitable[object]]
 
 
 def dress(
-    app: FastAPI, draw_error: DrawError, *, limit: Limit, count: Count = lambda scope, status, seconds: None
+    app: FastAPI,
+    draw_error: DrawError,
+    *,
+    limit: Limit,
+    admit: Admit,
+    count: Count = lambda scope, status, seconds: None,
 ) -> None:
     """Gives an application the error shape, the headers and the limits.
 
@@ -66,6 +75,8 @@ def dress(
         app: the application, its routes already in place.
         draw_error: makes the page of an error body, for somebody who reads pages.
         limit: most bytes of a request's body; None where the route itself has a limit.
+        admit: refuses who may send no body of more than `STRANGERS_BODY`, before it is read; not asked where there is
+            no limit, for such a route asks first.
         count: told of every answer: the request, the status and the seconds until it began.
     """
 
@@ -74,7 +85,7 @@ def dress(
 
     for kind in (RefusedError, OffbookError, RequestValidationError, HTTPException, IntegrityError):
         app.add_exception_handler(kind, answer)
-    app.add_middleware(_Door, draw_error=draw_error, limit=limit, count=count)
+    app.add_middleware(_Door, draw_error=draw_error, limit=limit, admit=admit, count=count)
 
 
 def _body(request: Request, error: Exception) -> dict[str, Any]:
@@ -116,11 +127,18 @@ def _shape(scope: Scope, body: dict[str, Any], draw_error: DrawError, headers: A
     return JSONResponse(body, status_code=status, headers=extra)
 
 
+def _large(scope: Scope) -> bool:
+    """Whether a request's body may be longer than what is read of a stranger."""
+    headers = dict(scope["headers"])
+    length = headers.get(b"content-length", b"0")
+    return b"transfer-encoding" in headers or not length.isdigit() or int(length) > STRANGERS_BODY
+
+
 class _Door:
     """The outermost layer: request ids, headers, body limits, counts, and the last catch for what nobody foresaw."""
 
-    def __init__(self, app: ASGIApp, draw_error: DrawError, limit: Limit, count: Count) -> None:
-        self._app, self._draw_error, self._limit, self._count = app, draw_error, limit, count
+    def __init__(self, app: ASGIApp, draw_error: DrawError, limit: Limit, admit: Admit, count: Count) -> None:
+        self._app, self._draw_error, self._limit, self._admit, self._count = app, draw_error, limit, admit, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -159,7 +177,11 @@ class _Door:
             await _shape(scope, body, self._draw_error)(scope, receive, dressed)
             return
         try:
+            if limit is not None and _large(scope):
+                await self._admit(scope)
             await self._app(scope, counted, dressed)
+        except RefusedError as error:
+            await _shape(scope, error.body(), self._draw_error)(scope, receive, dressed)
         except Exception:
             # The traceback stays here, under the id that the caller was told.
             logger.exception("request %s: %s %s failed", name, scope["method"], scope["path"])
