@@ -89,7 +89,8 @@ def test_skips_gold_and_repeats_rank_nothing(votes, analysis):
 def test_kinds_are_never_pooled(votes):
     turned = {"left": "right", "right": "left", "tie": "tie"}
     judge = [
-        replace(each, id=f"j{each.id}", rater="judge", rater_kind="llm", choice=turned[each.choice]) for each in votes
+        replace(each, id=f"j{each.id}", rater=f"judge {each.rater}", rater_kind="llm", choice=turned[each.choice])
+        for each in votes
     ]
     found = analyse(votes + judge)
     people, model = found.groups
@@ -101,14 +102,15 @@ def test_kinds_are_never_pooled(votes):
 
 
 def test_exclusions_are_shown_with_and_without(votes, analysis):
-    lazy = [replace(vote, id=f"l{vote.id}", rater="lazy", choice="left", excluded=("streak",)) for vote in votes]
+    out = {"choice": "left", "excluded": ("streak",)}
+    lazy = [replace(vote, id=f"l{vote.id}", rater=f"lazy {vote.rater}", **out) for vote in votes]
     counted, everything = analyse([*votes, *lazy], anchor="s001").groups
     assert (counted.with_excluded, everything.with_excluded) == (False, True)
     assert theta(counted) == theta(analysis.groups[0])
     assert counted.excluded == everything.excluded == {"streak": N}
     assert (counted.votes, everything.votes) == (N, 2 * N)
     assert everything.ranking.left.value.value > counted.ranking.left.value.value + 0.5
-    assert next(of for of in counted.quality if of.rater == "lazy").excluded == ("streak",)
+    assert next(of for of in counted.quality if of.rater == "lazy r000").excluded == ("streak",)
     nothing = analyse(lazy).groups
     assert [(group.with_excluded, group.ranking is None) for group in nothing] == [(False, True), (True, False)]
 
@@ -154,7 +156,7 @@ def test_skips_alone_are_not_enough_data(votes):
 
 
 def test_one_rater_speaks_for_one(votes):
-    (group,) = analyse([replace(vote, rater="r") for vote in votes]).groups
+    (group,) = analyse([replace(vote, rater="r", pair=vote.id) for vote in votes]).groups
     assert (group.agreement.raw, group.agreement.alpha) == (None, None)
     assert group.ranking.method == "bootstrap over 40 items 0.95"
     assert "one rater" in group.note
@@ -198,7 +200,7 @@ def test_names_that_nobody_knows_are_refused(votes):
 
 def test_tables_and_picture(votes, tmp_path):
     lazy = [replace(votes[0], id="lazy", rater="lazy", excluded=("streak",))]
-    judge = [replace(vote, id=f"j{vote.id}", rater="judge", rater_kind="llm") for vote in votes]
+    judge = [replace(vote, id=f"j{vote.id}", rater=f"judge {vote.rater}", rater_kind="llm") for vote in votes]
     analysis = analyse(votes + lazy + judge, anchor="s001")
     made = tables(analysis)
     text = "\n".join(table(of.head, of.rows) for of in made if of.head)
