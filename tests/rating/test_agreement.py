@@ -78,7 +78,7 @@ def test_agreement_of_raters():
     assert found.alpha.value == pytest.approx(1 / 3, abs=0.12)
     for figure in (found.raw, found.alpha):
         assert figure.low < figure.value < figure.high
-        assert figure.method == "bootstrap over 100 items 0.95"
+        assert figure.method == "bootstrap over 100 items, for these raters 0.95"
     # All give this reason or none does, so that there is no spread to measure.
     assert found.reasons["clear"].value == 1
     assert not np.isfinite(found.reasons["clear"].low)

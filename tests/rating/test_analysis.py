@@ -10,7 +10,7 @@ from tournaments import chances, tournament, votes_of
 from offbook.cli.report import as_json, table
 from offbook.errors import ConfigError, DataError
 from offbook.rating.analysis import NOT_ENOUGH, analyse
-from offbook.rating.records import read_votes, write_votes
+from offbook.rating.records import Vote, read_votes, write_votes
 from offbook.rating.report import draw_ratings, tables
 
 N = 600
@@ -61,6 +61,22 @@ def test_a_ranking(votes, analysis):
     direct = [vote for vote in votes if {vote.left, vote.right} == {"s000", "s001"}]
     assert beside["s000"].equal_or_better.value == np.mean([vote.winner != "s001" for vote in direct])
     assert set(beside) == {"s000", "s002", "s003"}
+
+
+def test_ranks_do_not_hang_on_which_system_is_called_0():
+    """A beats B clearly; T, with few votes against either, is far less sure than their difference."""
+    plain = {"study": "s", "created": "2026-01-31T12:00:00+00:00"}
+    made = []
+    for pair, count, wins in (("AB", 400, 248), ("AT", 25, 13), ("BT", 25, 12)):
+        for i in range(count):
+            left, right = pair if i % 2 else pair[::-1]
+            choice = "left" if (left == pair[0]) == (i % 25 < 25 * wins / count) else "right"
+            name = f"{pair}{i}"
+            made.append(Vote(id=name, pair=name, item=name, rater=name, left=left, right=right, choice=choice, **plain))
+    for anchor in (None, "A", "B", "T"):
+        (group,) = analyse(made, anchor=anchor).groups
+        ranks = {of.system: of.ranks for of in group.ranking.ratings}
+        assert ranks == {"A": (1, 2), "B": (2, 3), "T": (1, 3)}, anchor
 
 
 def test_both_bad_ranks_like_a_tie_and_is_told_apart(votes, analysis):

@@ -1,7 +1,8 @@
 """Whether raters agree with one another, and with themselves.
 
 Answers are compared as seen from the pair: that the system whose name comes first in the alphabet is better, that the
-other is, or that neither is (a tie, or both bad). A skip is no answer.
+other is, or that neither is (a tie, or both bad). A skip is no answer. Intervals are over items and speak for these
+raters: among a few others agreement may be outside of them.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _with_interval(
     seed: int,
     least: float,
 ) -> Interval | None:
-    """A figure of the sums of rows, with an interval from resampling the clusters of items."""
+    """A figure of the sums of rows, with an interval from resampling the clusters of items, not the raters."""
     value = figure(rows.sum(axis=0))
     if value is None:
         return None
@@ -113,7 +114,7 @@ def _with_interval(
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     known = [found for each in drawn @ sums if (found := figure(each)) is not None]
     spread = float(np.std(known)) if known else 0.0
-    method = f"bootstrap over {count} items {LEVEL:g}"
+    method = f"bootstrap over {count} items, for these raters {LEVEL:g}"
     if count < 2 or spread == 0:
         # Equal numbers show no spread, which is not to say that there is none.
         return Interval(value=value, low=-math.inf, high=math.inf, n=n, method=method)
