@@ -103,7 +103,7 @@ def _trust(group: Group) -> Table:
         ("same answer to a repeat", _text(group.consistency)),
         ("gold pairs failed", _text(group.gold_failures)),
     ]
-    title = "how far to trust the answers; agreement and alpha for these raters"
+    title = f"how far to trust the answers{f'; agreement by {agreed.raw.method}' if agreed.raw else ''}"
     return Table(title=title, head=("figure", "value"), rows=tuple(rows))
 
 
