@@ -246,7 +246,7 @@ VOTES = {
         (["import", "{tmp}/good.jsonl", "--raters", "-1"], 2, "--raters"),
         (["import", "{tmp}/good.jsonl", "--folder", "{tmp}/full"], 2, "a new or empty folder"),
         (["import", "{tmp}/good.jsonl", "--design", "{tmp}/design.json", "--anchor", "y"], 2, "--anchor: expected 'x'"),
-        (["import", "{tmp}/prompts"], 2, "prompts.json: expected a JSON object"),
+        (["import", "{tmp}/prompts"], 2, "offbook: {tmp}/prompts/prompts.json: expected a JSON object"),
         (["import", "{tmp}/votes.jsonl", "--modality", "text"], 2, "but question, name, anchor beside votes"),
         (["import", "{tmp}/votes.jsonl", "--design", "{tmp}/design.json"], 2, "got 'seed'; leave out 'seed'"),
         (["import", "{tmp}/votes.jsonl", "--raters", "2"], 2, "expected outputs to judge"),
@@ -287,7 +287,7 @@ def test_wrong_use_is_one_sentence(tmp_path: Path, cli, monkeypatch, words, code
     Image.new("RGB", (4, 4)).save(tmp_path.parent / "secret.png")
     outcome = cli(["rating", *(word.format(tmp=tmp_path) for word in words)])
     assert (outcome.exit_code, outcome.stdout) == (code, "")
-    assert named in outcome.stderr
+    assert named.format(tmp=tmp_path) in outcome.stderr
     assert outcome.stderr.strip().splitlines()[-1].startswith("offbook: ")
     # Only outputs that can be read make a new folder.
     assert (tmp_path / "rating").exists() == (named in ("the file '../secret.png'", "a text in a study of images"))
