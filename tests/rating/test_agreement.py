@@ -2,8 +2,18 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.special import stdtrit
 
-from offbook.rating.agreement import agreement, agreement_between, answer, krippendorff_alpha, repeated
+from offbook.rating.agreement import (
+    _alpha,
+    _by_pair,
+    _judged,
+    agreement,
+    agreement_between,
+    answer,
+    krippendorff_alpha,
+    repeated,
+)
 from offbook.rating.records import Vote
 
 # Hayes and Krippendorff's data: four coders, twelve units, 0 for none.
@@ -78,14 +88,45 @@ def test_agreement_of_raters():
     assert found.alpha.value == pytest.approx(1 / 3, abs=0.12)
     for figure in (found.raw, found.alpha):
         assert figure.low < figure.value < figure.high
-        assert figure.method == "bootstrap over 100 items 0.95"
+        assert figure.method == "wider of bootstrap over 100 items and jackknife over 3 raters 0.95"
     # All give this reason or none does, so that there is no spread to measure.
     assert found.reasons["clear"].value == 1
     assert not np.isfinite(found.reasons["clear"].low)
     people, judge = [v for v in votes if v.rater != "r2"], [v for v in votes if v.rater == "r2"]
+    assert agreement(people).alpha.method == "bootstrap over 100 items, for these raters 0.95"
     assert agreement_between(people, judge).value == pytest.approx(0.5, abs=0.1)
     assert agreement_between(people, people).value == 1
     assert agreement_between(people, []) is None
+
+
+def test_leaving_out_a_rater_is_counting_without_them():
+    rng = np.random.default_rng(1)
+    votes = [
+        vote(f"{pair}-{rater}", f"r{rater}", rng.choice(["left", "right", "tie"], p=[0.6, 0.3, 0.1]), pair=f"p{pair}")
+        for pair, rater in itertools.product(range(60), range(4))
+        if rng.random() < 0.8
+    ]
+    lacking = [agreement([v for v in votes if v.rater != f"r{rater}"]).alpha.value for rater in range(4)]
+    half = stdtrit(3, 0.975) * np.sqrt(3 * np.var(lacking))
+    found = agreement(votes).alpha
+    assert found.value - found.low >= half * (1 - 1e-9)
+    _, without = _judged([unit for unit in _by_pair(votes) if len(unit) > 1], answer)
+    np.testing.assert_allclose([_alpha(each) for each in without], lacking)
+
+
+def test_agreement_of_few_raters_holds_that_of_all():
+    """Raters differ in how often they are right; two of them agree on average as often as the truth says."""
+    rng, share = np.random.default_rng(0), 6 / 9
+    truth, held = share**2 + (1 - share) ** 2, []
+    for _ in range(100):
+        right = rng.random((40, 4)) < rng.beta(6, 3, size=4)
+        votes = [
+            vote(f"{pair}-{rater}", f"r{rater}", "left" if right[pair, rater] else "right", pair=f"p{pair}")
+            for pair, rater in np.ndindex(40, 4)
+        ]
+        found = agreement(votes).raw
+        held.append(found.low <= truth <= found.high)
+    assert np.mean(held) >= 0.88
 
 
 def test_repeats_are_compared_with_the_same_rater_s_first_answer():

@@ -10,7 +10,7 @@ from tournaments import chances, tournament, votes_of
 from offbook.cli.report import as_json, table
 from offbook.errors import ConfigError, DataError
 from offbook.rating.analysis import NOT_ENOUGH, analyse
-from offbook.rating.records import read_votes, write_votes
+from offbook.rating.records import Vote, read_votes, write_votes
 from offbook.rating.report import draw_ratings, tables
 
 N = 600
@@ -63,6 +63,22 @@ def test_a_ranking(votes, analysis):
     assert set(beside) == {"s000", "s002", "s003"}
 
 
+def test_ranks_do_not_hang_on_which_system_is_called_0():
+    """A beats B clearly; T, with few votes against either, is far less sure than their difference."""
+    plain = {"study": "s", "created": "2026-01-31T12:00:00+00:00"}
+    made = []
+    for pair, count, wins in (("AB", 400, 248), ("AT", 25, 13), ("BT", 25, 12)):
+        for i in range(count):
+            left, right = pair if i % 2 else pair[::-1]
+            choice = "left" if (left == pair[0]) == (i % 25 < 25 * wins / count) else "right"
+            name = f"{pair}{i}"
+            made.append(Vote(id=name, pair=name, item=name, rater=name, left=left, right=right, choice=choice, **plain))
+    for anchor in (None, "A", "B", "T"):
+        (group,) = analyse(made, anchor=anchor).groups
+        ranks = {of.system: of.ranks for of in group.ranking.ratings}
+        assert ranks == {"A": (1, 2), "B": (2, 3), "T": (1, 3)}, anchor
+
+
 def test_both_bad_ranks_like_a_tie_and_is_told_apart(votes, analysis):
     bad = [replace(vote, choice="both_bad") if vote.choice == "tie" else vote for vote in votes]
     ties = sum(vote.choice == "tie" for vote in votes)
@@ -89,7 +105,8 @@ def test_skips_gold_and_repeats_rank_nothing(votes, analysis):
 def test_kinds_are_never_pooled(votes):
     turned = {"left": "right", "right": "left", "tie": "tie"}
     judge = [
-        replace(each, id=f"j{each.id}", rater="judge", rater_kind="llm", choice=turned[each.choice]) for each in votes
+        replace(each, id=f"j{each.id}", rater=f"judge {each.rater}", rater_kind="llm", choice=turned[each.choice])
+        for each in votes
     ]
     found = analyse(votes + judge)
     people, model = found.groups
@@ -101,14 +118,15 @@ def test_kinds_are_never_pooled(votes):
 
 
 def test_exclusions_are_shown_with_and_without(votes, analysis):
-    lazy = [replace(vote, id=f"l{vote.id}", rater="lazy", choice="left", excluded=("streak",)) for vote in votes]
+    out = {"choice": "left", "excluded": ("streak",)}
+    lazy = [replace(vote, id=f"l{vote.id}", rater=f"lazy {vote.rater}", **out) for vote in votes]
     counted, everything = analyse([*votes, *lazy], anchor="s001").groups
     assert (counted.with_excluded, everything.with_excluded) == (False, True)
     assert theta(counted) == theta(analysis.groups[0])
     assert counted.excluded == everything.excluded == {"streak": N}
     assert (counted.votes, everything.votes) == (N, 2 * N)
     assert everything.ranking.left.value.value > counted.ranking.left.value.value + 0.5
-    assert next(of for of in counted.quality if of.rater == "lazy").excluded == ("streak",)
+    assert next(of for of in counted.quality if of.rater == "lazy r000").excluded == ("streak",)
     nothing = analyse(lazy).groups
     assert [(group.with_excluded, group.ranking is None) for group in nothing] == [(False, True), (True, False)]
 
@@ -154,7 +172,7 @@ def test_skips_alone_are_not_enough_data(votes):
 
 
 def test_one_rater_speaks_for_one(votes):
-    (group,) = analyse([replace(vote, rater="r") for vote in votes]).groups
+    (group,) = analyse([replace(vote, rater="r", pair=vote.id) for vote in votes]).groups
     assert (group.agreement.raw, group.agreement.alpha) == (None, None)
     assert group.ranking.method == "bootstrap over 40 items 0.95"
     assert "one rater" in group.note
@@ -198,7 +216,7 @@ def test_names_that_nobody_knows_are_refused(votes):
 
 def test_tables_and_picture(votes, tmp_path):
     lazy = [replace(votes[0], id="lazy", rater="lazy", excluded=("streak",))]
-    judge = [replace(vote, id=f"j{vote.id}", rater="judge", rater_kind="llm") for vote in votes]
+    judge = [replace(vote, id=f"j{vote.id}", rater=f"judge {vote.rater}", rater_kind="llm") for vote in votes]
     analysis = analyse(votes + lazy + judge, anchor="s001")
     made = tables(analysis)
     text = "\n".join(table(of.head, of.rows) for of in made if of.head)

@@ -160,17 +160,77 @@ def test_outputs_are_added_to_a_draft_until_it_opens(tmp_path: Path, cli) -> Non
     (tmp_path / "b.jsonl").write_bytes(jsonl(texts(items=3)))
     design = tmp_path / "design.json"
     design.write_text(json.dumps({"raters_per_pair": 5, "min_dwell_s": 2, "prereg": {"rules": {"min_streak_p": 0.01}}}))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({"raters_per_pair": 4}))
 
     def bring(file: str, *more: str):
         return cli(["rating", "import", str(tmp_path / file), "--folder", str(folder), "--name", "s", *more])
 
     assert "4 added" in bring("a.jsonl", "--design", str(design)).stdout
+    assert "4 known" in bring("a.jsonl", "--design", str(design), "--modality", "text").stdout
+    pictures(tmp_path / "pictures")
+    for code, words, named in (
+        (2, ["b.jsonl", "--anchor", "alpha"], "study 's', anchor: expected '' as in the draft, got 'alpha'"),
+        (
+            2,
+            ["b.jsonl", "--question", "Which?"],
+            "study 's', question: expected 'Which one is better?' as in the draft",
+        ),
+        (2, ["b.jsonl", "--modality", "image"], "study 's', modality: expected 'text' as in the draft, got 'image'"),
+        (2, ["b.jsonl", "--design", str(other)], "study 's', raters_per_pair: expected 5 as in the draft, got 4"),
+        (1, ["pictures"], "a file in a study of texts"),
+    ):
+        refused = bring(*words)
+        assert (refused.exit_code, named in refused.stderr) == (code, True), refused.stderr
     outcome = bring("b.jsonl", "--open", "--raters", "2", "--url", "https://rate.example/")
     assert "2 added, 4 known, 3 pairs" in outcome.stdout
     assert outcome.stdout.count("https://rate.example/rate#rt_") == 2
     assert bring("b.jsonl").exit_code == 1
     kept = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert outcome.stdout.split("#")[1].split()[0].encode() not in kept
+
+
+def test_the_command_of_a_page_makes_its_figures(tmp_path: Path, cli, world: World, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    for name, items in (("all", 4), ("skipped", 1)):
+        records = texts(("a", "b", "c"), items=items)
+        study = made[name] = world.study(records, name=name, anchor="b", min_dwell_s=1.0, repeat_rate=0)
+        for token in world.invite(study, 2, kind="human"):
+            world.ask("POST", "consent", token)
+            about_b = lambda given: any(given[side]["text"].startswith("2") for side in ("left", "right"))  # noqa: E731
+            world.judge(token, lambda given: "skip" if name == "skipped" and about_b(given) else by_number(given))  # noqa: B023
+        world.own("POST", f"studies/{study}/close")
+    for name, more in (("all", " --anchor b"), ("skipped", "")):
+        page = world.ask("GET", f"/studies/{made[name]}").text
+        command = f"offbook rating stats votes.jsonl{more} --min-dwell-ms 1000"
+        assert f">{command}<" in page
+        (tmp_path / "votes.jsonl").write_text(world.ask("GET", f"studies/{made[name]}/export").text)
+        found = cli([*command.split()[1:], "--json"])
+        shown = world.ask("GET", f"studies/{made[name]}/stats").json()
+        assert json.loads(found.stdout) == {"ok": True} | shown, found.stderr
+        assert shown["groups"][0]["quality"][0]["hasty"] > 0
+
+
+def voted(**changes) -> str:
+    """The line of a vote."""
+    plain = {"schema": 1, "study": "s", "id": "1", "pair": "p", "item": "i", "rater": "r", "left": "alpha",
+             "right": "beta", "choice": "left", "created": "2026-01-31T12:00:00+00:00"}  # fmt: skip
+    return json.dumps(plain | changes) + "\n"
+
+
+VOTES = {
+    "votes": voted(),
+    "half": voted(note="\ud800"),
+    "halves": voted(left="\ud800"),
+    "twice": voted(excluded=["dwell", "dwell"]),
+    "long": voted(excluded=["d" * 201]),
+    "again": voted() + voted(id="2"),
+    "pairs": voted() + voted(id="2", pair="q"),
+    "features": voted(left_features={"words": 1}, right_features={"words": 2})
+    + voted(id="2", pair="q", rater="other", left_features={"words": 3}, right_features={"words": 2}),
+}
+"""Files of votes; all but the first cannot be taken in."""
 
 
 @pytest.mark.parametrize(
@@ -185,7 +245,23 @@ def test_outputs_are_added_to_a_draft_until_it_opens(tmp_path: Path, cli) -> Non
         (["import", "{tmp}/good.jsonl", "--design", "{tmp}/x.jsonl"], 2, "a JSON object"),
         (["import", "{tmp}/good.jsonl", "--raters", "-1"], 2, "--raters"),
         (["import", "{tmp}/good.jsonl", "--folder", "{tmp}/full"], 2, "a new or empty folder"),
+        (["import", "{tmp}/good.jsonl", "--design", "{tmp}/design.json", "--anchor", "y"], 2, "--anchor: expected 'x'"),
+        (["import", "{tmp}/prompts"], 2, "offbook: {tmp}/prompts/prompts.json: expected a JSON object"),
+        (["import", "{tmp}/votes.jsonl", "--modality", "text"], 2, "but question, name, anchor beside votes"),
+        (["import", "{tmp}/votes.jsonl", "--design", "{tmp}/design.json"], 2, "got 'seed'; leave out 'seed'"),
+        (["import", "{tmp}/votes.jsonl", "--raters", "2"], 2, "expected outputs to judge"),
+        (["import", "{tmp}/votes.jsonl", "--open"], 2, "expected outputs to judge"),
+        (["import", "{tmp}/votes.jsonl", "--anchor", "alhpa"], 1, "did you mean 'alpha'?"),
+        (["import", "{tmp}/half.jsonl"], 1, "note: expected a text without NUL or half a character"),
+        (["import", "{tmp}/twice.jsonl"], 1, "excluded: expected a list of texts"),
+        (["import", "{tmp}/long.jsonl"], 1, "vote '1': expected names of at most 200 characters"),
+        (["import", "{tmp}/again.jsonl"], 1, "line 2: expected one vote of rater 'r' on pair 'p', got a second after"),
+        (["import", "{tmp}/pairs.jsonl"], 1, "vote '2': expected one pair of 'alpha' and 'beta' for 'i' by a rater"),
+        (["import", "{tmp}/features.jsonl"], 1, "vote '2', output of 'alpha' for 'i': expected the features"),
+        (["stats", "{tmp}/halves.jsonl", "--out", "{tmp}/out"], 1, "left: expected a text that is not empty"),
+        (["stats", "{tmp}/votes.jsonl", "--seed", "-1"], 2, "--seed: expected 0 or more"),
         (["import", "--runs", "1", "2"], 2, "--folder of an arena"),
+        (["import", "--runs", "1", "2", "--folder", "{tmp}/arena", "--anchor", "a"], 2, "question, name beside --runs"),
         (["export", "1"], 2, "offbook rating serve"),
         (["stats", "{tmp}/none.jsonl"], 1, "a file of votes"),
         (["stats", "{tmp}/good.jsonl"], 1, "a vote of schema"),
@@ -201,12 +277,17 @@ def test_wrong_use_is_one_sentence(tmp_path: Path, cli, monkeypatch, words, code
     (tmp_path / "arena").mkdir()
     (tmp_path / "arena" / "arena.json").write_text("{}")
     (tmp_path / "x.jsonl").write_text("[]\n")
+    (tmp_path / "design.json").write_text('{"anchor": "x", "seed": 1}')
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "prompts.json").write_text("[")
+    for name, lines in VOTES.items():
+        (tmp_path / f"{name}.jsonl").write_text(lines)
     (tmp_path / "good.jsonl").write_bytes(jsonl(texts()))
     (tmp_path / "escape.jsonl").write_bytes(jsonl([{"item": "i", "system": "a", "file": "../secret.png"}]))
     Image.new("RGB", (4, 4)).save(tmp_path.parent / "secret.png")
     outcome = cli(["rating", *(word.format(tmp=tmp_path) for word in words)])
     assert (outcome.exit_code, outcome.stdout) == (code, "")
-    assert named in outcome.stderr
+    assert named.format(tmp=tmp_path) in outcome.stderr
     assert outcome.stderr.strip().splitlines()[-1].startswith("offbook: ")
     # Only outputs that can be read make a new folder.
     assert (tmp_path / "rating").exists() == (named in ("the file '../secret.png'", "a text in a study of images"))

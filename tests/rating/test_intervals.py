@@ -74,9 +74,8 @@ def test_with_one_rater_items_are_resampled_and_with_one_item_raters():
     fit, one, many = Tournament(data).fit, np.zeros(800, int), np.arange(800) % 40
     assert uncertainty(fit, one, many).method == "bootstrap over 40 items 0.95"
     assert uncertainty(fit, many, one).method == "bootstrap over 40 raters 0.95"
-    assert (
-        uncertainty(fit, many % 5, many).method == "wider of bootstrap over 5 raters and bootstrap over 40 items 0.95"
-    )
+    widest = "widest of bootstrap over 5 raters, bootstrap over 40 items and their sum 0.95"
+    assert uncertainty(fit, many % 5, many).method == widest
     assert uncertainty(fit, many, many).method == "sandwich clustered by rater and item 0.95"
     nothing = uncertainty(fit, one, one)
     assert np.isinf(nothing.half_widths(fit.contrasts())).all()
@@ -109,8 +108,37 @@ def test_the_left_side_is_tested():
 
 
 def test_rank_intervals_count_who_is_surely_better_and_worse():
-    low, high = np.array([0.0, 0.5, 2.0, -9.0, -np.inf]), np.array([1.0, 1.5, 3.0, -8.0, np.inf])
-    assert rank_intervals(low, high) == [(2, 4), (2, 4), (1, 2), (4, 5), (1, 5)]
+    values, half = np.array([0.5, 1.0, 2.5, -8.5, 0.0]), np.full((5, 5), 1.0)
+    half[4] = half[:, 4] = np.inf
+    assert rank_intervals(values, half) == [(2, 4), (2, 4), (1, 2), (4, 5), (1, 5)]
+    # Two that share most of what is not known of them are told apart.
+    half[0, 1] = half[1, 0] = 0.4
+    assert rank_intervals(values, half) == [(3, 4), (2, 3), (1, 2), (4, 5), (1, 5)]
+
+
+def test_what_raters_and_what_items_share_adds_up_though_they_are_few():
+    theta, n = np.array([0.8, 0.3, 0.0, -0.3, -0.8]), 1200
+    data, rater, item = study(np.random.default_rng(0), theta, 12, 12, n, 0.8, 0.8)
+    fit = Tournament(data).fit
+    found = uncertainty(fit, rater, item, resamples=200)
+    of_raters, of_items, both = (spread.error(fit.contrasts()) for spread in found.spreads)
+    assert (both > 1.1 * np.maximum(of_raters, of_items)).mean() > 0.5
+    np.testing.assert_allclose(
+        found.half_widths(fit.contrasts()), np.max([of_raters, of_items, both], 0) * stdtrit(11, 0.975)
+    )
+    alone = fit.contrasts()[:, None] - fit.contrasts()
+    expected = found.half_widths(alone.reshape(25, -1)).reshape(5, 5)
+    np.testing.assert_allclose(found.half_widths_between(fit.contrasts()), expected, atol=1e-6)
+
+
+def test_shares_of_few_raters_on_few_items_hold_the_truth():
+    rng, held = np.random.default_rng(0), []
+    raters, items = (each.ravel() for each in np.indices((19, 19)))
+    for _ in range(400):
+        strength = rng.normal(size=19)[raters] + rng.normal(size=19)[items] + rng.normal(size=361)
+        found = clustered_share(strength > 0, raters, items)
+        held.append(found.low <= 0.5 <= found.high)
+    assert 0.92 <= np.mean(held) <= 0.98
 
 
 def test_a_share_of_independent_votes_is_wilsons():
@@ -167,8 +195,14 @@ def population(theta, taste, difficulty):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("raters", "items", "n", "taste", "difficulty"),
-    [(40, 60, 1200, 0.0, 0.0), (40, 60, 1200, 0.4, 0.4), (8, 60, 600, 0.4, 0.0), (1, 40, 400, 0.0, 0.4)],
-    ids=["independent", "clustered two ways", "few raters", "one rater"],
+    [
+        (40, 60, 1200, 0.0, 0.0),
+        (40, 60, 1200, 0.4, 0.4),
+        (8, 60, 600, 0.4, 0.0),
+        (19, 19, 7220, 0.8, 0.8),
+        (1, 40, 400, 0.0, 0.4),
+    ],
+    ids=["independent", "clustered two ways", "few raters", "few of both", "one rater"],
 )
 def test_intervals_of_500_tournaments_cover_the_truth(raters, items, n, taste, difficulty):
     theta = np.array([0.8, 0.3, 0.0, -0.3, -0.8])

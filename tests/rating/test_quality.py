@@ -6,8 +6,10 @@ import pytest
 from tournaments import tournament, votes_of
 
 from offbook.errors import ConfigError
+from offbook.rating.exports import votes_with_rules
 from offbook.rating.quality import Rules, apply_rules, fit_z, rater_quality, streak_p
 from offbook.rating.records import Vote
+from offbook.rating.tables import Study
 
 
 def vote(number, choice="left", **changes):
@@ -82,6 +84,17 @@ def test_rules_name_what_they_leave_out():
     whole = apply_rules(votes, Rules(min_dwell_ms=800, max_hasty=0.5))
     assert {each.excluded for each in whole if each.rater == "quick"} == {("haste",), ("dwell", "haste")}
     assert apply_rules(votes, Rules()) == votes
+
+
+def test_people_who_do_not_say_what_they_watched_have_watched_nothing():
+    study = Study(min_watch=0.9, prereg={"rules": {}})
+    shares = (None, 0.0, 0.8, 0.9)
+    votes = [vote(i, watched=share, excluded=("watched",) if i == 2 else ()) for i, share in enumerate(shares)]
+    assert [each.excluded for each in votes_with_rules(study, votes)] == [("watched",)] * 3 + [()]
+    scripts = [replace(each, rater_kind="script", excluded=()) for each in votes]
+    assert votes_with_rules(study, scripts) == scripts
+    study.min_watch = 0.0
+    assert votes_with_rules(study, votes) == votes
 
 
 def test_kinds_of_raters_are_judged_apart():

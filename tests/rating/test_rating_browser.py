@@ -145,6 +145,37 @@ def test_films_run_together_and_must_be_watched(world: World, page: Page, tmp_pa
     assert page.complaints == []
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_side_that_does_not_load_takes_no_answer(world: World, page: Page, tmp_path: Path, skip: bool) -> None:
+    records, files = films(tmp_path)
+    study, link = invited(world, records, files, modality="video", min_dwell_s=0, allow_skip=skip)
+    failing: list[str] = []
+
+    def fail_first(route) -> None:
+        failing[:] = failing or [route.request.url]
+        route.abort() if route.request.url in failing else route.continue_()
+
+    page.route("**/media/*", fail_first)
+    page.goto(link)
+    page.get_by_role("button", name="I agree, begin").click()
+    words = "One side is missing: load it again, or skip this pair." if skip else "One side is missing: load it again."
+    expect(page.locator("#status")).to_have_text(words)
+    until(page, "document.querySelector('video')?.readyState >= 2")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("b")
+    expect(page.locator("#status")).to_have_text(words)
+    assert world.votes(study) == []
+    if not skip:
+        page.unroute("**/media/*")
+        page.get_by_role("button", name="Load again").click()
+        expect(page.locator("#status")).to_have_text("Which one is it?")
+    page.keyboard.press("s" if skip else "ArrowRight")
+    expect(page.get_by_role("heading", name="Thank you")).to_be_visible()
+    (vote,) = world.votes(study)
+    assert vote["choice"] == ("skip" if skip else "right")
+    assert vote["watched"] == 0 or not skip
+
+
 def test_pictures_stand_at_one_scale(world: World, page: Page, tmp_path: Path) -> None:
     records, files = [], []
     for system, size in (("small", (100, 60)), ("large", (300, 240))):

@@ -15,7 +15,7 @@ def vote(id="1", **changes):
 
 def test_what_is_written_is_read(tmp_path):
     votes = [
-        vote(reasons=("clear",), note="ünï\ud800\n", left_features={"length": 3}, right_features={"length": 2.5}),
+        vote(reasons=("clear",), note="ünï\U0001f600\n", left_features={"length": 3}, right_features={"length": 2.5}),
         vote("2", pair="g", pair_kind="gold", expected="b", left_features={"length": 1}, right_features={"length": 1}),
         vote(
             "3",
@@ -52,6 +52,12 @@ def test_what_is_written_is_read(tmp_path):
         ({"right": "a"}, "right", "another system than on the left"),
         ({"rater": 7}, "rater", "a text that is not empty"),
         ({"note": None}, "note", "a text"),
+        ({"note": "\ud800"}, "note", "a text without NUL or half a character"),
+        ({"item": "a\0"}, "item", "a text that is not empty, without NUL"),
+        ({"left": "\udfff"}, "left", "a text that is not empty, without NUL"),
+        ({"reasons": ["\0"]}, "reasons", "a list of texts"),
+        ({"excluded": ["dwell", "dwell"]}, "excluded", "each of them once"),
+        ({"left_features": {"\ud800": 1}}, "left_features", "an object of finite numbers"),
         ({"reasons": "clear"}, "reasons", "a list of texts"),
         ({"excluded": [""]}, "excluded", "a list of texts"),
         ({"dwell_ms": -1}, "dwell_ms", "milliseconds >= 0"),
@@ -108,10 +114,11 @@ def test_text_that_is_no_json_is_named(tmp_path):
         ({"cluster": "c"}, "item 'i'"),
         ({"item": "j"}, "pair 'p'"),
         ({"left": "c"}, "pair 'p'"),
+        ({}, "vote '2': expected one vote of rater 'r' on pair 'p', got a second after vote '1'"),
     ],
 )
 def test_votes_that_contradict_each_other_are_refused(change, what):
-    check_votes([vote(), vote("2", left="b", right="a")])
+    check_votes([vote(), vote("2", left="b", right="a", rater="other")])
     with pytest.raises(DataError) as caught:
         check_votes([vote(), vote(**({"id": "2"} | change))])
     assert what in str(caught.value)

@@ -375,6 +375,9 @@ def test_outputs_are_handed_in_again_without_doubling_and_not_changed(world: Wor
     assert refused(changed) == (
         "differs", "output of 'alpha' for 'question-0': expected the content that is there, got another content.",
     )  # fmt: skip
+    named = "output of 'alpha' for 'question-0': expected the {0} that is there, got another {0}."
+    assert refused([texts()[0] | {"features": {"words": 3}}]) == ("differs", named.format("features"))
+    assert refused([texts()[0] | {"gold": "better"}]) == ("differs", named.format("gold"))
     assert refused([texts()[0] | {"prompt": "Something else?"}])[0] == "differs"
     assert refused([{"item": "x", "system": "a", "file": "a.png"}])[0] == "wrong_kind"
     assert refused([{"item": "x", "system": "a"}]) == (
@@ -396,6 +399,8 @@ def test_outputs_are_handed_in_again_without_doubling_and_not_changed(world: Wor
         (texts(items=0, gold=2), {}, "no_pairs"),
         ([*texts(items=1), {"item": "question-0", "system": "c", "text": "1", "gold": "better"}], {}, "bad_gold"),
         (texts(items=1), {"anchor": "teacher", "anchor_only": True}, "no_anchor"),
+        (texts(items=1), {"anchor": "alhpa"}, "no_anchor"),
+        (texts(items=1, gold=1), {"anchor": "good"}, "no_anchor"),
         ([*texts(items=1), {"item": "question-0", "system": "c", "text": "1", "features": {"x": 1}}], {},
          "features_differ"),
     ],

@@ -1,5 +1,7 @@
 """Made-up tournaments, and an independent reference that knows nothing of how ours are fitted."""
 
+from collections import Counter
+
 import numpy as np
 from scipy.optimize import minimize
 
@@ -69,14 +71,17 @@ def reference(data, weights=None, prior_sd=2.0):
 
 
 def votes_of(data, raters, items, **common):
-    """The comparisons as votes; a pair is an item and two systems."""
-    found = []
+    """The comparisons as votes; a pair is an item and two systems, and another one where its rater had it before."""
+    found, judged = [], Counter()
     for n in range(len(data.left)):
         left, right = data.systems[data.left[n]], data.systems[data.right[n]]
+        pair = "/".join([f"i{items[n]}", *sorted((left, right))])
+        judged[raters[n], pair] += 1
+        pair += f"/{judged[raters[n], pair]}"
         found.append(
             Vote(
                 **{"study": "s", "id": f"{n:06}", "created": "2026-01-31T12:00:00+00:00"}
-                | {"pair": "/".join([f"i{items[n]}", *sorted((left, right))]), "item": f"i{items[n]}"}
+                | {"pair": pair, "item": f"i{items[n]}"}
                 | {"rater": f"r{raters[n]:03}", "left": left, "right": right, "choice": CHOICES[data.outcome[n]]}
                 | common
             )

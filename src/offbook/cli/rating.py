@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     _Bring = Callable[[Database, BlobStore], dict[str, Any]]
 
 _FOLDER, _URL = Path("rating"), "http://127.0.0.1:8001"
+_QUESTION = "Which one is better?"
 _KINDS = {
     "text": (".txt", ".md"),
     "image": (".png", ".jpg", ".jpeg", ".webp"),
@@ -88,7 +89,7 @@ def import_outputs(
     source: tyro.conf.Positional[Path | None] = None,
     *,
     folder: Path = _FOLDER,
-    question: str = "Which one is better?",
+    question: str = "",
     name: str = "",
     modality: Literal["text", "image", "video", "rollout"] | None = None,
     anchor: str = "",
@@ -107,11 +108,12 @@ def import_outputs(
     Args:
         source: a folder, an outputs file, or a votes.jsonl.
         folder: of the rating service, made when missing, or of an arena.
-        question: that raters are asked.
+        question: that raters are asked; which one is better, when empty.
         name: of the study; that of the source when empty. A draft of that name takes more outputs.
-        modality: text, image, video or rollout; seen from the outputs when not given.
+        modality: text, image, video or rollout; that of the draft, or seen from the outputs, when not given.
         anchor: system on which the scale of the ranking is fixed, such as a teacher.
-        design: JSON file with further settings of a study, such as raters_per_pair, reasons, min_watch, prereg.
+        design: JSON file with further settings of a study, such as raters_per_pair, reasons, min_watch, prereg; a draft
+            that is there must have the same.
         open: make the pairs and let raters in; outputs cannot be added afterwards.
         raters: how many invitations to make and print, once.
         kind: of these raters.
@@ -130,9 +132,14 @@ def import_outputs(
     if not 0 <= raters <= studies.MOST_RATERS:
         expected = f"0 to {studies.MOST_RATERS}"
         raise ConfigError("--raters", expected=expected, got=str(raters), fix="change --raters")
-    wanted = {"question": question, "name": name, "modality": modality, "anchor": anchor, **_design(design)}
+    flags = {"question": question, "name": name, "modality": modality, "anchor": anchor}
+    wanted = {key: value for key, value in flags.items() if value}
+    for key, value in ({} if design is None else _json_object(design, f"--design {design}")).items():
+        if wanted.setdefault(key, value) != value:
+            fix = "give it once"
+            raise ConfigError(f"--{key}", expected=f"{value!r} as in {design}", got=repr(wanted[key]), fix=fix)
     # What cannot be read leaves no new folder behind.
-    bring = _reading(source, runs, folder, wanted)
+    bring = _reading(source, runs, folder, wanted, open or raters > 0)
     with _opened(folder, make=True) as (database, blobs):
         done = bring(database, blobs)
         with database.write() as session:
@@ -217,6 +224,8 @@ def stats(
         from offbook.rating.features import telling_features
         from offbook.rating.records import read_votes
         from offbook.rating.report import draw_ratings, tables
+    if seed < 0:
+        raise ConfigError("--seed", expected="0 or more", got=str(seed), fix="change --seed")
     given = read_votes(votes)
     wanted = telling_features(given) if features is None else features
     found = analyse(given, anchor=anchor, features=wanted, min_dwell_ms=min_dwell_ms, seed=seed)
@@ -279,15 +288,13 @@ def _find(session: Any, wanted: str) -> Study:
     return studies.find(session, int(wanted) if named is None else named)
 
 
-def _design(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _json_object(path: Path, where: str) -> dict[str, Any]:
     try:
         record = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ConfigError(f"--design {path}", expected="a JSON object", got=str(error), fix="mend the file") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(where, expected="a JSON object", got=str(error), fix="mend the file") from error
     if not isinstance(record, dict):
-        raise ConfigError(f"--design {path}", expected="a JSON object", got="something else", fix="mend the file")
+        raise ConfigError(where, expected="a JSON object", got="something else", fix="mend the file")
     return record
 
 
@@ -303,8 +310,8 @@ def _holds_votes(source: Path) -> bool:
     return isinstance(first, dict) and {"choice", "left", "right"} <= first.keys()
 
 
-def _reading(source: Path | None, runs: tuple[int, ...], folder: Path, wanted: dict[str, Any]) -> _Bring:
-    """Reads what is brought, and gives what takes it into a service."""
+def _reading(source: Path | None, runs: tuple[int, ...], folder: Path, wanted: dict[str, Any], judging: bool) -> _Bring:
+    """Reads what is brought, and gives what takes it into a service; what would do nothing there is refused."""
     if (source is None) == (not runs):
         got = "neither" if source is None else "both"
         raise ConfigError("source", expected="a source, or --runs", got=got, fix="give one of them")
@@ -313,17 +320,40 @@ def _reading(source: Path | None, runs: tuple[int, ...], folder: Path, wanted: d
     if source is None and not (folder / "arena.json").exists():
         raise ConfigError("--runs", expected="--folder of an arena", got=str(folder), fix="name the arena's folder")
     if source is None:
+        _refuse_others(wanted, ("question", "name"), "--runs")
         return partial(_take_runs, folder / "cache", runs, wanted)
+    asked = {"question": _QUESTION} | wanted
     if _holds_votes(source):
-        from offbook.rating.records import read_votes
-
-        return partial(_take_votes, read_votes(source), wanted)
+        return _reading_votes(source, asked, judging)
     from offbook.rating import studies
 
     base, records = _read_outputs(source)
-    wanted["name"] = wanted["name"] or source.resolve().stem
-    wanted["modality"] = wanted["modality"] or _modality(records)
-    return partial(_take_outputs, base, records, studies.design(**wanted))
+    asked = {"name": source.resolve().stem, "modality": _modality(records)} | asked
+    return partial(_take_outputs, base, records, studies.design(**asked), wanted)
+
+
+def _reading_votes(source: Path, wanted: dict[str, Any], judging: bool) -> _Bring:
+    from dataclasses import replace
+
+    from offbook.rating.exports import design_of_votes
+    from offbook.rating.records import read_votes
+
+    _refuse_others(wanted, ("question", "name", "anchor"), "votes")
+    if judging:
+        got = "--open or --raters"
+        raise ConfigError(str(source), expected="outputs to judge", got=f"votes, and {got}", fix=f"leave out {got}")
+    votes = read_votes(source)
+    name = wanted.pop("name", "")
+    votes = [replace(vote, study=name) for vote in votes] if name else votes
+    return partial(_take_votes, votes, design_of_votes(votes, **wanted))
+
+
+def _refuse_others(wanted: Mapping[str, Any], used: Sequence[str], what: str) -> None:
+    for name in wanted:
+        if name not in used:
+            fix = f"leave out {name!r}"
+            expected = f"no settings but {', '.join(used)} beside {what}"
+            raise ConfigError("study", expected=expected, got=repr(name), fix=fix)
 
 
 def _take_runs(
@@ -331,38 +361,56 @@ def _take_runs(
 ) -> dict[str, Any]:
     from offbook.arena.comparisons import study_of_runs
 
-    chosen = {"question": wanted["question"], "name": wanted["name"]}
-    return study_of_runs(database, blobs, cache, "operator", *runs, **chosen)
+    return study_of_runs(database, blobs, cache, "operator", *runs, **wanted)
 
 
-def _take_votes(votes: Sequence[Vote], wanted: dict[str, Any], database: Database, blobs: BlobStore) -> dict[str, Any]:
-    from dataclasses import replace
-
+def _take_votes(votes: Sequence[Vote], design: Design, database: Database, blobs: BlobStore) -> dict[str, Any]:
     from offbook.rating.exports import import_votes
 
-    if wanted["name"]:
-        votes = [replace(vote, study=wanted["name"]) for vote in votes]
     with database.write() as session:
-        study = import_votes(session, "import", votes, question=wanted["question"], anchor=wanted["anchor"])
+        study = import_votes(session, "import", votes, design)
         return {"study": study.id, "votes": len(votes)}
 
 
 def _take_outputs(
-    base: Path, records: Sequence[OutputRecord], design: Design, database: Database, blobs: BlobStore
+    base: Path,
+    records: Sequence[OutputRecord],
+    design: Design,
+    wanted: Mapping[str, Any],
+    database: Database,
+    blobs: BlobStore,
 ) -> dict[str, Any]:
     from sqlalchemy import select
 
     from offbook.rating import outputs, studies
     from offbook.rating.tables import Study
 
+    named = select(Study).where(Study.name == design.name)
+    with database.read() as session:
+        draft = session.scalar(named)
+        modality = design.modality if draft is None else draft.modality
+        if draft is not None:
+            studies.require(draft, "draft", "add outputs before a study is opened")
+            _check_same(draft, design, wanted)
     prepared = [
-        (record, outputs.prepare(record, design.modality, blobs, _file(base, record)))
-        for record in track(records, "outputs")
+        (record, outputs.prepare(record, modality, blobs, _file(base, record))) for record in track(records, "outputs")
     ]
     with database.write() as session:
-        before = session.scalar(select(Study.id).where(Study.name == design.name))
-        study = studies.create(session, "import", design) if before is None else studies.find(session, before)
+        study = session.scalar(named) or studies.create(session, "import", design)
         return {"study": study.id, **outputs.add(session, study, prepared)}
+
+
+def _check_same(draft: Study, design: Design, wanted: Mapping[str, Any]) -> None:
+    """Refuses settings that are not those of the draft, which keeps its own."""
+    from offbook.rating import studies
+
+    asked = studies.settings(design)
+    for name in wanted:
+        before = getattr(draft, name)
+        if asked[name] not in (before, None):
+            where, expected = f"study {draft.name!r}, {name}", f"{before!r} as in the draft"
+            fix = "leave it out, or choose another name"
+            raise ConfigError(where, expected=expected, got=repr(asked[name]), fix=fix)
 
 
 def _read_outputs(source: Path) -> tuple[Path, list[OutputRecord]]:
@@ -383,7 +431,7 @@ def _read_outputs(source: Path) -> tuple[Path, list[OutputRecord]]:
 def _walk(folder: Path) -> Iterator[dict[str, str]]:
     prompts: Mapping[str, str] = {}
     if (folder / "prompts.json").exists():
-        prompts = _design(folder / "prompts.json")
+        prompts = _json_object(folder / "prompts.json", str(folder / "prompts.json"))
     for path in sorted(folder.glob("*/*")):
         suffix = path.suffix.lower()
         line = {"item": path.stem, "system": path.parent.name, "prompt": prompts.get(path.stem, "")}

@@ -2,6 +2,9 @@
 
 Answers are compared as seen from the pair: that the system whose name comes first in the alphabet is better, that the
 other is, or that neither is (a tie, or both bad). A skip is no answer.
+
+An interval is the wider of two: from resampling items, and from leaving out one rater after the other, the jackknife,
+for other raters agree otherwise. With two raters, and between kinds, it is over items and speaks for these raters.
 """
 
 from __future__ import annotations
@@ -66,12 +69,15 @@ def krippendorff_alpha(units: Sequence[Sequence[Hashable]]) -> float | None:
         >>> krippendorff_alpha([["a", "a"], ["b", "b"], ["a", "b"]])
         0.4444444444444444
     """
-    return _alpha(_counted(units).sum(axis=0))
+    return _alpha(_counted(units, _numbered(units)).sum(axis=0))
 
 
-def _counted(units: Sequence[Sequence[Hashable]]) -> NDArray[np.float64]:
+def _numbered(units: Sequence[Sequence[Hashable]]) -> dict[Hashable, int]:
+    return {value: i for i, value in enumerate(dict.fromkeys(value for unit in units for value in unit))}
+
+
+def _counted(units: Sequence[Sequence[Hashable]], values: Mapping[Hashable, int]) -> NDArray[np.float64]:
     """For each unit: equal pairs of answers, all pairs, the equal ones by value as alpha weights them, uses of each."""
-    values = {value: i for i, value in enumerate(dict.fromkeys(value for unit in units for value in unit))}
     rows = np.zeros((len(units), 3 + len(values)))
     for row, unit in zip(rows, units, strict=True):
         if len(unit) > 1:
@@ -81,6 +87,24 @@ def _counted(units: Sequence[Sequence[Hashable]]) -> NDArray[np.float64]:
             for value, count in counts.items():
                 row[3 + values[value]] = count
     return rows
+
+
+def _judged(
+    units: Sequence[Sequence[Vote]], say: Callable[[Vote], Hashable]
+) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
+    """What is counted of the answers to units, and the sums that are left without each rater."""
+    answers = [[say(vote) for vote in unit] for unit in units]
+    values = _numbered(answers)
+    rows = _counted(answers, values)
+    places: dict[str, list[int]] = {}
+    for i, unit in enumerate(units):
+        for vote in unit:
+            places.setdefault(vote.rater, []).append(i)
+    total, without = rows.sum(axis=0), []
+    for rater, own in places.items():
+        rest = [[said for said, vote in zip(answers[i], units[i], strict=True) if vote.rater != rater] for i in own]
+        without.append(total - rows[own].sum(axis=0) + _counted(rest, values).sum(axis=0))
+    return rows, without
 
 
 def _alpha(sums: NDArray[np.float64]) -> float | None:
@@ -100,8 +124,9 @@ def _with_interval(
     figure: Callable[[NDArray[np.float64]], float | None],
     seed: int,
     least: float,
+    without: Sequence[NDArray[np.float64]] = (),
 ) -> Interval | None:
-    """A figure of the sums of rows, with an interval from resampling the clusters of items."""
+    """A figure of the sums of rows, with an interval over clusters of items and, by the sums without each, raters."""
     value = figure(rows.sum(axis=0))
     if value is None:
         return None
@@ -113,12 +138,23 @@ def _with_interval(
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=_RESAMPLES)
     known = [found for each in drawn @ sums if (found := figure(each)) is not None]
     spread = float(np.std(known)) if known else 0.0
-    method = f"bootstrap over {count} items {LEVEL:g}"
-    if count < 2 or spread == 0:
+    half = quantile(count) * spread * math.sqrt(count / (count - 1)) if count > 1 else 0.0
+    of_raters = _jackknife([figure(each) for each in without])
+    items, raters = f"bootstrap over {count} items", f"jackknife over {len(without)} raters"
+    method = f"{items}, for these raters {LEVEL:g}" if of_raters is None else f"wider of {items} and {raters} {LEVEL:g}"
+    if half == 0:
         # Equal numbers show no spread, which is not to say that there is none.
         return Interval(value=value, low=-math.inf, high=math.inf, n=n, method=method)
-    half = quantile(count) * spread * math.sqrt(count / (count - 1))
+    half = max(half, of_raters or 0.0)
     return Interval(value=value, low=max(least, value - half), high=min(1.0, value + half), n=n, method=method)
+
+
+def _jackknife(lacking: Sequence[float | None]) -> float | None:
+    """How far an interval reaches by the figures without each rater; None where there are too few to tell."""
+    known = sorted(each for each in lacking if each is not None)
+    if len(known) < max(3, len(lacking)):
+        return None
+    return quantile(len(known)) * math.sqrt((len(known) - 1) * float(np.var(known)))
 
 
 def agreement(votes: Sequence[Vote], *, seed: int = 0) -> Agreement:
@@ -130,20 +166,20 @@ def agreement(votes: Sequence[Vote], *, seed: int = 0) -> Agreement:
     """
     units = [unit for unit in _by_pair(votes) if len(unit) > 1]
     clusters = [unit[0].group for unit in units]
-    rows = _counted([[answer(vote) for vote in unit] for unit in units])
+    rows, without = _judged(units, answer)
     given = sorted({reason for unit in units for vote in unit for reason in vote.reasons})
     return Agreement(
         pairs=len(units),
         raters=len({vote.rater for unit in units for vote in unit}),
-        raw=_with_interval(rows, clusters, _raw, seed, 0.0),
-        alpha=_with_interval(rows, clusters, _alpha, seed, -1.0),
-        reasons={
-            reason: _with_interval(
-                _counted([[reason in vote.reasons for vote in unit] for unit in units]), clusters, _alpha, seed, -1.0
-            )
-            for reason in given
-        },
+        raw=_with_interval(rows, clusters, _raw, seed, 0.0, without),
+        alpha=_with_interval(rows, clusters, _alpha, seed, -1.0, without),
+        reasons={reason: _of_reason(reason, units, clusters, seed) for reason in given},
     )
+
+
+def _of_reason(reason: str, units: Sequence[Sequence[Vote]], clusters: Sequence[str], seed: int) -> Interval | None:
+    rows, without = _judged(units, lambda vote: reason in vote.reasons)
+    return _with_interval(rows, clusters, _alpha, seed, -1.0, without)
 
 
 def _by_pair(votes: Sequence[Vote]) -> list[list[Vote]]:

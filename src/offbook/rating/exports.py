@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session, aliased
 
 from offbook.rating import records
 from offbook.rating.quality import apply_rules
-from offbook.rating.studies import Preregistration, create, design, hash_token
+from offbook.rating.studies import Design, Preregistration, check_anchor, create, design, hash_token
 from offbook.rating.tables import Assignment, Exclusion, Item, Output, Pair, Rater, Study, System, Vote
 from offbook.service.database import now
 from offbook.service.refusal import RefusedError
@@ -99,7 +99,8 @@ def _vote(study: Study, row: Any, excluded: Sequence[str]) -> records.Vote:
 def votes_with_rules(study: Study, votes: Sequence[records.Vote]) -> list[records.Vote]:
     """The votes with those marked that the study's rules leave out: as it will be when it is closed.
 
-    How long somebody looks is asked of people alone: a script is no worse for being fast.
+    How long somebody looks is asked of people alone: a script is no worse for being fast. Who does not say how much of
+    the videos was played has watched none.
     """
     rules = Preregistration.model_validate(study.prereg).as_rules()
     by_id: dict[str, records.Vote] = {}
@@ -108,32 +109,80 @@ def votes_with_rules(study: Study, votes: Sequence[records.Vote]) -> list[record
         by_id |= {vote.id: vote for vote in apply_rules(of, chosen)}
     found = [by_id[vote.id] for vote in votes]
     return [
-        replace(vote, excluded=(*vote.excluded, "watched"))
-        if vote.rater_kind == "human" and vote.watched is not None and vote.watched < study.min_watch
+        replace(vote, excluded=tuple(sorted({*vote.excluded, "watched"})))
+        if vote.rater_kind == "human" and (vote.watched or 0) < study.min_watch
         else vote
         for vote in found
     ]
 
 
-def import_votes(session: Session, owner: str, votes: Sequence[records.Vote], *, question: str, anchor: str) -> Study:
+def design_of_votes(votes: Sequence[records.Vote], **wanted: Any) -> Design:
+    """The design of a study of somebody else's votes, which are checked: a service can keep all that they say.
+
+    Args:
+        votes: as `records.read_votes` gives them.
+        wanted: the `question` that the raters were asked, and perhaps the `anchor` of the ranking.
+
+    Raises:
+        RefusedError: 422, there are no votes, or some that tables of outputs and pairs cannot hold; or no vote is about
+            the anchor.
+    """
+    if not votes:
+        raise RefusedError(422, "no_votes", "votes", expected="a file with votes", got="none", fix="check the file")
+    for vote in votes:
+        names = (vote.item, vote.cluster or "", vote.left, vote.right, vote.cohort, *vote.excluded)
+        if any(len(name) > 200 for name in names):
+            raise RefusedError(422, "bad_vote", f"vote {vote.id!r}", expected="names of at most 200 characters",
+                               got="a longer one", fix="shorten it")  # fmt: skip
+    _check_outputs(votes)
+    reasons = sorted({reason for vote in votes for reason in vote.reasons})[:12]
+    made = design(name=votes[0].study, modality="text", reasons=reasons, min_dwell_s=0.0, **wanted)
+    check_anchor(made.anchor, {name for v in votes if v.pair_kind == "real" for name in (v.left, v.right)})
+    return made
+
+
+def _common_features(votes: Sequence[records.Vote]) -> set[str]:
+    """The features that all outputs have; one that some lack is of no use for comparing."""
+    return set.intersection(*(set(vote.left_features) for vote in votes))
+
+
+def _check_outputs(votes: Sequence[records.Vote]) -> None:
+    """Refuses votes that would say something else with one output for each system and item, and one pair for each two.
+
+    A file may have a pair for each rater; what one rater said of two pairs cannot be told of one.
+    """
+    common = _common_features(votes)
+    outputs: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
+    judged: dict[tuple[str, ...], str] = {}
+    for vote in votes:
+        for system, features in ((vote.left, vote.left_features), (vote.right, vote.right_features)):
+            measured = {name: features[name] for name in common}
+            known, first = outputs.setdefault((vote.item, system), (measured, vote.id))
+            if known != measured:
+                raise RefusedError(422, "two_outputs", f"vote {vote.id!r}, output of {system!r} for {vote.item!r}",
+                                   expected=f"the features that it has in vote {first!r}", got="others",
+                                   fix="give each output an item of its own")  # fmt: skip
+        about = (vote.rater, vote.pair_kind, vote.item, *sorted((vote.left, vote.right)))
+        first = judged.setdefault(about, vote.id)
+        if first != vote.id:
+            raise RefusedError(422, "two_pairs", f"vote {vote.id!r}",
+                               expected=f"one pair of {vote.left!r} and {vote.right!r} for {vote.item!r} by a rater",
+                               got=f"a second after vote {first!r}",
+                               fix="give each pair an item of its own")  # fmt: skip
+
+
+def import_votes(session: Session, owner: str, votes: Sequence[records.Vote], wanted: Design) -> Study:
     """Makes a closed study of somebody else's votes, so that it is shown like one's own; outputs are not in the file.
 
     Args:
         session: a writing session.
         owner: who brings them.
         votes: as `records.read_votes` gives them.
-        question: that the raters were asked.
-        anchor: system on which the scale of the ranking is fixed; empty for none.
+        wanted: as `design_of_votes` gives it.
 
     Raises:
-        RefusedError: 422, there are no votes; 409, there is a study of that name.
+        RefusedError: 409, there is a study of that name.
     """
-    if not votes:
-        raise RefusedError(422, "no_votes", "votes", expected="a file with votes", got="none", fix="check the file")
-    reasons = sorted({reason for vote in votes for reason in vote.reasons})[:12]
-    wanted = design(
-        name=votes[0].study, question=question, modality="text", reasons=reasons, anchor=anchor, min_dwell_s=0.0
-    )
     study = create(session, owner, wanted)
     study.state, study.opened = "closed", min(vote.time for vote in votes).timestamp()
     study.closed = max(vote.time for vote in votes).timestamp()
@@ -157,13 +206,7 @@ class _Import:
 
     def take(self, votes: Sequence[records.Vote]) -> None:
         """Adds all of them."""
-        for vote in votes:
-            names = (vote.item, vote.cluster or "", vote.left, vote.right, vote.cohort)
-            if any(len(name) > 200 for name in names) or "\0" in "".join((*names, *vote.reasons, vote.note)):
-                raise RefusedError(422, "bad_vote", f"vote {vote.id!r}", expected="names of at most 200 characters",
-                                   got="a longer one, or one with a NUL", fix="shorten it")  # fmt: skip
-        # A feature that some outputs lack is of no use for comparing.
-        self._features = set.intersection(*(set(vote.left_features) for vote in votes))
+        self._features = _common_features(votes)
         # What is repeated comes before its repeats.
         for vote in sorted(votes, key=lambda vote: vote.pair_kind == "repeat"):
             self._pairs[vote.pair] = self._pair(vote, vote.pair_kind)

@@ -2,8 +2,9 @@
 
 With 20 raters and 20 items or more, the sandwich estimator clustered two ways: what the votes of a rater have in common
 adds to the variance, so does what those on an item have in common, and what both count is taken off once. With fewer
-of either it is too short; then whole raters are resampled, and whole items, and the wider of the two intervals holds.
-Where there is one rater, only items are resampled, and the interval speaks for that rater.
+of either it is too short; then whole raters are resampled, and whole items, and the widest interval holds: of the two,
+and of the sum of both variances, less that of votes that nothing links, which both count. Where there is one rater,
+only items are resampled, and the interval speaks for that rater.
 
 The prior counts as one more observation, so that a system of few votes, or without losses, has a wide interval.
 
@@ -52,6 +53,12 @@ class Spread:
         variance = np.einsum("rp,pq,rq->r", contrasts, self.covariance, contrasts, optimize=True)
         return np.asarray(np.sqrt(np.maximum(variance, 0)))
 
+    def error_between(self, contrasts: Float64[np.ndarray, "rows p"]) -> Float64[np.ndarray, "rows rows"]:
+        """The standard error of the difference of each two contrasts."""
+        shared = contrasts @ self.covariance @ contrasts.T
+        own = np.diag(shared)
+        return np.asarray(np.sqrt(np.maximum(own[:, None] + own - 2 * shared, 0)))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Uncertainty:
@@ -68,8 +75,9 @@ class Uncertainty:
         """How the intervals are found, in words."""
         if not self.spreads:
             return "one rater and one item: no interval"
-        words = " and ".join(spread.method for spread in self.spreads)
-        return f"{'wider of ' if len(self.spreads) > 1 else ''}{words} {LEVEL:g}"
+        *most, last = (spread.method for spread in self.spreads)
+        words = f"widest of {', '.join(most)} and {last}" if most else last
+        return f"{words} {LEVEL:g}"
 
     def half_widths(self, contrasts: Float64[np.ndarray, "rows p"]) -> Float64[np.ndarray, " rows"]:
         """How far the interval of each contrast reaches to either side; infinite where nothing is known."""
@@ -78,12 +86,18 @@ class Uncertainty:
         widths = [quantile(spread.clusters) * spread.error(contrasts) for spread in self.spreads]
         return np.asarray(np.max(widths, axis=0))
 
+    def half_widths_between(self, contrasts: Float64[np.ndarray, "rows p"]) -> Float64[np.ndarray, "rows rows"]:
+        """The same for the difference of each two contrasts."""
+        if not self.spreads:
+            return np.full((len(contrasts), len(contrasts)), np.inf)
+        widths = [quantile(spread.clusters) * spread.error_between(contrasts) for spread in self.spreads]
+        return np.asarray(np.max(widths, axis=0))
+
     def p_value(self, value: float, contrast: Float64[np.ndarray, " p"]) -> float | None:
         """Of the hypothesis that a contrast is 0, two-sided; None where nothing is known."""
         errors = [(float(spread.error(contrast[None])[0]), spread.clusters - 1) for spread in self.spreads]
-        if not errors or min(error for error, _ in errors) == 0:
-            return None
-        return max(2 * float(stdtr(degrees, -abs(value) / error)) for error, degrees in errors)
+        chances = [2 * float(stdtr(degrees, -abs(value) / error)) for error, degrees in errors if error > 0]
+        return max(chances, default=None)
 
 
 def quantile(clusters: int) -> float:
@@ -113,11 +127,11 @@ def uncertainty(
         return Uncertainty(spreads=(_sandwich(fit, raters, items),))
     labels = {"raters": raters, "items": items}
     rng = np.random.default_rng(seed)
-    return Uncertainty(
-        spreads=tuple(
-            _bootstrap(fit, labels[name], name, rng, resamples) for name, count in counts.items() if count > 1
-        )
-    )
+    spreads = [_bootstrap(fit, labels[name], name, rng, resamples) for name, count in counts.items() if count > 1]
+    if len(spreads) == 2:
+        both = spreads[0].covariance + spreads[1].covariance - fit.inverse
+        spreads.append(Spread(covariance=both, clusters=min(counts.values()), method="their sum"))
+    return Uncertainty(spreads=tuple(spreads))
 
 
 def _sandwich(fit: Fit, raters: np.ndarray, items: np.ndarray) -> Spread:
@@ -146,18 +160,22 @@ def _bootstrap(fit: Fit, labels: np.ndarray, name: str, rng: np.random.Generator
     return Spread(covariance=covariance, clusters=clusters, method=f"bootstrap over {clusters} {name}")
 
 
-def rank_intervals(low: Float64[np.ndarray, " n"], high: Float64[np.ndarray, " n"]) -> list[tuple[int, int]]:
+def rank_intervals(values: Float64[np.ndarray, " n"], between: Float64[np.ndarray, "n n"]) -> list[tuple[int, int]]:
     """The best and the worst rank that each system may have, 1 being the first.
 
-    A system is surely behind each one whose interval begins above the end of its own:
-    best = 1 + #{j: low_j > high_i}, worst = n - #{j: high_j < low_i}.
+    A system is surely behind each one that is better by more than the interval of their difference reaches:
+    best = 1 + #{j: v_j - v_i > h_ij}, worst = n - #{j: v_i - v_j > h_ij}. Which system is called 0 is of no account.
+
+    Args:
+        values: the rating of each system, v.
+        between: half the width of the interval of each difference, h.
 
     Example:
-        >>> rank_intervals(np.array([1.0, 0.2, -0.5]), np.array([2.0, 1.5, 0.0]))
+        >>> rank_intervals(np.array([1.5, 0.9, -0.5]), np.full((3, 3), 1.0))
         [(1, 2), (1, 2), (3, 3)]
     """
-    best = 1 + (low[None] > high[:, None]).sum(axis=1)
-    worst = len(low) - (high[None] < low[:, None]).sum(axis=1)
+    behind = values[None] - values[:, None] > between
+    best, worst = 1 + behind.sum(axis=1), len(values) - behind.sum(axis=0)
     return [(int(first), int(last)) for first, last in zip(best, worst, strict=True)]
 
 
@@ -185,9 +203,13 @@ def clustered_share(
         return float((sums**2).sum()) / n**2 * len(sums) / max(1, len(sums) - 1), len(sums)
 
     ways = [one_way(labels) for labels in (raters, items)]
-    if min(size for _, size in ways) >= FEW:
-        both = one_way(np.unique(raters * (items.max() + 1) + items, return_inverse=True)[1])
-        ways = [(ways[0][0] + ways[1][0] - both[0], min(size for _, size in ways))]
+    fewest = min(size for _, size in ways)
+    both, _ = one_way(np.unique(raters * (items.max() + 1) + items, return_inverse=True)[1])
+    together = (ways[0][0] + ways[1][0] - both, fewest)
+    if fewest >= FEW:
+        ways = [together]
+    elif together[0] > 0:
+        ways.append(together)
     ways = [way for way in ways if way[1] > 1]
     if not ways:
         return Interval(value=share, low=-math.inf, high=math.inf, n=n, method="one rater and one item: no interval")

@@ -190,10 +190,13 @@ def add(session: Session, study: Study, outputs: Iterable[tuple[OutputRecord, Co
             known[item.id, system.id] = _output(item, system, record, content)
             session.add(known[item.id, system.id])
             added += 1
-        elif (before.source, before.gold) == (content.source, record.gold):
-            passed += 1
         else:
-            raise _differs(f"output of {record.system!r} for {record.item!r}", "content")
+            there = {"content": before.source, "gold": before.gold, "features": before.features}
+            given = {"content": content.source, "gold": record.gold, "features": dict(content.features)}
+            for what in there:
+                if there[what] != given[what]:
+                    raise _differs(f"output of {record.system!r} for {record.item!r}", what)
+            passed += 1
     return {"added": added, "known": passed}
 
 

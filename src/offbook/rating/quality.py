@@ -40,7 +40,7 @@ class RaterQuality:
         dwell_ms: median time from showing to answering, in milliseconds; None when not measured.
         hasty: answers given faster than the floor; None without a floor, or when not measured.
         left_share: share of the left among answers that name a side; None without one.
-        streak_p: chance of as few changes of side, or fewer, were sides drawn by lot each time; None below two answers.
+        streak_p: chance of as few changes of side, or fewer, were sides tossed like a coin; None below two answers.
         fit_z: log-likelihood of the answers under ratings from all other raters, less what those ratings expect, in
             standard deviations; far below 0 where they are like noise, or turned round. None with a single rater.
         excluded: rules that leave out at least one vote of the rater.
@@ -99,8 +99,10 @@ class Rules:
 def streak_p(sides: Sequence[str]) -> float | None:
     """The chance of as few changes of side, or fewer, in answers whose sides a fair coin decides.
 
-    Which output stands on the left is drawn by lot, so that a rater who looks at outputs changes sides like a coin,
-    whatever is preferred: changes are binomial with n - 1 and 1/2. One who always names a side does not change at all.
+    Which output stands on the left is drawn by lot, so that a rater who looks at outputs changes sides about as often
+    as a coin, whose changes are binomial with n - 1 and 1/2. Sides are drawn in blocks with as many of either
+    (`assign.BLOCK`), so that one who always prefers the same system changes somewhat oftener: the chance errs towards
+    finding no streak. One who always names a side does not change at all.
 
     Args:
         sides: `"left"` or `"right"`, in the order in which they were given.

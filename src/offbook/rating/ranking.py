@@ -31,7 +31,7 @@ class Rating:
         losses: of them.
         theta: strength in log-odds: among two that are 1 apart and do not tie, the better one wins e times as often.
         rank: by theta among its component, from 1.
-        ranks: the best and the worst rank that the intervals leave open.
+        ranks: the best and the worst rank that the intervals of its differences to the others leave open.
     """
 
     system: str
@@ -178,7 +178,8 @@ def _ratings(
     found: list[Rating] = []
     groups = sorted((np.flatnonzero(components == c) for c in np.unique(components)), key=lambda g: (-len(g), g[0]))
     for number, group in enumerate(groups, 1):
-        ranks = dict(zip(group, rank_intervals((theta - half)[group], (theta + half)[group]), strict=True))
+        between = unsure.half_widths_between(np.eye(len(systems), len(fit.params))[group])
+        ranks = dict(zip(group, rank_intervals(fit.params[group], between), strict=True))
         for place, i in enumerate(sorted(group, key=lambda i: -theta[i]), 1):
             counts = tally[systems[i]]
             n = sum(counts.values())

@@ -6,6 +6,7 @@ A file has one JSON object a line: the fields of `Vote`, and `schema`, the versi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime, timedelta
@@ -21,6 +22,7 @@ Choice = Literal["left", "right", "tie", "both_bad", "skip"]
 
 SCHEMA = 1
 _MOST = 1e300
+_NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,8 +138,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _is_text(value: Any) -> bool:
+    # Half of a surrogate pair is in no file of UTF-8, and NUL in no database.
+    return isinstance(value, str) and _NO_TEXT.search(value) is None
+
+
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+    return _is_text(value) and value.strip() != ""
 
 
 def _is_utc(value: Any) -> bool:
@@ -164,16 +171,18 @@ def _among(choices: tuple[str, ...]) -> tuple[Callable[[Any], bool], str]:
     return lambda value: isinstance(value, str) and value in choices, f"one of {', '.join(choices)}"
 
 
-_NAME = (_is_name, "a text that is not empty")
-_NAME_OR_NULL = (lambda value: value is None or _is_name(value), "a text that is not empty, or null")
-_TEXT = (lambda value: isinstance(value, str), "a text")
-_TEXTS = (_are_names, "a list of texts")
+_WHOLE = "without NUL or half a character"
+_NAME = (_is_name, f"a text that is not empty, {_WHOLE}")
+_NAME_OR_NULL = (lambda value: value is None or _is_name(value), f"a text that is not empty, {_WHOLE}, or null")
+_TEXT = (_is_text, f"a text {_WHOLE}")
+_TEXTS = (_are_names, f"a list of texts {_WHOLE}")
 _FEATURES = (_are_features, "an object of finite numbers")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("study", "id", "pair", "item", "rater", "left", "right"), _NAME),
     **dict.fromkeys(("expected", "repeat_of", "cluster"), _NAME_OR_NULL),
     **dict.fromkeys(("cohort", "note"), _TEXT),
-    **dict.fromkeys(("reasons", "excluded"), _TEXTS),
+    "reasons": _TEXTS,
+    "excluded": (lambda value: _are_names(value) and len({*value}) == len(value), f"{_TEXTS[1]}, each of them once"),
     **dict.fromkeys(("left_features", "right_features"), _FEATURES),
     "pair_kind": _among(get_args(PairKind)),
     "rater_kind": _among(get_args(RaterKind)),
@@ -255,14 +264,14 @@ def check_votes(votes: Sequence[Vote], places: Sequence[str] | None = None) -> N
     """Refuses votes that contradict one another.
 
     One study; each id once; a rater of one kind and cohort; an item in one cluster; a pair of one kind about one item
-    and two systems.
+    and two systems, and judged by a rater once.
 
     Args:
         votes: in any order.
         places: what a message calls each of them; by their ids when not given.
 
     Raises:
-        DataError: two votes do not agree.
+        DataError: two votes do not agree, or count twice what was said once.
     """
     if places is None:
         places = [f"vote {vote.id!r}" for vote in votes]
@@ -277,6 +286,7 @@ def check_votes(votes: Sequence[Vote], places: Sequence[str] | None = None) -> N
             raise DataError(f"{place}, {name}", expected=expected, got=_shown(value), fix=fix)
 
     seen: dict[str, str] = {}
+    judged: dict[tuple[str, str], str] = {}
     for vote, place in zip(votes, places, strict=True):
         if vote.id in seen:
             fix = "remove one of them"
@@ -287,6 +297,10 @@ def check_votes(votes: Sequence[Vote], places: Sequence[str] | None = None) -> N
         agree("item", vote.item, vote.cluster, place)
         about = (vote.pair_kind, vote.item, *sorted((vote.left, vote.right)), vote.expected, vote.repeat_of)
         agree("pair", vote.pair, about, place)
+        before = judged.setdefault((vote.rater, vote.pair), place)
+        if before != place:
+            expected = f"one vote of rater {vote.rater!r} on pair {vote.pair!r}"
+            raise DataError(place, expected=expected, got=f"a second after {before}", fix="remove one of them")
 
 
 def write_votes(path: Path | str, votes: Iterable[Vote]) -> None:

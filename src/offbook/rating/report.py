@@ -103,7 +103,8 @@ def _trust(group: Group) -> Table:
         ("same answer to a repeat", _text(group.consistency)),
         ("gold pairs failed", _text(group.gold_failures)),
     ]
-    return Table(title="how far to trust the answers", head=("figure", "value"), rows=tuple(rows))
+    title = f"how far to trust the answers{f'; agreement by {agreed.raw.method}' if agreed.raw else ''}"
+    return Table(title=title, head=("figure", "value"), rows=tuple(rows))
 
 
 def _raters(group: Group) -> Table:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from offbook.errors import ConfigError
+from offbook.errors import ConfigError, nearest
 from offbook.rating.quality import Rules
 from offbook.rating.tables import Assignment, Exclusion, Item, Output, Pair, Rater, Study, System, Vote
 from offbook.service.database import now
@@ -143,21 +143,23 @@ def create(session: Session, owner: str, wanted: Design) -> Study:
     if session.scalar(select(Study.id).where(Study.name == wanted.name)) is not None:
         raise RefusedError(409, "name_taken", f"study {wanted.name!r}", expected="a new name", got="one that is in use",
                            fix="choose another name")  # fmt: skip
-    prereg = wanted.prereg.model_dump()
-    if wanted.min_dwell_s:
-        prereg["rules"].setdefault("min_dwell_ms", round(1000 * wanted.min_dwell_s))
-    study = Study(
-        **wanted.model_dump(exclude={"prereg", "reasons", "seed"}),
-        reasons=list(REASONS[wanted.modality] if wanted.reasons is None else wanted.reasons),
-        seed=secrets.randbits(62) if wanted.seed is None else wanted.seed,
-        prereg=prereg,
-        owner=owner,
-        state="draft",
-        created=session.scalar(select(now(session))),
-    )
+    made = settings(wanted)
+    if wanted.seed is None:
+        made["seed"] = secrets.randbits(62)
+    study = Study(**made, owner=owner, state="draft", created=session.scalar(select(now(session))))
     session.add(study)
     session.flush()
     return study
+
+
+def settings(wanted: Design) -> dict[str, Any]:
+    """What is kept of a design: reasons are those of the modality, and the floor of time is a rule, unless it says."""
+    made = wanted.model_dump()
+    if wanted.min_dwell_s:
+        made["prereg"]["rules"].setdefault("min_dwell_ms", round(1000 * wanted.min_dwell_s))
+    if wanted.reasons is None:
+        made["reasons"] = list(REASONS[wanted.modality])
+    return made
 
 
 def find(session: Session, study_id: int, *, lock: bool = False) -> Study:
@@ -210,6 +212,8 @@ def open_study(session: Session, study: Study) -> dict[str, int]:
     if not 0 < kinds["real"] <= MOST_PAIRS:
         raise RefusedError(422, "no_pairs", f"study {study.id}", expected=f"1 to {MOST_PAIRS} pairs of two systems",
                            got=str(kinds["real"]), fix="give outputs of two systems for the same item")  # fmt: skip
+    names = {output.id: output.system for output in outputs}
+    check_anchor(study.anchor, {names[row[side]] for row in rows if row["kind"] == "real" for side in ("a_id", "b_id")})
     session.execute(insert(Pair), [{"study_id": study.id, "repeat_of": None} | row for row in rows])
     if study.repeat_rate > 0:
         real = session.scalars(select(Pair).where(Pair.study_id == study.id, Pair.kind == "real"))
@@ -221,6 +225,13 @@ def open_study(session: Session, study: Study) -> dict[str, int]:
         session.execute(insert(Pair), twins)
     study.state, study.opened = "open", session.scalar(select(now(session)))
     return kinds
+
+
+def check_anchor(anchor: str, systems: set[str]) -> None:
+    """Refuses an anchor, unless it is empty, that is none of the systems of real pairs."""
+    if anchor and anchor not in systems:
+        raise RefusedError(422, "no_anchor", "anchor", expected="a system of real pairs", got=repr(anchor),
+                           fix=nearest(anchor, systems))  # fmt: skip
 
 
 def _check_features(outputs: Any) -> None:

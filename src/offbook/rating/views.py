@@ -66,7 +66,6 @@ def study(rating: Rating, session: Session, study_id: int, owner: str | None) ->
     view["study"] |= {"name": found.name, "anchor": found.anchor, "raters_per_pair": found.raters_per_pair}
     systems = {row.name: row.meta for row in session.scalars(select(System).where(System.study_id == found.id))}
     analysis = None if found.state == "draft" else rating.analysis(session, found).to_json()
-    anchor = f" --anchor {shlex.quote(found.anchor)}" if found.anchor else ""
     return view | {
         "counts": counts(session, found),
         "systems": systems,
@@ -74,8 +73,17 @@ def study(rating: Rating, session: Session, study_id: int, owner: str | None) ->
         "kinds": [] if analysis is None else kinds(analysis["groups"]),
         "between": [] if analysis is None else analysis["between"],
         "votes": 0 if analysis is None else analysis["votes"],
-        "command": f"offbook rating stats votes.jsonl{anchor}",
+        "command": _command(found, [] if analysis is None else analysis["groups"]),
     }
+
+
+def _command(study: Study, groups: Sequence[Mapping[str, Any]]) -> str:
+    """What makes the figures of the page from the votes; an anchor that no vote is about does nothing."""
+    words = ["offbook", "rating", "stats", "votes.jsonl"]
+    if any(group["ranking"] and group["ranking"]["anchor"] for group in groups):
+        words += ["--anchor", study.anchor]
+    floor = study.prereg["rules"].get("min_dwell_ms")
+    return shlex.join(words if floor is None else [*words, "--min-dwell-ms", str(floor)])
 
 
 def kinds(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

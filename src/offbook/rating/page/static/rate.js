@@ -71,7 +71,7 @@
     for (let i = 0; i < film.played.length; i += 1) seen += film.played.end(i) - film.played.start(i);
     return film.duration > 0 ? Math.min(1, seen / film.duration) : 0;
   };
-  const leastWatched = () => (films.length ? Math.min(...films.map(share)) : 1);
+  const leastWatched = () => (films.length === 2 ? Math.min(...films.map(share)) : 0);
   const pause = () => { playing = false; for (const film of films) film.pause(); $("play").textContent = "Play both"; };
   const play = () => {
     const first = leader();
@@ -135,7 +135,12 @@
       films = films.filter((other) => other !== element);
       const words = document.createElement("p");
       words.className = "broken";
-      words.textContent = `This ${film ? "video" : "picture"} cannot be shown here.${study.options.includes("skip") ? " Skip this pair." : ""}`;
+      words.textContent = `This ${film ? "video" : "picture"} cannot be shown here. `;
+      const retry = document.createElement("button");
+      retry.type = "button";
+      retry.textContent = "Load again";
+      retry.addEventListener("click", () => show(pair));
+      words.append(retry);
       element.replaceWith(words);
       resolve(null);
     }, { once: true });
@@ -164,9 +169,11 @@
   // What is still missing before an answer is taken, in words.
   const ready = () => shown.length === 2 || (pair && pair.left.kind === "text");
   const missing = () => {
+    // Also of a film that stops loading after it had begun.
+    if ($("panes").querySelector(".broken")) return `One side is missing: load it again${study.options.includes("skip") ? ", or skip this pair" : ""}.`;
     if (!ready()) return "Loading…";
     const seconds = Math.ceil(study.min_dwell_s - looked() / 1000);
-    if (study.min_watch > 0 && films.length && leastWatched() < study.min_watch) return `Watch both videos: ${Math.floor(100 * leastWatched())} % so far, ${Math.round(100 * study.min_watch)} % wanted.`;
+    if (study.min_watch > 0 && leastWatched() < study.min_watch) return `Watch both videos: ${Math.floor(100 * leastWatched())} % so far, ${Math.round(100 * study.min_watch)} % wanted.`;
     return looked() / 1000 < study.min_dwell_s ? `Look for ${seconds} more second${seconds === 1 ? "" : "s"}.` : "";
   };
   const watch = () => {
