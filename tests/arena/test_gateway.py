@@ -170,9 +170,12 @@ def test_a_policy_that_dialled_in_elsewhere_since_is_given_no_trial_here(arena) 
         assert hello(policy, str(entry))["type"] == "ready"
         with arena.database.read() as session:
             assert arena.gateway.leasable(session) == {entry}
-        SeatBook(arena.database, "http://other").take(entry)
+        other = SeatBook(arena.database, "http://other")
+        other.take(entry)
         with arena.database.read() as session:
             assert (arena.gateway.connected(), arena.gateway.leasable(session)) == ({entry}, set())
+        other.leave(entry)
+    until(lambda: not arena.gateway.present())
 
 
 def test_a_seat_that_cannot_be_written_down_is_none(arena, monkeypatch) -> None:
