@@ -84,7 +84,8 @@ def _try(client: Any, examples: int, operation: Any) -> None:
         answer = case.call_and_validate(headers=headers, checks=CHECKS, timeout=300)  # that of the test decides
         if answer.status_code >= 400:
             assert set(answer.json()) >= {"ok", "error", "detail", "hint", "status"}
-            assert "Traceback" not in answer.text
+            # In two parts: Hypothesis also sends words that it finds in tests, and answers name what was sent.
+            assert "Trace" + "back" not in answer.text
 
     every_answer_is_sound()
 
