@@ -17,7 +17,7 @@ from offbook.errors import OffbookError
 from offbook.runs.benchmark import Options
 from offbook.runs.ledger import Claim, Metric
 
-WORDS = ["-m", "slow", "-n", "2", "--dist", "worksteal", "-q"]
+WORDS = ["-m", "slow", "-n", "2", "--dist", "worksteal", "-v"]
 MINUTES = 30.0
 
 
