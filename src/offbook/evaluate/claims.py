@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
@@ -45,3 +46,15 @@ def separation(metric: Metric) -> Verdict:
     """
     low, high = metric.interval or (-math.inf, math.inf)
     return "reproduced" if low > 0 else "contradicted" if high < 0 else "not separated"
+
+
+def against_all(verdicts: Sequence[Verdict]) -> Verdict:
+    """Of a claim against several: it holds where it does against all, and is contradicted where it is by one.
+
+    Example:
+        >>> against_all(["reproduced", "not separated"]), against_all(["reproduced", "contradicted"])
+        ('not separated', 'contradicted')
+    """
+    if "contradicted" in verdicts:
+        return "contradicted"
+    return "reproduced" if set(verdicts) == {"reproduced"} else "not separated"

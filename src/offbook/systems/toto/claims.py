@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from offbook.errors import needs_extra
-from offbook.evaluate.claims import as_metric, over_seeds, separation
+from offbook.evaluate.claims import against_all, as_metric, over_seeds, separation
 from offbook.evaluate.figures import COLOURS, save_figure, tidy
 from offbook.evaluate.rollout import Evaluation
 from offbook.evaluate.stats import Interval, bounded_mean, paired_bootstrap, student_mean, unpaired_bootstrap
@@ -162,10 +162,7 @@ def seeing(study: TotoStudy, task: str, found: Found, data: Dataset) -> Claim:
     }
     learnt = [name for name in means if name != "random"]
     gains = {name: _less(f"{name} less random", means[name], means["random"]) for name in learnt}
-    said = [separation(gains[name]) for name in ("byol", "moco")]
-    verdict: Verdict = "contradicted" if "contradicted" in said else "not separated"
-    if set(said) == {"reproduced"}:
-        verdict = "reproduced"
+    verdict = against_all([separation(gains[name]) for name in ("byol", "moco")])
     episodes = [
         as_metric(f"{name} less random, over episodes", paired_bootstrap(means[name].mean(0), means["random"].mean(0)))
         for name in learnt

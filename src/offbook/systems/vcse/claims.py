@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from offbook.errors import needs_extra
-from offbook.evaluate.claims import over_seeds, separation
+from offbook.evaluate.claims import against_all, over_seeds, separation
 from offbook.evaluate.figures import COLOURS, save_figure, tidy
 from offbook.runs.config import to_json
 from offbook.runs.ledger import Claim, Metric, Paper, Verdict
@@ -53,7 +53,7 @@ def task(study: VcseStudy, of: Task, curves: Curves) -> Claim:
         "than without a bonus, and than with state entropy",
         metrics=(*gains.values(), areas[OURS], ends[OURS]),
         baseline_metrics=(*(areas[other] for other in _OTHERS), *(ends[other] for other in _OTHERS)),
-        seeds=study.seeds, verdict=_verdict(study, said), config=to_json(study),
+        seeds=study.seeds, verdict=_judged(study, against_all(said)), config=to_json(study),
         paper=_PAPERS.get(of.short, _FASTER), note=note,
     )  # fmt: skip
 
@@ -68,7 +68,8 @@ def together(study: VcseStudy, curves: Curves) -> Claim:
         claim=f"in {least} of {len(grids)} grid worlds A2C gets more return over its life with VCSE than without a "
         f"bonus, and in {least} than with state entropy",
         metrics=tuple(metric for metrics, _ in found for metric in metrics), seeds=study.seeds,
-        verdict=_verdict(study, [said for _, said in found]), config=to_json(study), paper=_FASTER, note=_AHEAD,
+        verdict=_judged(study, against_all([said for _, said in found])), config=to_json(study), paper=_FASTER,
+        note=_AHEAD,
     )  # fmt: skip
 
 
@@ -80,7 +81,7 @@ def conditioning(study: VcseStudy, curves: Curves) -> Claim:
         system="vcse",
         claim=f"on {_most(study.tasks)} of {len(study.tasks)} tasks agents get more return over their lives with VCSE "
         "than with the same bonus for which all values are equal",
-        metrics=(*metrics, *gains), seeds=study.seeds, verdict=_verdict(study, [said]), config=to_json(study),
+        metrics=(*metrics, *gains), seeds=study.seeds, verdict=_judged(study, said), config=to_json(study),
         note=_AHEAD,
     )  # fmt: skip
 
@@ -175,13 +176,9 @@ def _last(of: Task) -> str:
     return "success" if of.succeeds else "return"
 
 
-def _verdict(study: VcseStudy, said: list[Verdict]) -> Verdict:
-    """Of a claim against several: it holds where it does against all, and is contradicted where it is by one."""
-    if not study.judged:
-        return "recorded"
-    if "contradicted" in said:
-        return "contradicted"
-    return "reproduced" if set(said) == {"reproduced"} else "not separated"
+def _judged(study: VcseStudy, verdict: Verdict) -> Verdict:
+    """A look that is too short to judge by is recorded alone."""
+    return verdict if study.judged else "recorded"
 
 
 def _cell(metric: Metric) -> str:
