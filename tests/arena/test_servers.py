@@ -17,7 +17,7 @@ from arena_world import BENCHMARK, Client, VirtualClock, lease, open_arena, subm
 from server_processes import found_arena
 from sqlalchemy import func, select
 
-from offbook.arena import submissions
+from offbook.arena import accounts, submissions
 from offbook.arena.app import create_app
 from offbook.arena.database import Database
 from offbook.arena.pictures import FRESH_SECONDS, LOOKED_SECONDS
@@ -30,6 +30,7 @@ from offbook.arena.worker import run_worker
 from offbook.client.protocol import FunctionPolicy
 from offbook.client.serve import serve_policy
 from offbook.client.submit import ArenaClient
+from offbook.errors import SubmissionError
 from offbook.service.storage import BlobStore
 
 pytestmark = [pytest.mark.service, pytest.mark.faults]
@@ -217,3 +218,50 @@ def test_several_servers_may_migrate_at_once(postgres: str) -> None:
     for thread in threads:
         thread.join(60)
     assert failures == []
+
+
+def test_no_token_reaches_a_log_a_page_or_an_answer(tmp_path: Path) -> None:
+    _, database, tokens = found_arena(tmp_path / "arena", watchdog_seconds=14.0)
+    # One that is nobody's, one that ran out, and one that will be revoked while its policy is here.
+    with database.write() as session:
+        owner = accounts.find_user(session, "ada", create=False)
+        tokens["old"] = accounts.issue_token(session, owner, ["submit"], days=1e-9)
+    tokens["nobody"] = f"ob_{'0' * 8}_{'s' * 43}"
+    stop, said = threading.Event(), []
+    with served_apart(tmp_path / "arena") as (url, _):
+        with ArenaClient(url, tokens["ada"]) as client:
+            entry = client.submit("reach", "ada's", trials=2)["id"]
+        policy = FunctionPolicy(META, lambda state, images: np.ones(1, np.float32))
+        options = {"stop": stop, "on_event": said.append}
+
+        def serve() -> None:
+            with pytest.raises(SubmissionError, match=r"no longer valid|HTTP status 401"):
+                serve_policy(policy, url, tokens["ada"], entry, **options)
+
+        dialled = threading.Thread(target=serve)
+        dialled.start()
+        run_worker(
+            url, tokens["lab"], "arm", robot=Walker(3), name="arm", max_trials=1, idle_exit=20.0, on_event=said.append
+        )
+        with pytest.raises(SubmissionError, match="HTTP status 401"):
+            serve_policy(policy, url, tokens["old"], entry, on_event=said.append)
+        told = []
+        with httpx.Client(base_url=url, trust_env=False) as visitor:
+            addresses = ["/", "/queue", "/submit", "/robots/arm", "/benchmarks/reach", f"/submissions/{entry}"]
+            addresses += ["/runs/1", "/metrics", "/v1/benchmarks", "/v1/submissions", f"/v1/submissions/{entry}"]
+            for address in (*addresses, "/v1/tokens", "/v1/nothing", "/openapi.json"):
+                for name, token in tokens.items():
+                    # The right way, and the wrong one: in the address.
+                    told.append(visitor.get(address, headers={"Authorization": f"Bearer {token}"}))
+                    told.append(visitor.get(address, params={"token": token, "name": name}))
+            prefix = tokens["ada"].split("_")[1]
+            answer = visitor.delete(f"/v1/tokens/{prefix}", headers={"Authorization": f"Bearer {tokens['root']}"})
+            assert answer.status_code == 200
+        dialled.join(30)
+        stop.set()
+    assert {answer.status_code for answer in told} >= {200, 401, 404}
+    read = [f"{answer.headers}{answer.text}" for answer in told]
+    read += [*said, (tmp_path / "arena" / "server.log").read_text()]
+    for name, token in tokens.items():
+        secret = token.split("_", 2)[2]
+        assert [text for text in read if secret in text] == [], name

@@ -13,14 +13,16 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from arena_server import Walker, dialled_in, network, running, until
+from arena_server import META, Walker, dialled_in, network, running, until
 from fsspec.implementations.local import LocalFileSystem
 from sqlalchemy import select
+from websockets.sync.client import connect
 
 from offbook.arena import recordings, trials, worker
 from offbook.arena.recordings import Film
 from offbook.arena.tables import Attempt, Result, Trial
 from offbook.arena.worker import run_worker
+from offbook.client import wire
 from offbook.client.protocol import ActionSpec, ObservationSpec, PolicyMeta
 from offbook.client.submit import ArenaClient
 from offbook.data.clips import read_clip
@@ -111,6 +113,45 @@ def test_a_policy_that_hangs_up_has_lost_the_trial_and_is_not_tried_again(arena)
     assert "policy_gone" in trial["fault"]
     assert robot.stops
     assert (view["state"], view["score"]["value"], view["success"]["value"]) == ("done", 0.0, 0.0)
+
+
+def test_a_policy_that_ends_with_the_word_of_a_stopping_server_has_lost_too(arena) -> None:
+    entry = arena.submit()
+    robot = Walker(steps=2000, seconds=0.005)
+    headers = {"Authorization": f"Bearer {arena.tokens['ada']}"}
+    address = f"{arena.url.replace('http', 'ws')}/v1/play"
+    with connect(address, additional_headers=headers, proxy=None, compression=None) as policy:
+        policy.send(wire.encode(wire.hello(META, entry, "raw")))
+        thread = threading.Thread(target=lambda: work(arena, robot, max_trials=1))
+        thread.start()
+        while robot.steps < 4:
+            message = wire.decode(policy.recv(timeout=15))
+            if message["type"] == "obs":
+                policy.send(wire.encode(wire.act(message["session"], message["seq"], np.ones((1, 1), np.float32))))
+        policy.close(1012)
+    thread.join(30)
+    (trial,) = arena.status(entry)["trials"]
+    assert (trial["state"], trial["score"], trial["attempts"]) == ("policy_fault", 0.0, 1)
+    assert robot.stops
+
+
+def test_only_the_time_of_the_database_matters(arena, monkeypatch) -> None:
+    entry = arena.submit()
+    told, real = [], time.time
+
+    def jumping() -> float:
+        """A clock that goes back by an hour each time that somebody looks at it."""
+        told.append(real() - 3600 * len(told))
+        return told[-1]
+
+    robot = Walker(20, seconds=0.01)
+    with dialled_in(arena, entry):
+        robot.on_step = lambda step: monkeypatch.setattr(time, "time", jumping) if step == 2 else None
+        assert work(arena, robot, max_trials=1).trials == {"done": 1}
+    assert time.time() < real() - 3600
+    (attempt,) = attempts(arena, entry)
+    assert 0 <= attempt.ended - attempt.started < 60
+    assert arena.status(entry)["state"] == "done"
 
 
 def test_a_policy_that_answers_nan_is_named_with_its_step(arena) -> None:

@@ -68,23 +68,41 @@ def test_runs_whose_names_look_alike_keep_their_own_videos(cli, tmp_path, monkey
     assert sorted(folder for _, _, folder, _ in videos) == ["runs-bc", "runs-bc-2"]
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
-def test_a_policy_of_ones_own_is_tested_in_other_processes_too(cli, tmp_path, monkeypatch, jobs):
-    monkeypatch.chdir(tmp_path)
-    module = f"own_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{module}.py").write_text(
+def own_policy(folder, action):
+    """The name of a policy for Pendulum that somebody wrote in that folder."""
+    module = f"own_{folder.name.replace('-', '_')}"
+    (folder / f"{module}.py").write_text(
         "import numpy as np\nfrom offbook.client import *\n"
-        "def act(state, images):\n    return np.ones(1)\n"
+        f"def act(state, images):\n    return {action}\n"
         "SEEN, DONE = ObservationSpec(state=(('observation', 3),)), ActionSpec(size=1, low=(-2.0,), high=(2.0,))\n"
         "policy = FunctionPolicy(PolicyMeta(name='one', observation=SEEN, action=DONE), act)\n"
     )
+    return f"{module}:policy"
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_policy_of_ones_own_is_tested_in_other_processes_too(cli, tmp_path, monkeypatch, jobs):
+    monkeypatch.chdir(tmp_path)
+    policy = own_policy(tmp_path, "np.ones(1)")
     # Processes that another test left waiting know nothing of this folder.
     get_reusable_executor().shutdown(wait=True)
     words = ["--task", "gym:Pendulum-v1", "--episodes", "2", "--max-steps", "3", "--jobs", jobs, "--json"]
-    done = cli(["evaluate", f"{module}:policy", *words])
+    done = cli(["evaluate", policy, *words])
     assert done.exit_code == 0, done.stderr
     (result,) = json.loads(done.stdout)["policies"]
     assert (result["policy"], [episode["steps"] for episode in result["episodes"]]) == ("one", [3, 3])
+
+
+@pytest.mark.faults
+def test_actions_that_are_no_numbers_end_a_test_in_one_sentence(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    policy = own_policy(tmp_path, "np.array([np.nan])")
+    done = cli(["evaluate", policy, "--task", "gym:Pendulum-v1", "--episodes", "2", "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1
+    assert "policy 'one'" in done.stderr
+    assert "nan" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_one_episode_admits_that_it_knows_nothing(cli):

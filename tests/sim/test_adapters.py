@@ -230,6 +230,17 @@ def test_a_way_to_draw_that_is_not_there_is_explained():
     assert done.stdout.count("\n") == 1
 
 
+def test_a_command_without_graphics_ends_in_one_line_and_leaves_nothing(tmp_path):
+    words = ["data", "record", "offbook:pour", "--episodes", "1", "--out", str(tmp_path / "pour")]
+    done = python(f"import sys\nfrom offbook.cli.main import main\nsys.exit(main({words!r}))\n", MUJOCO_GL="disable")
+    assert done.returncode == 2, done.stderr
+    *_, last = done.stderr.strip().splitlines()
+    assert last.startswith("offbook: MUJOCO_GL=disable: expected a way to draw without a screen")
+    assert "libegl1" in last
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_installation_without_simulators_names_the_extra():
     done = python(
         "import sys\n"

@@ -154,6 +154,7 @@ def _check_outputs(votes: Sequence[records.Vote]) -> None:
     common = _common_features(votes)
     outputs: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
     judged: dict[tuple[str, ...], str] = {}
+    answers: dict[tuple[str, ...], tuple[str | None, str]] = {}
     for vote in votes:
         for system, features in ((vote.left, vote.left_features), (vote.right, vote.right_features)):
             measured = {name: features[name] for name in common}
@@ -162,8 +163,13 @@ def _check_outputs(votes: Sequence[records.Vote]) -> None:
                 raise RefusedError(422, "two_outputs", f"vote {vote.id!r}, output of {system!r} for {vote.item!r}",
                                    expected=f"the features that it has in vote {first!r}", got="others",
                                    fix="give each output an item of its own")  # fmt: skip
-        about = (vote.rater, vote.pair_kind, vote.item, *sorted((vote.left, vote.right)))
-        first = judged.setdefault(about, vote.id)
+        pair = (vote.pair_kind, vote.item, *sorted((vote.left, vote.right)))
+        better, first = answers.setdefault(pair, (vote.expected, vote.id))
+        if better != vote.expected:
+            raise RefusedError(422, "two_answers", f"vote {vote.id!r}, gold pair of {vote.left!r} and {vote.right!r}",
+                               expected=f"{better!r}, which is the better one in vote {first!r}",
+                               got=repr(vote.expected), fix="give each pair an item of its own")  # fmt: skip
+        first = judged.setdefault((vote.rater, *pair), vote.id)
         if first != vote.id:
             raise RefusedError(422, "two_pairs", f"vote {vote.id!r}",
                                expected=f"one pair of {vote.left!r} and {vote.right!r} for {vote.item!r} by a rater",

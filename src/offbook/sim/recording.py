@@ -152,7 +152,9 @@ def open_recording(out: Path, env_id: str, plan: Mapping[str, Any], schema: Call
 
 def _schema(plan: _Plan) -> Schema:
     with closing(make(plan.env_id, **plan.settings)) as env:
-        _policy(plan, env, 0)  # refuses an environment without an expert before a store is made
+        # What has no expert, or cannot be drawn here, is refused before a store is made.
+        _policy(plan, env, 0)
+        env.reset(seed=plan.world_seed(0))
         return schema_for(env, plan.env_id, source=_SOURCES[plan.policy])
 
 

@@ -23,6 +23,8 @@ NAVIGATION = (
     ("/submit", "Take part", "submit"),
 )
 
+_FILTERS = ("a", "b", "split", "q", "page", "show", "slot")
+
 
 def render(name: str, view: Mapping[str, Any], **context: Any) -> str:
     """Draws one page.
@@ -30,15 +32,16 @@ def render(name: str, view: Mapping[str, Any], **context: Any) -> str:
     Args:
         name: of the template, such as `"leaderboard"`.
         view: the page's view-model; a key that the page needs and the view lacks raises `jinja2.UndefinedError`.
-        context: `query`, the mapping of the request's query string, in which the pages keep their filters; it may be
-            left out.
+        context: `query`, the mapping of the request's query string, in which the pages keep their filters, and of which
+            they repeat nothing else: a token may have been put there by mistake. It may be left out.
 
     Example:
         >>> page = render("error", {"status": 404, "error": "not found", "detail": "no run <7>", "hint": ""})
         >>> "no run &lt;7&gt;" in page
         True
     """
-    query = {key: str(value) for key, value in dict(context.pop("query", None) or {}).items()}
+    asked = dict(context.pop("query", None) or {})
+    query = {key: str(asked[key]) for key in _FILTERS if key in asked}
     return _environment().get_template(f"{name}.html").render(view=view, page=name, query=query, **context)
 
 
