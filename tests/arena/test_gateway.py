@@ -366,39 +366,46 @@ def test_hostile_peers_do_not_disturb_a_trial(arena) -> None:
         assert client._http.get("/metrics").text.count('offbook_broken_frames_total{sender="policy"}') == 1
 
 
-class _DeafSocket:
-    """A peer whose window is full."""
+class _DeafLine:
+    """To a peer whose window is full until it reads."""
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
         self.reads = asyncio.Event()
 
-    async def send_bytes(self, frame: bytes) -> None:
+    def write_now(self, frame: bytes) -> bool:
+        if self.reads.is_set():
+            self.sent.append(frame)
+        return self.reads.is_set()
+
+    async def drained(self) -> None:
         await self.reads.wait()
-        self.sent.append(frame)
 
 
 def test_of_waiting_observations_the_newest_wins_and_nothing_else_is_dropped() -> None:
     async def scene() -> list[bytes]:
-        socket = _DeafSocket()
-        outbox = Outbox(socket)
+        line = _DeafLine()
+        outbox = Outbox(line)
         task = asyncio.create_task(outbox.run())
         outbox.put("reset", b"reset")
         await asyncio.sleep(0.01)
         for i in range(1000):
             outbox.put("obs", b"%d" % i)
         outbox.put("end", b"end")
-        socket.reads.set()
+        line.reads.set()
+        # It reads again, and yet nothing overtakes what waits.
+        outbox.put("reset", b"again")
         await asyncio.sleep(0.05)
+        outbox.put("obs", b"at once")
         task.cancel()
-        return socket.sent
+        return line.sent
 
-    assert asyncio.run(scene()) == [b"reset", b"999", b"end"]
+    assert asyncio.run(scene()) == [b"reset", b"999", b"end", b"again", b"at once"]
 
 
 def test_a_peer_that_never_reads_is_given_up(monkeypatch) -> None:
     async def scene() -> float:
-        outbox = Outbox(_DeafSocket())
+        outbox = Outbox(_DeafLine())
         began = time.monotonic()
         outbox.put("obs", b"1")
         with pytest.raises(GoneError):
@@ -407,7 +414,7 @@ def test_a_peer_that_never_reads_is_given_up(monkeypatch) -> None:
 
     monkeypatch.setattr(gateway, "SEND_SECONDS", 0.2)
     assert asyncio.run(scene()) < 5
-    outbox = Outbox(_DeafSocket())
+    outbox = Outbox(_DeafLine())
     for _ in range(gateway.WAITING_FRAMES):
         outbox.put("end", b"")
     with pytest.raises(GoneError):

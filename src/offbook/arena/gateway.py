@@ -35,6 +35,7 @@ from offbook.client import wire
 from offbook.client.protocol import PolicyMeta
 from offbook.service.database import now
 from offbook.service.refusal import RefusedError, unknown
+from offbook.service.sockets import Line, line_of
 
 if TYPE_CHECKING:
     from offbook.arena.service import Meters
@@ -56,19 +57,24 @@ class GoneError(Exception):
 
 
 class Outbox:
-    """Frames on their way to one peer: few, in order, of waiting observations (or answers) only the newest."""
+    """Frames to one peer, sent at once unless it is behind with reading.
 
-    def __init__(self, socket: WebSocket) -> None:
-        self._socket = socket
+    Then few wait, in order; of waiting observations (or answers) only the newest.
+    """
+
+    def __init__(self, line: Line) -> None:
+        self._line = line
         self._frames: deque[tuple[str, bytes]] = deque()
         self._wake = asyncio.Event()
 
     def put(self, kind: str, frame: bytes) -> None:
-        """Queues a frame.
+        """Sends or queues a frame.
 
         Raises:
             GoneError: the peer has stopped reading.
         """
+        if not self._frames and self._line.write_now(frame):
+            return
         if kind in ("obs", "act") and self._frames and self._frames[-1][0] == kind:
             self._frames.pop()
         if len(self._frames) >= WAITING_FRAMES:
@@ -77,19 +83,18 @@ class Outbox:
         self._wake.set()
 
     async def run(self) -> None:
-        """Sends until the connection ends, which it raises."""
+        """Sends what waits, until the peer has gone or does not read, which raises GoneError."""
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._frames:
-                _, frame = self._frames.popleft()
                 try:
-                    # No `wait_for`, which makes a task of each frame.
                     async with asyncio.timeout(SEND_SECONDS):
-                        await self._socket.send_bytes(frame)
-                except Exception as error:
-                    # The server's websocket layers each raise their own kinds here; all mean the same.
+                        await self._line.drained()
+                except (TimeoutError, ConnectionError) as error:
                     raise GoneError(type(error).__name__) from error
+                if self._line.write_now(self._frames[0][1]):
+                    self._frames.popleft()
 
 
 @dataclass(eq=False)
@@ -237,7 +242,7 @@ class Gateway:
             meta=meta,
             images=hello["images"],
             socket=socket,
-            outbox=Outbox(socket),
+            outbox=Outbox(line_of(socket.scope)),
         )
 
     def _check_hello(self, who: accounts.Principal, name: str, meta: PolicyMeta) -> int:
@@ -258,17 +263,18 @@ class Gateway:
             return found.id
 
     async def _listen(self, seat: Seat) -> None:
-        while True:
-            frame = await _receive(seat.socket)
+        def take(frame: bytes) -> None:
             message = wire.decode(frame, wire.FRAME_LIMIT, allowed=frozenset({"act", "error"}))
             relay = seat.relay
             # What comes after a trial has ended was on its way when it ended; nobody waits for it.
             if relay is None or relay.ended or message.get("session", relay.session) != relay.session:
-                continue
+                return
             relay.answers(message)
             self._meters.frames.labels("policy").inc()
             with contextlib.suppress(GoneError):  # a worker that does not read is the worker's fault alone
                 relay.outbox.put(message["type"], frame)
+
+        await line_of(seat.socket.scope).deliver(take, lambda: _receive(seat.socket))
 
     async def _leave(self, seat: Seat, code: int, reason: str) -> None:
         if self._seats.get(seat.submission) is seat:
@@ -291,7 +297,7 @@ class Gateway:
             return
         if seat.relay is not None:
             seat.relay.gone.set()
-        relay = seat.relay = Relay(socket=socket, token=who.token_id, outbox=Outbox(socket))
+        relay = seat.relay = Relay(socket=socket, token=who.token_id, outbox=Outbox(line_of(socket.scope)))
         await _say(socket, wire.ready(seat.images, replace(seat.meta, name=label)))
         sending = asyncio.create_task(relay.outbox.run())
         receiving = asyncio.create_task(self._carry(socket, seat, relay))
@@ -336,8 +342,8 @@ class Gateway:
 
     async def _carry(self, socket: WebSocket, seat: Seat, relay: Relay) -> None:
         check, limit = wire.SequenceCheck(), wire.frame_limit(seat.images)
-        while True:
-            frame = await _receive(socket)
+
+        def take(frame: bytes) -> None:
             message = wire.decode(frame, limit, allowed=wire.FROM_ROBOT)
             check(message)
             self._meters.frames.labels("robot").inc()
@@ -348,7 +354,9 @@ class Gateway:
             try:
                 seat.outbox.put(message["type"], frame)
             except GoneError:
-                await self._leave(seat, 1008, "the policy does not read")
+                self._close_aside(self._leave(seat, 1008, "the policy does not read"))
+
+        await line_of(socket.scope).deliver(take, lambda: _receive(socket))
 
     async def sweep(self) -> None:
         """Sends away policies that have no trial left, and policies and workers whose token was revoked or ran out."""

@@ -1,6 +1,8 @@
 """Connections that are cut: of one address too many at once, or of a peer that lets the server wait.
 
 A head or a frame must come to an end, a body must keep moving, and what is sent must be read.
+
+A relay may read and write frames here at once (`line_of`), without the queues and tasks of the layers above.
 """
 
 from __future__ import annotations
@@ -8,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import Counter
-from typing import Any, ClassVar, cast
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar, Protocol, cast
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -39,6 +42,27 @@ PINGS = 64
 
 FRAGMENTS = 64
 """Into how many pieces a websocket message may be cut: empty ones would cost memory without end."""
+
+
+_LINE = "offbook.line"  # an extension of a websocket's scope
+
+
+class Line(Protocol):
+    """A websocket's connection, as this server holds it."""
+
+    def write_now(self, frame: bytes) -> bool:
+        """Sends a binary message, unless the peer is behind with reading or has gone; whether it was sent."""
+
+    async def drained(self) -> None:
+        """Waits until the peer has read enough to be sent more; one that has gone raises ConnectionError."""
+
+    async def deliver(self, take: Callable[[bytes], None], receive: Callable[[], Awaitable[bytes]]) -> None:
+        """Gives each binary message to `take` as it comes, until it or `receive`, which waits for the end, raises."""
+
+
+def line_of(scope: Mapping[str, Any]) -> Line:
+    """The connection of a websocket's scope, which is there under `service.serving.Server` alone."""
+    return cast("Line", scope["extensions"][_LINE])
 
 
 class Door:
@@ -161,10 +185,50 @@ class _Http(_Line, H11Protocol):
 
 class _WebSocket(_Line, WebSocketsSansIOProtocol):
     pings = 0  # that came while the peer did not read
+    taker: Callable[[bytes], None] | None = None  # of messages, in place of the queue
 
     def connection_made(self, transport: Any) -> None:
         self._enter(transport)
         super().connection_made(transport)
+
+    def handle_connect(self, event: Any) -> None:
+        super().handle_connect(event)
+        if self.response.status_code == 101:
+            cast("dict[str, Any]", self.scope)["extensions"][_LINE] = self
+
+    def write_now(self, frame: bytes) -> bool:
+        if self.close_sent or not self.writable.is_set() or self.transport.is_closing():
+            return False
+        self.conn.send_binary(frame)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        return True
+
+    async def drained(self) -> None:
+        await self.writable.wait()
+        if self.close_sent or self.transport.is_closing():
+            raise ConnectionResetError("the peer has gone")
+
+    async def deliver(self, take: Callable[[bytes], None], receive: Callable[[], Awaitable[bytes]]) -> None:
+        broken: asyncio.Future[bytes] = self.loop.create_future()
+
+        def carefully(frame: bytes) -> None:
+            try:
+                take(frame)
+            except Exception as error:  # the reader of bytes, which calls this, would not know what to do with it
+                self.taker = None
+                broken.set_exception(error)
+
+        while not self.queue.empty():
+            take(await receive())
+        self.taker = carefully
+        ending = asyncio.ensure_future(receive())
+        try:
+            await asyncio.wait((ending, broken), return_when=asyncio.FIRST_COMPLETED)
+            (broken if broken.done() else ending).result()
+        finally:
+            self.taker = None
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -199,7 +263,11 @@ class _WebSocket(_Line, WebSocketsSansIOProtocol):
     def send_receive_event_to_app(self) -> None:
         # A message is whole; of the next one there may be some bytes already, whose time begins now.
         self._disarm()
-        super().send_receive_event_to_app()
+        if self.taker is None or self.curr_msg_data_type == "text" or self.close_sent:
+            super().send_receive_event_to_app()
+        else:
+            frame, self.frames = b"".join(self.frames), []
+            self.taker(frame)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._give_up()

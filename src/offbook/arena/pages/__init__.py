@@ -23,7 +23,7 @@ NAVIGATION = (
     ("/submit", "Take part", "submit"),
 )
 
-_FILTERS = ("a", "b", "split", "q", "page", "show", "slot")
+_FILTERS = frozenset({"a", "b", "split", "q", "page", "show", "slot"})
 
 
 def render(name: str, view: Mapping[str, Any], **context: Any) -> str:
@@ -41,7 +41,7 @@ def render(name: str, view: Mapping[str, Any], **context: Any) -> str:
         True
     """
     asked = dict(context.pop("query", None) or {})
-    query = {key: str(asked[key]) for key in _FILTERS if key in asked}
+    query = {key: str(value) for key, value in asked.items() if key in _FILTERS}
     return _environment().get_template(f"{name}.html").render(view=view, page=name, query=query, **context)
 
 
