@@ -107,6 +107,18 @@ def test_a_websocket_counts_as_one_connection_until_it_ends(arena) -> None:
         assert until(lambda: healthy(arena))
 
 
+def test_what_is_sent_does_not_wait_for_what_was_sent_before_to_be_acknowledged(arena) -> None:
+    def held_back() -> set[int]:
+        held = arena.server.server_state.connections
+        lines = [connection.transport.get_extra_info("socket") for connection in held]
+        return {line.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for line in lines}
+
+    with line(arena):
+        until(lambda: held_back() == {1})
+    with upgraded(arena):
+        assert held_back() == {1}
+
+
 def upgrade(path: str, token: str = "") -> bytes:
     """The head of a request that becomes a websocket."""
     head = (

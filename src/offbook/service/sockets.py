@@ -101,8 +101,11 @@ class _Line:
 
     def _enter(self, transport: asyncio.BaseTransport) -> None:
         self.address = self.door.enter(transport)
+        line = transport.get_extra_info("socket")
+        # Else a frame behind a ping waits until the peer has answered that. asyncio leaves it off where the listener
+        # did not name its protocol.
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # only Linux counts this
-            line = transport.get_extra_info("socket")
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
 
     def _give_up(self) -> None:
