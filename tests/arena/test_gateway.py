@@ -298,6 +298,73 @@ def test_frames_pass_in_both_directions(arena) -> None:
         assert wire.decode(policy.recv(timeout=5)) == {"type": "end", "session": "trial", "outcome": "done"}
 
 
+@contextmanager
+def relayed(arena, given: dict):
+    with dial(arena, f"/v1/relay/{given['trial']}.{given['fence']}", "lab") as robot:
+        yield robot
+    with arena.client("lab") as client:
+        body = {"fence": given["fence"], "kind": "needs_human", "reason": "the test is over"}
+        client.request("POST", f"/v1/trials/{given['trial']}/fault", json=body)
+
+
+def test_a_policy_is_greeted_before_it_hears_of_a_trial(arena, monkeypatch) -> None:
+    entry, take, reached = arena.submit("ada"), arena.gateway._book.take, threading.Event()
+
+    def slow(submission: int) -> None:
+        assert reached.wait(20)
+        take(submission)
+
+    monkeypatch.setattr(arena.gateway._book, "take", slow)
+    with dial(arena) as policy:
+        policy.send(wire.encode(wire.hello(META, entry, "raw")))
+        with relayed(arena, lease(arena)) as robot:
+            assert wire.decode(robot.recv(timeout=5))["type"] == "ready"
+            robot.send(wire.encode(wire.reset("trial", "walk")))
+            robot.send(observation(1))
+            with pytest.raises(TimeoutError):
+                policy.recv(timeout=0.5)
+            reached.set()
+            assert [wire.decode(policy.recv(timeout=5))["type"] for _ in range(3)] == ["ready", "reset", "obs"]
+    with arena.client("ada") as client:
+        client.cancel(entry)
+
+
+def test_what_a_robot_sends_before_it_is_greeted_is_relayed_in_order(arena, monkeypatch) -> None:
+    entry, say, sent = arena.submit("ada"), gateway._say, threading.Event()
+
+    async def slow(socket, message) -> None:
+        if "meta" in message:
+            await asyncio.to_thread(sent.wait, 20)
+            await asyncio.sleep(0.2)
+        await say(socket, message)
+
+    monkeypatch.setattr(gateway, "_say", slow)
+    with dial(arena) as policy:
+        hello(policy, entry)
+        with relayed(arena, lease(arena)) as robot:
+            robot.send(wire.encode(wire.reset("trial", "walk")))
+            for seq in (1, 2, 3):
+                robot.send(observation(seq))
+            sent.set()
+            heard = [wire.decode(policy.recv(timeout=5)) for _ in range(4)]
+            assert [message.get("seq") for message in heard] == [None, 1, 2, 3]
+            robot.send(observation(4))
+            assert wire.decode(policy.recv(timeout=5))["seq"] == 4
+    with arena.client("ada") as client:
+        client.cancel(entry)
+
+
+@pytest.mark.parametrize(("bad", "code"), [("text", 1008), (b"\xff" * 9, 1007)])
+def test_what_stands_behind_a_broken_frame_is_not_passed_on(arena, bad, code: int) -> None:
+    with seated(arena) as (_, policy, robot, _):
+        policy.send(act(1))
+        policy.send(bad)
+        policy.send(act(2))
+        assert closed(policy)[0] == code
+        answers = [wire.decode(robot.recv(timeout=5)) for _ in range(2)]
+        assert [(answer["type"], answer.get("code")) for answer in answers] == [("act", None), ("error", "policy_gone")]
+
+
 def test_a_policy_that_breaks_the_rules_is_the_only_one_to_go(arena) -> None:
     with seated(arena) as (_, policy, robot, _):
         robot.send(observation(1))

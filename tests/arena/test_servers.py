@@ -259,6 +259,7 @@ def test_no_token_reaches_a_log_a_page_or_an_answer(tmp_path: Path) -> None:
             assert answer.status_code == 200
         dialled.join(30)
         stop.set()
+        assert not dialled.is_alive()
     assert {answer.status_code for answer in told} >= {200, 401, 404}
     read = [f"{answer.headers}{answer.text}" for answer in told]
     read += [*said, (tmp_path / "arena" / "server.log").read_text()]

@@ -65,7 +65,7 @@ class Outbox:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._frames: deque[tuple[str, bytes]] = deque()
-        self._wake = asyncio.Event()
+        self._wake, self._greeted = asyncio.Event(), False
 
     def put(self, kind: str, frame: bytes) -> None:
         """Sends or queues a frame.
@@ -73,7 +73,7 @@ class Outbox:
         Raises:
             GoneError: the peer has stopped reading.
         """
-        if not self._frames and self._line.write_now(frame):
+        if self._greeted and not self._frames and self._line.write_now(frame):
             return
         if kind in ("obs", "act") and self._frames and self._frames[-1][0] == kind:
             self._frames.pop()
@@ -83,7 +83,11 @@ class Outbox:
         self._wake.set()
 
     async def run(self) -> None:
-        """Sends what waits, until the peer has gone or does not read, which raises GoneError."""
+        """Sends what waits, until the peer has gone or does not read, which raises GoneError.
+
+        Nothing is sent before: a peer is told first that it was let in.
+        """
+        self._greeted = True
         while True:
             await self._wake.wait()
             self._wake.clear()
@@ -354,7 +358,9 @@ class Gateway:
             try:
                 seat.outbox.put(message["type"], frame)
             except GoneError:
-                self._close_aside(self._leave(seat, 1008, "the policy does not read"))
+                if not relay.gone.is_set():
+                    relay.gone.set()
+                    self._close_aside(self._leave(seat, 1008, "the policy does not read"))
 
         await line_of(socket.scope).deliver(take, lambda: _receive(socket))
 

@@ -92,7 +92,7 @@ class Door:
                 del self._open[address]
 
 
-class _Line:
+class _Charged:
     """A connection that is charged to its address, and cut when its peer does not read what it is sent."""
 
     door: ClassVar[Door]
@@ -101,12 +101,12 @@ class _Line:
 
     def _enter(self, transport: asyncio.BaseTransport) -> None:
         self.address = self.door.enter(transport)
-        line = transport.get_extra_info("socket")
-        # Else a frame behind a ping waits until the peer has answered that. asyncio leaves it off where the listener
-        # did not name its protocol.
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = transport.get_extra_info("socket")
+        # Else a frame behind a ping waits until that is acknowledged. asyncio leaves it off where the listener did not
+        # name its protocol.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # only Linux counts this
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * WRITE_SECONDS))
 
     def _give_up(self) -> None:
         self._disarm()
@@ -119,7 +119,7 @@ class _Line:
             self.alarm = None
 
 
-class _Http(_Line, H11Protocol):
+class _Http(_Charged, H11Protocol):
     body: asyncio.TimerHandle | None = None  # for a body that has begun
     brought = 0  # bytes of it since that timer was set
     excused = False  # whether the server itself did not read for a while since then
@@ -186,7 +186,7 @@ class _Http(_Line, H11Protocol):
         super()._give_up()
 
 
-class _WebSocket(_Line, WebSocketsSansIOProtocol):
+class _WebSocket(_Charged, WebSocketsSansIOProtocol):
     pings = 0  # that came while the peer did not read
     taker: Callable[[bytes], None] | None = None  # of messages, in place of the queue
 
@@ -231,7 +231,8 @@ class _WebSocket(_Line, WebSocketsSansIOProtocol):
         finally:
             self.taker = None
             ending.cancel()
-            await asyncio.gather(ending, return_exceptions=True)
+            broken.cancel()
+            await asyncio.gather(ending, broken, return_exceptions=True)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -267,6 +268,7 @@ class _WebSocket(_Line, WebSocketsSansIOProtocol):
         # A message is whole; of the next one there may be some bytes already, whose time begins now.
         self._disarm()
         if self.taker is None or self.curr_msg_data_type == "text" or self.close_sent:
+            self.taker = None  # what stands behind a text, which nobody takes, is in the queue behind it
             super().send_receive_event_to_app()
         else:
             frame, self.frames = b"".join(self.frames), []
