@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial import KDTree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from offbook.errors import ConfigError, DataError
 from offbook.models import knn
@@ -100,6 +102,48 @@ def test_without_values_and_with_other_points():
     half = knn.joint_nearest(points.half(), None, 2).distance
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, knn.joint_nearest(points.half().float(), None, 2).distance)
+
+
+@pytest.mark.parametrize("route", ["all", "window"])
+def test_other_points_with_values_by_either_route(route):
+    rng = torch.Generator().manual_seed(0)
+    points, queries = 0.1 * torch.randn(900, 6, generator=rng), 0.1 * torch.randn(70, 6, generator=rng)
+    of_points, of_queries = torch.randn(900, generator=rng), torch.randn(70, generator=rng)
+    apart = np.linalg.norm(queries.double().numpy()[:, None] - points.double().numpy(), axis=2)
+    apart = np.maximum(apart, abs(of_queries.double().numpy()[:, None] - of_points.double().numpy()))
+    found = knn.joint_nearest(queries, of_queries, 4, reference=(points, of_points), route=route)
+    np.testing.assert_allclose(found.distance, np.sort(apart, 1)[:, :4], rtol=1e-6)
+    np.testing.assert_array_equal(found.which, np.argsort(apart, 1)[:, :4])
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many numbers the largest tensor has."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numbers = max([self.numbers, *(one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor))])
+        return made
+
+
+@pytest.mark.parametrize("route", ["all", "window"])
+def test_memory_is_linear_in_the_points(route):
+    rng = torch.Generator().manual_seed(0)
+    states, values = 0.02 * torch.randn(8_192, 16, generator=rng), torch.randn(8_192, generator=rng)
+    with Largest() as seen:
+        knn.joint_nearest(states, values, 5, route=route)
+    assert seen.numbers <= max(knn._TILE, 32 * 8_192) < 8_192**2 / 8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("route", ["all", "window"])
+def test_a_gpu_finds_the_same(route):
+    rng = torch.Generator().manual_seed(0)
+    states, values = 0.1 * torch.randn(5_000, 32, generator=rng), torch.randn(5_000, generator=rng)
+    wanted = knn.joint_nearest(states, values, 5, route=route)
+    found = knn.joint_nearest(states.cuda(), values.cuda(), 5, route=route)
+    torch.testing.assert_close(found.distance.cpu(), wanted.distance, rtol=1e-5, atol=1e-6)
 
 
 def test_windows_are_chosen_where_they_pay(monkeypatch):

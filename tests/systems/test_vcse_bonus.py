@@ -9,7 +9,7 @@ import torch
 
 from offbook.errors import ConfigError, DataError
 from offbook.models.knn import joint_nearest
-from offbook.systems.vcse import RND, VCSE, StateEntropy, value_conditional_state_entropy
+from offbook.systems.vcse import RND, VCSE, StateEntropy, Sum, value_conditional_state_entropy
 from offbook.systems.vcse.bonus import scale_values
 from offbook.systems.vcse.encoders import Identity, Joined, RandomConv, RandomProjection
 from offbook.systems.vcse.scaling import Exponential, Linear, Moments, Normaliser
@@ -125,11 +125,30 @@ def test_states_too_far_apart_for_their_numbers_do_no_harm(make):
         assert torch.equal(bonus(*batch(3)), other(*batch(3)))
 
 
+def test_a_sum_pays_its_parts_and_keeps_their_state():
+    def made():
+        return Sum([(0.5, StateEntropy(3)), (2.0, VCSE(3)), (1.0, RND(5))])
+
+    both = made()
+    paid = both(*batch(2))
+    parts = 0.5 * StateEntropy(3)(*batch(2)) + 2 * VCSE(3)(*batch(2)) + RND(5)(*batch(2))
+    torch.testing.assert_close(paid, parts)
+    assert both.needs_values
+    assert not Sum([(1.0, StateEntropy(3))]).needs_values
+    again = made()
+    again.load_state_dict(both.state_dict())
+    assert torch.equal(again(*batch(3)), both(*batch(3)))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: VCSE(0), "k: expected 1 or more"),
         (lambda: VCSE(200)(*batch(0)), "k: expected 1 to 127 of 128 points, got k = 200"),
+        (lambda: VCSE(3)(torch.zeros(1, 2), torch.zeros(1)), "k: expected 2 points or more, got k = 3 of 1"),
+        (lambda: VCSE(3)(torch.zeros(0, 2), torch.zeros(0)), "bonus: expected a state or more, got an empty batch"),
+        (lambda: Sum([]), "Sum: expected bonuses with finite weights"),
+        (lambda: Sum([(np.nan, VCSE(3))]), r"Sum: expected bonuses with finite weights, got \[nan\]"),
         (lambda: VCSE(1, compat="official")(*batch(0)), "2 or more"),
         (lambda: VCSE(3)(batch(0)[0]), "VCSE: expected a value for each state, got none"),
         (lambda: VCSE(3)(batch(0)[0], torch.zeros(128, 128)), r"\(128, 128\)"),

@@ -15,10 +15,11 @@ from offbook.systems.vcse import measure
 
 
 def test_check_compares_with_the_closed_form(cli):
-    code, out, _ = cli(["explore", "check", "--dim", "1", "--rho", "0,0.6", "--n", "2048", "--json"])
+    code, out, _ = cli(["explore", "check", "--json"])
     found = json.loads(out)["estimates"]
     assert code == 0
-    assert [round(one["true"], 3) for one in found] == [1.419, 1.196]
+    assert [round(one["true"], 3) for one in found[:2]] == [1.419, 1.196]
+    assert len(found) == 6
     assert all(0 < one["off"] < 0.06 for one in found)
     # In five dimensions few samples are too far apart.
     code, out, _ = cli(["explore", "check", "--dim", "5", "--rho", "0.9", "--n", "200"])

@@ -16,7 +16,8 @@ from offbook.runs.directory import RunDirectory
 from offbook.sim.adapters import make
 from offbook.sim.experts import make_expert
 from offbook.sim.play import play
-from offbook.systems.vcse.bonus import RND, StateEntropy, value_conditional_state_entropy
+from offbook.systems.vcse.agents import HIDDEN, OURS
+from offbook.systems.vcse.bonus import RND, VCSE, StateEntropy, value_conditional_state_entropy
 from offbook.systems.vcse.experiments import _KINDS, Life
 from offbook.systems.vcse.pixels import ExploringConfig, PixelExplorer
 from offbook.systems.vcse.presets import PIXELS, drqv2_dmc, seen, small_pixels, sparse
@@ -99,12 +100,30 @@ def test_it_learns_what_follows_from_an_action_and_what_the_task_is_worth():
     assert worth.report["critic_loss"] < 0.02  # of the reward itself where nothing follows
 
 
+@pytest.mark.parametrize(("discount", "wanted"), [(0.5, 2.0), (0.0, 1.0)])
+def test_what_the_task_is_worth_looks_as_far_ahead_as_it_goes_on(discount, wanted):
+    mine = PixelExplorer(
+        VCSE(3), 10, 2, PixelSizes(features=8, hidden=64), beta=1.0, learning_rate=3e-3, tau=0.2, seed=0
+    )
+    one = batch(16)
+    given = replace(
+        one, there=one.here, intended=one.action, following=one.action, reward=torch.ones(16),
+        discount=torch.full((16,), discount),
+    )  # fmt: skip
+    for _ in range(400):
+        mine.pay(given)
+    assert (mine.critic(given.here, given.intended) - wanted).abs().max() < 0.1
+
+
 def test_arms_are_the_bonuses_of_the_published_code():
     config = PIXELS["drqv2-dmc"]()
     assert (config.steps, config.noise(0), config.noise(config.steps), config.batch_size) == (510_000, 0.2, 0.2, 256)
     assert replace(config, bonus=_KINDS["plain"]).explores() is None
     small = replace(config, sizes=PixelSizes(features=8, hidden=16))
     assert explorer(replace(small, bonus=_KINDS["VCSE"])).bonus.k == 12
+    conditional = [explorer(replace(small, bonus=_KINDS[arm])).bonus.conditional for arm in (OURS, HIDDEN)]
+    assert conditional == [True, False]
+    assert isinstance(explorer(replace(small, bonus=_KINDS["RND"])).bonus, RND)
     entropy = explorer(replace(small, bonus=_KINDS["state entropy"])).bonus
     assert isinstance(entropy, StateEntropy)
     assert entropy.normalise.kind == "mean"

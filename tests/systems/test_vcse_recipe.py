@@ -6,11 +6,13 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 
 from offbook.runs.seeding import evaluation_seeds, training_seeds
 from offbook.systems.vcse import claims
-from offbook.systems.vcse.agents import ARMS, GridFeatures, agent
+from offbook.systems.vcse.agents import ARMS, HIDDEN, OURS, PLAIN, RANDOM, GridFeatures, agent
+from offbook.systems.vcse.bonus import RND, VCSE, StateEntropy
 from offbook.systems.vcse.experiments import Curve, Life, play
 from offbook.systems.vcse.presets import PRESETS, grid, paper, smoke, tiny
 
@@ -134,6 +136,23 @@ def test_agents_of_a_seed_begin_alike_and_learn_the_whole_network():
     assert mine.explorer.bonus.k == 3
     for one in (mine, plain):
         one.get_env().close()
+
+
+@pytest.mark.parametrize("task", [grid("Empty-5x5", steps=128), STUDY.tasks[-1]], ids=["A2C", "SAC"])
+def test_arms_differ_in_what_they_are_paid_alone(task):
+    made = {arm: agent(task, arm, 1) for arm in ARMS}
+    for arm, one in made.items():
+        for name, weight in one.policy.state_dict().items():
+            assert torch.equal(weight, made[PLAIN].policy.state_dict()[name]), (arm, name)
+        one.get_env().close()
+    assert not hasattr(made[PLAIN], "explorer")
+    paid = {arm: one.explorer.bonus for arm, one in made.items() if arm != PLAIN}
+    assert [type(bonus) for bonus in paid.values()] == [StateEntropy, RND, VCSE, VCSE]
+    assert (paid[OURS].conditional, paid[HIDDEN].conditional) == (True, False)
+    scaling = "std" if task.algorithm == "a2c" else "mean"
+    assert [bonus.normalise.kind for bonus in paid.values()] == [scaling, "std", "none", "none"]
+    assert {bonus.k for arm, bonus in paid.items() if arm != RANDOM} == {task.k}
+    assert {one.explorer.weight() for arm, one in made.items() if arm != PLAIN} == {task.beta}
 
 
 def test_presets_are_whole():

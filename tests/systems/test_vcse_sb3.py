@@ -68,6 +68,7 @@ class Seen(BaseCallback):
         buffer = self.model.rollout_buffer
         self.returns = getattr(self, "returns", buffer.returns.copy())
         self.starts = getattr(self, "starts", buffer.episode_starts.copy())
+        self.states = getattr(self, "states", buffer.observations.copy())
 
 
 @pytest.mark.parametrize("kind", [PPO, A2C], ids=["PPO", "A2C"])
@@ -86,6 +87,64 @@ def test_the_returns_that_it_trains_on_have_the_bonus(kind, propagate):
         wanted[t] = ahead if propagate == "gae" else 0.5
     assert seen[0].starts[1:].sum() > 0
     np.testing.assert_allclose(gain, wanted, rtol=1e-4)
+
+
+class Where(Bonus):
+    """Pays what a state's first number says."""
+
+    def __init__(self):
+        super().__init__("none", "raise")
+
+    def novelty(self, features, values):
+        return features[:, 0]
+
+
+@pytest.mark.parametrize("kind", [PPO, A2C], ids=["PPO", "A2C"])
+@pytest.mark.parametrize("propagate", ["gae", "step"])
+def test_each_state_is_paid_for_where_and_by_whom_it_was_met(kind, propagate):
+    seen = []
+    for algorithm in (kind, explore(kind, Where(), beta=100.0, propagate=propagate)):
+        seen.append(Seen())
+        worlds = make_vec_env("CartPole-v1", 3, seed=0)
+        algorithm("MlpPolicy", worlds, **deepcopy({**KINDS[kind], "n_steps": 32})).learn(96, callback=seen[-1])
+    gain, paid = seen[1].returns - seen[0].returns, 100 * seen[0].states[..., 0]
+    wanted, ahead = np.zeros_like(gain), np.zeros(3)
+    decay = 0.99 * (0.95 if kind is PPO else 1.0)
+    for t in reversed(range(32)):
+        goes_on = decay * (1 - seen[0].starts[t + 1]) if t < 31 else 0.0
+        wanted[t] = ahead = paid[t] + goes_on * ahead
+    assert paid.std(0).min() > 0
+    assert paid.std(1).min() > 0
+    np.testing.assert_allclose(gain, wanted if propagate == "gae" else paid, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_off_policy_the_critic_of_the_task_is_given_what_was_lived(monkeypatch, steps):
+    world = gym.wrappers.TimeLimit(gym.make("CartPole-v1"), 12)
+    settings = {**KINDS[DQN], "learning_starts": 100, "n_steps": steps, "gamma": 0.9}
+    model = explore(DQN, Constant(5.0), beta=1.0)("MlpPolicy", world, **deepcopy(settings))
+    memory, given, learn = model.replay_buffer, [], Explorer.transitions
+
+    def noted(self, *of):
+        given.append((memory.pos, *of))
+        return learn(self, *of)
+
+    monkeypatch.setattr(Explorer, "transitions", noted)
+    model.learn(160)
+    lived = {memory.observations[i, 0].tobytes(): i for i in range(memory.pos)}
+    kinds = set()
+    for newest, *batch in given:
+        for first, last, reward, discount in zip(*batch, strict=True):
+            i = at = lived[first.numpy().tobytes()]
+            while at < min(i + steps, newest) - 1 and not memory.dones[at, 0]:
+                at += 1
+            cut = bool(memory.timeouts[at, 0])
+            over = bool(memory.dones[at, 0]) and not cut
+            assert np.array_equal(last.numpy(), memory.next_observations[at, 0])
+            assert reward == pytest.approx(sum(0.9**n for n in range(at - i + 1)))
+            assert discount == pytest.approx(0.0 if over else 0.9 ** (at - i + 1))
+            kinds.add((over, cut))
+    assert kinds == {(False, False), (True, False), (False, True)}
 
 
 @pytest.mark.parametrize("kind", [SAC, DQN], ids=["SAC", "DQN"])
@@ -153,6 +212,15 @@ def test_the_critic_learns_what_the_task_pays():
         assert (explorer.value(x) - wanted).abs().max() < 0.2
 
 
+@pytest.mark.parametrize(("ended", "wanted"), [(0.0, 2.0), (1.0, 1.0)])
+def test_the_critic_looks_ahead_in_a_rollout(ended, wanted):
+    settings = CriticSettings(learning_rate=0.03, tau=0.1)
+    explorer = Explorer(Constant(7.0), torch.nn.Identity(), size=1, beta=1.0, gamma=0.5, settings=settings, seed=0)
+    for _ in range(200):
+        explorer.rollout(torch.ones(4, 10, 1), torch.ones(10, 1), torch.ones(4, 10), torch.full((4, 10), ended))
+    assert explorer.value(torch.ones(1, 1)).item() == pytest.approx(wanted, abs=0.05)
+
+
 def test_a_saved_model_goes_on_as_it_was(tmp_path):
     kind = explore(A2C, RND(4, width=8), beta=Linear(start=1.0, end=0.0, steps=100))
     model = made(A2C, kind).learn(40)
@@ -189,6 +257,24 @@ def test_a_loaded_agent_lives_on_like_the_one_that_was_saved(kind, tmp_path):
     assert model.explorer.updates > 0
     for name, weight in lived[0].items():
         assert torch.equal(weight, lived[1][name]), name
+
+
+def test_off_policy_the_weight_goes_by_steps_and_what_was_paid_is_logged():
+    model = made(SAC, explore(SAC, Constant(2.0), beta=Linear(start=1.0, end=0.0, steps=100)))
+    model.learn(40)
+    logged = model.logger.name_to_value
+    assert logged["explore/beta"] == pytest.approx(0.6, abs=0.02)
+    assert logged["explore/bonus_mean"] == 2
+    of_task = -logged["explore/reward_mean"]  # of a pendulum all rewards are negative
+    paid = 2 * logged["explore/beta"]
+    assert logged["explore/bonus_share"] == pytest.approx(paid / (paid + of_task))
+    assert logged["explore/critic_loss"] > 0
+
+
+def test_a_weight_that_is_no_number_never_reaches_the_reward():
+    model = made(A2C, explore(A2C, Constant(1.0), beta=lambda step: np.nan if step > 16 else 1.0))
+    with pytest.raises(ConfigError, match="beta at environment step 24: expected a finite weight, got nan"):
+        model.learn(40)
 
 
 def test_what_is_logged():
@@ -233,6 +319,7 @@ def test_one_batch_that_is_not_finite_spoils_no_other(spoilt):
     explorer.rollout(bad, bad[0], bad_rewards, torch.zeros(8, 2))
     explorer.transitions(bad.flatten(0, 1), bad.flatten(0, 1), bad_rewards.flatten(), torch.ones(16))
     assert explorer.updates == 0
+    assert explorer.report["skipped"] == explorer.bonus.skipped == (2 if spoilt == "features" else 0)
     assert (explorer.rollout(x, x[0], rewards, torch.zeros(8, 2)) != 0).all()
     assert explorer.updates > 0
     assert all(bool(weight.isfinite().all()) for weight in explorer.target.parameters())

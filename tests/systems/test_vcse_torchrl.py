@@ -5,7 +5,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from offbook.errors import ConfigError
+from offbook.errors import ConfigError, DataError
 from offbook.systems.vcse import VCSE, StateEntropy
 from offbook.systems.vcse.encoders import Identity
 from offbook.systems.vcse.scaling import Linear
@@ -42,6 +42,27 @@ def test_a_rollout_is_one_batch_and_the_weight_falls():
     torch.testing.assert_close(first, bonus)
     torch.testing.assert_close(second, bonus / 2)
     assert (third == 0).all()
+
+
+def test_a_loaded_transform_goes_on_with_its_schedule():
+    made = [
+        AddBonus(StateEntropy(3), beta=Linear(start=1.0, end=0.0, steps=40), observation_key="pixels") for _ in "ab"
+    ]
+    made[0](batch(4, 5))
+    made[1].load_state_dict(made[0].state_dict())
+    assert made[1].seen == 20
+    torch.testing.assert_close(made[1](batch(4, 5)), made[0](batch(4, 5)))
+
+
+def test_what_is_not_finite_never_reaches_the_reward():
+    spoilt = batch(9)
+    spoilt["pixels"][0] = torch.nan
+    add = AddBonus(StateEntropy(3), beta=1.0, observation_key="pixels")
+    add(batch(9))
+    with pytest.raises(DataError, match="bonus StateEntropy, after 9 states: expected finite numbers"):
+        add(spoilt)
+    with pytest.raises(ConfigError, match="beta at environment step 0: expected a finite weight, got nan"):
+        AddBonus(StateEntropy(3), beta=float("nan"), observation_key="pixels")(batch(9))
 
 
 def test_what_is_missing_is_named():

@@ -126,7 +126,8 @@ def joint_nearest(
     most = len(points) - own
     if not 1 <= k <= most:
         expected = f"1 to {most} of {len(points)} points" if most > 0 else "2 points or more"
-        raise ConfigError("k", expected=expected, got=f"k = {k}", fix="choose fewer neighbours or give more points")
+        raise ConfigError("k", expected=expected, got=f"k = {k} of {len(points)}",
+                          fix="choose fewer neighbours or give more points")  # fmt: skip
     itself = torch.arange(len(states), device=states.device) if own else states.new_full((len(states),), -1).long()
     # Under autocast the product would be one of half precision.
     with torch.autocast(states.device.type, enabled=False):

@@ -8,6 +8,6 @@ Source: Kim et al., "Accelerating Reinforcement Learning with Value-Conditional 
 arXiv:2305.19476.
 """
 
-from offbook.systems.vcse.bonus import RND, VCSE, Bonus, StateEntropy, value_conditional_state_entropy
+from offbook.systems.vcse.bonus import RND, VCSE, Bonus, StateEntropy, Sum, value_conditional_state_entropy
 
-__all__ = ["RND", "VCSE", "Bonus", "StateEntropy", "value_conditional_state_entropy"]
+__all__ = ["RND", "VCSE", "Bonus", "StateEntropy", "Sum", "value_conditional_state_entropy"]

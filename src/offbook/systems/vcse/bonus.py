@@ -5,15 +5,18 @@
 | `StateEntropy` | states far from all others of the batch |
 | `VCSE` | states far from the others of about the same value |
 | `RND` | states whose random features a network has not learnt to predict |
+| `Sum` | what several of them pay for, each with its weight |
 
 All take a batch at once and know nothing of agents or environments.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -135,6 +138,8 @@ class Bonus(nn.Module, ABC):
         if features.ndim != 2 or values.shape not in ((len(features),), (len(features), 1)):
             got, fix = f"{tuple(features.shape)} and {tuple(values.shape)}", "give a row and a value for each state"
             raise ConfigError("bonus", expected="features (batch, size) and values (batch,)", got=got, fix=fix)
+        if not len(features):
+            raise ConfigError("bonus", expected="a state or more", got="an empty batch", fix="give some states")
         values = values.detach().reshape(-1).float()
         if not values.isfinite().all():
             return self._unpaid(values, "values that are not")
@@ -229,12 +234,12 @@ class VCSE(Bonus):
         self, features: Float[Tensor, "batch size"], values: Float[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         """The bonuses before they are normalised."""
+        scaled = scale_values(values, self.value_scale) if self.conditional else torch.zeros_like(values)
+        bonus, radius = _conditional(features, scaled, self.k, self.compat, _FLOOR)
         if not self._warned and values.min() == values.max():
             said = "all values of a batch are equal: the value is not informative yet, and the bonus is of states alone"
             warnings.warn(said, RuntimeWarning, stacklevel=4)
             self._warned = True
-        scaled = scale_values(values, self.value_scale) if self.conditional else torch.zeros_like(values)
-        bonus, radius = _conditional(features, scaled, self.k, self.compat, _FLOOR)
         self.zero_share = float((radius == 0).float().mean())
         return bonus
 
@@ -311,6 +316,46 @@ class RND(Bonus):
     def set_extra_state(self, state: Any) -> None:
         """See `get_extra_state`."""
         self._optimiser.load_state_dict(state)
+
+
+class Sum(Bonus):
+    """Several bonuses at once.
+
+    Args:
+        parts: a weight and a bonus each, which keeps its own scaling.
+        scaling: of the sum, see `Normaliser`.
+        on_nan: see `Bonus`; parts have their own.
+
+    Example:
+        >>> both = Sum([(1.0, StateEntropy(k=1)), (0.5, VCSE(k=1))])
+        >>> both.needs_values, both(torch.eye(3), torch.zeros(3)).shape
+        (True, torch.Size([3]))
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[float, Bonus]],
+        *,
+        scaling: Scaling = "none",
+        on_nan: Literal["raise", "zero"] = "raise",
+    ) -> None:
+        super().__init__(scaling, on_nan)
+        if not parts or not all(math.isfinite(weight) for weight, _ in parts):
+            got = str([weight for weight, _ in parts])
+            raise ConfigError("Sum", expected="bonuses with finite weights", got=got, fix="give (weight, bonus) pairs")
+        self.weighted = tuple(parts)
+        self.parts = nn.ModuleList([bonus for _, bonus in parts])  # so that their state is saved
+        self.needs_values = any(bonus.needs_values for _, bonus in parts)
+
+    def novelty(
+        self, features: Float[Tensor, "batch size"], values: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """The bonuses before they are normalised."""
+        total, self.zero_share = torch.zeros_like(values), 0.0
+        for weight, bonus in self.weighted:
+            total += weight * bonus(features, values)
+            self.zero_share = max(self.zero_share, bonus.zero_share)
+        return total
 
 
 def _mlp(size: int, width: int, hidden: int) -> nn.Sequential:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from offbook.errors import DataError, check_settings
 from offbook.systems.vcse.bonus import Bonus
+from offbook.systems.vcse.scaling import Beta, weight_at
 
 # A bonus that makes up more than this share of what the agent is paid is remarked upon, after so many updates on end in
 # which the task paid.
@@ -64,7 +64,7 @@ class Payer(nn.Module):
         report: of the last batch, by name: see the page of the system.
     """
 
-    def __init__(self, bonus: Bonus, beta: float | Callable[[int], float]) -> None:
+    def __init__(self, bonus: Bonus, beta: Beta) -> None:
         super().__init__()
         self.bonus, self.beta, self.step = bonus, beta, 0
         self._paid: deque[tuple[float, float]] = deque(maxlen=_UPDATES)
@@ -73,7 +73,7 @@ class Payer(nn.Module):
 
     def weight(self) -> float:
         """Beta at this step."""
-        return float(self.beta(self.step) if callable(self.beta) else self.beta)
+        return weight_at(self.beta, self.step)
 
     def _bonus(self, features: Tensor, values: Tensor, rewards: Tensor) -> Tensor:
         began = time.perf_counter()
@@ -131,7 +131,7 @@ class Explorer(Payer):
         encoder: nn.Module,
         *,
         size: int,
-        beta: float | Callable[[int], float],
+        beta: Beta,
         gamma: float,
         settings: CriticSettings,
         seed: int,

@@ -11,7 +11,6 @@ Source: the published code of Kim et al. (2023) for DrQ-v2, as far as it was rea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from offbook.learning.pixel_training import Explores, PixelConfig
 from offbook.runs.seeding import generator
 from offbook.systems.vcse.bonus import RND, VCSE, Bonus, StateEntropy
 from offbook.systems.vcse.explorer import Payer
+from offbook.systems.vcse.scaling import Beta
 
 Kind = Literal["none", "state-entropy", "rnd", "vcse-without-values", "vcse"]
 
@@ -93,7 +93,7 @@ class PixelExplorer(Payer):
         actions: int,
         sizes: PixelSizes,
         *,
-        beta: float | Callable[[int], float],
+        beta: Beta,
         learning_rate: float,
         tau: float,
         seed: int,

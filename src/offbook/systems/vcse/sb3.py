@@ -11,7 +11,7 @@ agent's own critic has learnt the bonus as well. It stands on the same fixed fea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
@@ -25,6 +25,7 @@ from offbook.errors import ConfigError, needs_extra
 from offbook.systems.vcse.bonus import Bonus
 from offbook.systems.vcse.encoders import SIDE, Identity, Joined, RandomConv
 from offbook.systems.vcse.explorer import CriticSettings, Explorer
+from offbook.systems.vcse.scaling import Beta
 
 with needs_extra("rl"):
     from stable_baselines3.common.base_class import BaseAlgorithm
@@ -49,7 +50,7 @@ class _Setting:
     """What `explore` was asked for."""
 
     bonus: Bonus
-    beta: float | Callable[[int], float]
+    beta: Beta
     encoder: nn.Module | None
     propagate: Propagate
     critic: CriticSettings
@@ -60,7 +61,7 @@ def explore(
     algorithm: type[A],
     bonus: Bonus,
     *,
-    beta: float | Callable[[int], float],
+    beta: Beta,
     encoder: nn.Module | None = None,
     propagate: Propagate = "gae",
     critic: CriticSettings = _DEFAULT,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +14,21 @@ from torch import Tensor, nn
 from offbook.errors import ConfigError, check_settings
 
 Scaling = Literal["none", "batch", "std", "mean"]
+Beta = float | Callable[[int], float]
+"""The weight of a bonus, or a function from environment steps to it."""
+
+
+def weight_at(beta: Beta, step: int) -> float:
+    """The weight after so many steps.
+
+    Raises:
+        ConfigError: it is not finite, and would make rewards so.
+    """
+    weight = float(beta(step) if callable(beta) else beta)
+    if not math.isfinite(weight):
+        where = f"beta at environment step {step}"
+        raise ConfigError(where, expected="a finite weight", got=str(weight), fix="give another weight or schedule")
+    return weight
 
 
 class Moments(nn.Module):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import nn
 
-from offbook.errors import ConfigError, needs_extra
+from offbook.errors import ConfigError, DataError, needs_extra
 from offbook.systems.vcse.bonus import Bonus
 from offbook.systems.vcse.encoders import Identity
+from offbook.systems.vcse.scaling import Beta, weight_at
 
 with needs_extra("torchrl"):
     from tensordict import NestedKey, TensorDictBase
@@ -31,7 +31,8 @@ class AddBonus(Transform):  # type: ignore[misc]
         reward_key: of the rewards.
 
     Raises:
-        ConfigError: a batch lacks an entry.
+        ConfigError: a batch lacks an entry, or beta is not finite.
+        DataError: features or values are not finite; it names the number of states seen before.
 
     Example:
         >>> import torch
@@ -48,7 +49,7 @@ class AddBonus(Transform):  # type: ignore[misc]
         self,
         bonus: Bonus,
         *,
-        beta: float | Callable[[int], float],
+        beta: Beta,
         encoder: nn.Module | None = None,
         observation_key: NestedKey = "observation",
         value_key: NestedKey = "state_value",
@@ -56,7 +57,8 @@ class AddBonus(Transform):  # type: ignore[misc]
     ) -> None:
         keys = [observation_key, *([value_key] if bonus.needs_values else []), reward_key]
         super().__init__(in_keys=keys, out_keys=[reward_key])
-        self.bonus, self.beta, self.encoder, self.seen = bonus, beta, encoder or Identity(), 0
+        self.bonus, self.beta, self.encoder = bonus, beta, encoder or Identity()
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))  # states, by which beta goes
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """The same batch with other rewards."""
@@ -67,7 +69,12 @@ class AddBonus(Transform):  # type: ignore[misc]
         observations, *values, reward = found
         axes = tensordict.ndim
         features = self.encoder(observations.flatten(0, axes - 1))
-        bonus = self.bonus(features, values[0].reshape(-1) if values else None)
-        weight = self.beta(self.seen) if callable(self.beta) else self.beta
+        seen = int(self.seen)
+        try:
+            bonus = self.bonus(features, values[0].reshape(-1) if values else None)
+        except DataError as error:
+            where = f"{error.where}, after {seen} states"
+            raise DataError(where, expected=error.expected, got=error.got, fix=error.fix) from None
+        weight = weight_at(self.beta, seen)
         self.seen += tensordict.numel()
         return tensordict.set(self.out_keys[0], reward + weight * bonus.view_as(reward))
