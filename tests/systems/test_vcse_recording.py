@@ -1,5 +1,8 @@
 """What an exploring agent lives through: whole episodes, without a task, for any task, and the same after a crash."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -56,13 +59,16 @@ def test_a_killed_life_is_lived_again_to_the_same_store(tmp_path, monkeypatch):
         for number, sign in enumerate(live(agent, recorder, 250)):
             yield sign
             if number == 1:
-                raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(recording, "_live", killed)
-    with pytest.raises(KeyboardInterrupt):
-        record_exploration("gym:Pendulum-v1", 400, tmp_path / "torn", bonus="rnd")
+    if not (child := os.fork()):
+        monkeypatch.setattr(recording, "_live", killed)
+        try:
+            record_exploration("gym:Pendulum-v1", 400, tmp_path / "torn", bonus="rnd")
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert 0 < len(EpisodeStore.open(tmp_path / "torn")) < 2
-    monkeypatch.setattr(recording, "_live", live)
     assert record_exploration("gym:Pendulum-v1", 400, tmp_path / "torn", bonus="rnd").digest == whole.digest
     assert record_exploration("gym:Pendulum-v1", 400, tmp_path / "torn", bonus="rnd").digest == whole.digest
 
