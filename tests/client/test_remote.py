@@ -84,6 +84,27 @@ def test_faults_are_blamed_on_the_side_they_come_from(script, kind, words):
 
 
 @pytest.mark.faults
+def test_of_a_line_that_was_closed_between_two_questions_the_last_words_are_told():
+    def play(connection):
+        send(connection, wire.ready("raw", META))
+        receive(connection)
+        answer(connection, receive(connection))
+        send(connection, wire.error("policy_gone", "it left"))
+        connection.close(1000, "the policy left")
+        ended.set()
+
+    ended = threading.Event()
+    with arena(play) as url:
+        policy = RemotePolicy(url, TOKEN, "t", deadline_s=5.0)
+        policy.reset(["A"], [""])
+        policy.infer(observation("A"))
+        assert ended.wait(10)  # the closing handshake is over: nothing can be sent any more
+        with pytest.raises(PolicyError, match="policy_gone: it left"):
+            policy.infer(observation("A"))
+        policy.close("policy_fault")
+
+
+@pytest.mark.faults
 def test_silence_is_a_policy_fault_after_the_deadline():
     over = threading.Event()
     error = scripted(lambda connection, message: over.wait(0.5), deadline_s=0.2)

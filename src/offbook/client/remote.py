@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
@@ -119,7 +120,9 @@ class RemotePolicy:
             await self._socket.send(wire.encode(message, wire.frame_limit(self._images)))
 
     async def _ask(self, message: Mapping[str, Any]) -> NDArray[np.float32]:
-        await self._send(message)
+        # Of a line that is closed, what came before tells why; where nothing did, reading raises the same.
+        with contextlib.suppress(ConnectionClosed):
+            await self._send(message)
         while True:
             answer = await self._next(frozenset({"act", "error"}))
             if answer["session"] != self._session or answer["seq"] > self._seq:

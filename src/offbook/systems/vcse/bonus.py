@@ -328,7 +328,7 @@ class Sum(Bonus):
 
     Example:
         >>> both = Sum([(1.0, StateEntropy(k=1)), (0.5, VCSE(k=1))])
-        >>> both.needs_values, both(torch.eye(3), torch.zeros(3)).shape
+        >>> both.needs_values, both(torch.eye(3), torch.arange(3.0)).shape
         (True, torch.Size([3]))
     """
 
