@@ -86,7 +86,7 @@ SYSTEMS: dict[str, System] = {
         authors="Kim, Shin, Abbeel, Seo",
         venue="NeurIPS 2023",
         arxiv="2305.19476",
-        status="recorded on a CPU: ahead on grid worlds, but no more than without values; pictures not at full size",
+        status="recorded on a CPU: ahead on grid worlds, no gain by values found; pictures not at full size",
         recipe="offbook.systems.vcse.recipe:run",
         commands=(
             "offbook explore check",
