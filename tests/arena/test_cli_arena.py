@@ -13,6 +13,7 @@ import httpx
 import pytest
 from arena_server import Walker, running
 from arena_world import lease, play
+from mtm_runs import BRIEF, offbook
 from sqlalchemy import select
 
 from offbook.arena import views
@@ -20,10 +21,12 @@ from offbook.arena.database import Database
 from offbook.arena.pages import render
 from offbook.arena.service import Settings
 from offbook.arena.serving import arena_server
-from offbook.arena.tables import Robot, Split
+from offbook.arena.tables import Robot, Split, Submission
 from offbook.arena.trials import Report
 from offbook.arena.worker import run_worker
+from offbook.cli.policy import find_policy
 from offbook.service.serving import Server
+from offbook.sim.recording import record
 
 pytestmark = pytest.mark.service
 
@@ -265,6 +268,33 @@ def test_submit_wait_status_and_compare(tmp_path, cli, monkeypatch) -> None:
         refused = cli(["arena", "submit", str(pickled), "--benchmark", "reach", *url])
         assert refused.exit_code == 1
         assert "never read" in refused.stderr
+
+
+def test_a_role_and_a_return_are_sent_in_a_copy_of_the_checkpoint(tmp_path, cli, monkeypatch) -> None:
+    record("gym:Pendulum-v1", 2, tmp_path / "store", policy="random")
+    run = tmp_path / "mtm"
+    offbook(cli, "train", "mtm", "--data", tmp_path / "store", "--out", run, *BRIEF)
+    file = next(run.rglob("*.safetensors"))
+    before, kept = file.read_bytes(), []
+    (tmp_path / "arena").mkdir()
+    with running(tmp_path / "arena") as arena:
+        monkeypatch.setenv("OFFBOOK_TOKEN", arena.tokens["ada"])
+        for words in ("", ":bc", ":rcbc:0.9", "::0.25"):
+            offbook(cli, "arena", "submit", f"{run}{words}", "--benchmark", "reach", "--url", arena.url)
+        wrong = cli(["arena", "submit", f"{run}:planner", "--benchmark", "reach", "--url", arena.url])
+        assert (wrong.exit_code, "did you mean 'plan'?" in wrong.stderr) == (2, True)
+        with arena.database.read() as session:
+            sent = session.scalars(select(Submission).order_by(Submission.id)).all()
+        assert {entry.name for entry in sent} == {"mtm"}
+        for entry in sent:
+            with arena.client("ada") as client:
+                client.download(entry.checkpoint, tmp_path / "sent.safetensors")
+            found = find_policy(str(tmp_path / "sent.safetensors"), None)
+            kept.append((found.role, found.provenance["target"]))
+    assert kept[1][0] == "bc"
+    assert kept[2:] == [("rcbc", 0.9), ("rcbc", 0.25)]
+    assert len({entry.checkpoint for entry in sent}) == 4
+    assert file.read_bytes() == before
 
 
 def test_an_operator_puts_trials_that_wait_back_into_the_queue(tmp_path, cli, monkeypatch) -> None:

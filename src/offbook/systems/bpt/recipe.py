@@ -125,10 +125,6 @@ def _longest_contexts(config: BptConfig, measured: Measurements) -> dict[str, Lo
     return dict(zip(every, results, strict=True))
 
 
-def _ending(found: Mapping[str, Longest], words: str) -> dict[str, Longest]:
-    return {name: one for name, one in found.items() if name.endswith(words)}
-
-
 def _planned(config: BptConfig, measured: Measurements) -> dict[str, float]:
     """For each way to spend memory, by which share of the measured memory the planner is off at worst."""
     step = replace(config.step, vocabulary=64, attention="allocated", device="cpu", dtype="float32")
