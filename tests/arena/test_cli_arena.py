@@ -13,9 +13,9 @@ import httpx
 import pytest
 from arena_server import Walker, running
 from arena_world import lease, play
-from mtm_runs import BRIEF, offbook
 from sqlalchemy import select
 
+from mtm_runs import BRIEF, offbook
 from offbook.arena import views
 from offbook.arena.database import Database
 from offbook.arena.pages import render

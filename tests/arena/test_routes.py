@@ -130,6 +130,14 @@ ROUTES = [
 ]
 
 
+@pytest.mark.parametrize("field", ["url", "host", "address"])
+def test_a_policy_that_dials_in_cannot_name_an_address(client, field: str) -> None:
+    body = {"benchmark": "reach", "name": "mine", "kind": "remote"}
+    answer = client.ask("POST", "/v1/submissions", "ada", json=body | {field: "http://127.0.0.1:9"})
+    assert (answer.status_code, field in answer.json()["detail"]) == (422, True)
+    assert client.ask("POST", "/v1/submissions", "ada", json=body).status_code == 201
+
+
 @pytest.mark.parametrize(("method", "path", "scope"), ROUTES)
 def test_every_protected_route_wants_a_token_with_its_scope(client, method: str, path: str, scope: str) -> None:
     answer = client.ask(method, path, json={})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from arena_world import BENCHMARK, DONE, FAULT, LEFT, VirtualClock, lease, play, submit, who
@@ -402,6 +403,12 @@ def test_unusable_submissions_leave_nothing_behind(database: Database, request_:
 def test_a_changed_protocol_is_a_new_version(database: Database) -> None:
     with database.write() as session:
         same = submissions.define_benchmark(session, BENCHMARK)
+        words = {"title": "Reach out", "trial_seconds": 77.0, "daily_trials": 3}
+        assert submissions.define_benchmark(session, replace(BENCHMARK, **words)).id == same.id
+        session.flush()
+        session.expire_all()
+        found = submissions.find_benchmark(session, "reach")
+        assert {name: getattr(found, name) for name in words} == words
         changed = submissions.BenchmarkSpec(
             name="reach", title="Reach", task="reach", metric="1", robot_class="arm",
             splits={"seen": [{"scene": {}, "seed": 1}]},

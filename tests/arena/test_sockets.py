@@ -415,3 +415,30 @@ def test_a_websocket_after_an_unread_answer_waits_for_it_to_be_read(plain) -> No
         assert plain.seen == []
         assert read(connection, LARGE, piece=MIB) == LARGE
         assert until(lambda: plain.seen == ["accepted"])
+
+
+_UPGRADE = (
+    "GET {path} HTTP/1.1\r\nHost: arena\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n{more}\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "status"),
+    [
+        ("/v1/play", "Content-Length: 4\r\n", b"400"),
+        ("/v1/play", "Transfer-Encoding: chunked\r\n", b"400"),
+        ("/v1/play", "".join(f"X-{i}: 1\r\n" for i in range(140)), b"431"),
+        ("/v1/play", f"X-Long: {'x' * 9000}\r\n", b"431"),
+        ("/v1/play?" + "x" * 9000, "", b"414"),
+    ],
+)
+def test_a_head_that_is_no_handshake_is_answered_and_closed(tmp_path, path: str, more: str, status: bytes) -> None:
+    with running(tmp_path, connections_per_address=1) as arena:
+        for _ in range(3):  # each gives its place back
+            with line(arena) as stranger:
+                stranger.sendall(_UPGRADE.format(path=path, more=more).encode())
+                answer = b""
+                while piece := stranger.recv(4096):
+                    answer += piece
+                assert answer.split(b" ", 2)[1] == status

@@ -189,3 +189,40 @@ def test_a_policy_that_is_not_there_is_a_policy_fault():
 
     with arena(script) as url, pytest.raises(PolicyError, match="nobody plays"):
         RemotePolicy(url, TOKEN, "t")
+
+
+@pytest.mark.faults
+def test_a_policy_that_left_before_the_episode_began_is_known_by_its_last_words():
+    def play(connection):
+        send(connection, wire.ready("raw", META))
+        send(connection, wire.error("policy_gone", "it left"))
+        connection.close(1000, "the policy left")
+        ended.set()
+
+    ended = threading.Event()
+    with arena(play) as url:
+        policy = RemotePolicy(url, TOKEN, "t", deadline_s=5.0)
+        assert ended.wait(10)
+        policy.reset(["A"], [""])
+        with pytest.raises(PolicyError, match="policy_gone: it left"):
+            policy.infer(observation("A"))
+        policy.close("policy_fault")
+
+
+def test_nobody_else_is_dialled_because_the_arena_says_so():
+    with socket.create_server(("127.0.0.1", 0)) as there, socket.create_server(("127.0.0.1", 0)) as here:
+        there.settimeout(0.5)
+
+        def redirect():
+            with here.accept()[0] as connection:
+                connection.recv(65536)
+                head = f"HTTP/1.1 302 Found\r\nLocation: ws://127.0.0.1:{there.getsockname()[1]}/\r\n"
+                connection.sendall(f"{head}Content-Length: 0\r\n\r\n".encode())
+
+        thread = threading.Thread(target=redirect)
+        thread.start()
+        with pytest.raises(RobotError, match="302"):
+            RemotePolicy(f"ws://127.0.0.1:{here.getsockname()[1]}", TOKEN, "t", deadline_s=1.0)
+        thread.join(5)
+        with pytest.raises(TimeoutError):
+            there.accept()

@@ -15,7 +15,6 @@ import contextlib
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ from starlette.websockets import WebSocket, WebSocketState
 
 from offbook.arena import accounts
 from offbook.arena.database import Database
+from offbook.arena.outbox import SEND_SECONDS, GoneError, Outbox, Rate
 from offbook.arena.seats import RENEW_SECONDS, SeatBook
 from offbook.arena.submissions import check_robot
 from offbook.arena.tables import IN_FLIGHT, Attempt, Submission, Token, Trial, Worker
@@ -35,7 +35,7 @@ from offbook.client import wire
 from offbook.client.protocol import PolicyMeta
 from offbook.service.database import now
 from offbook.service.refusal import RefusedError, unknown
-from offbook.service.sockets import Line, line_of
+from offbook.service.sockets import line_of
 
 if TYPE_CHECKING:
     from offbook.arena.service import Meters
@@ -43,62 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELLO_SECONDS = 5.0
-SEND_SECONDS = 10.0
-WAITING_FRAMES = 16
 TAKEN = "another connection of this submission took its place"
-
-
-class GoneError(Exception):
-    """The peer's connection ended; `restart` when this server closed it because it stops."""
-
-    def __init__(self, reason: str, *, restart: bool = False) -> None:
-        super().__init__(reason)
-        self.restart = restart
-
-
-class Outbox:
-    """Frames to one peer, sent at once unless it is behind with reading.
-
-    Then few wait, in order; of waiting observations (or answers) only the newest.
-    """
-
-    def __init__(self, line: Line) -> None:
-        self._line = line
-        self._frames: deque[tuple[str, bytes]] = deque()
-        self._wake, self._greeted = asyncio.Event(), False
-
-    def put(self, kind: str, frame: bytes) -> None:
-        """Sends or queues a frame.
-
-        Raises:
-            GoneError: the peer has stopped reading.
-        """
-        if self._greeted and not self._frames and self._line.write_now(frame):
-            return
-        if kind in ("obs", "act") and self._frames and self._frames[-1][0] == kind:
-            self._frames.pop()
-        if len(self._frames) >= WAITING_FRAMES:
-            raise GoneError("the peer does not read")
-        self._frames.append((kind, frame))
-        self._wake.set()
-
-    async def run(self) -> None:
-        """Sends what waits, until the peer has gone or does not read, which raises GoneError.
-
-        Nothing is sent before: a peer is told first that it was let in.
-        """
-        self._greeted = True
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._frames:
-                try:
-                    async with asyncio.timeout(SEND_SECONDS):
-                        await self._line.drained()
-                except (TimeoutError, ConnectionError) as error:
-                    raise GoneError(type(error).__name__) from error
-                if self._line.write_now(self._frames[0][1]):
-                    self._frames.popleft()
 
 
 @dataclass(eq=False)
@@ -133,19 +78,25 @@ class Relay:
     """A trial that is being played: the worker's side.
 
     Attributes:
+        trial: which one.
+        fence: of the worker's lease.
         socket: the worker's connection.
         token: with which it came.
         outbox: frames to the worker.
         session: the name of the episode, once it was reset.
+        asked: the number of the newest observation since then.
         ended: whether the policy was told that the episode is over.
         gone: set when the policy has left.
         answers: sees to it that the policy's answers are in order; every attempt at a trial counts anew.
     """
 
+    trial: int
+    fence: int
     socket: WebSocket
     token: int
     outbox: Outbox
     session: str = ""
+    asked: int = 0
     ended: bool = True
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     answers: wire.SequenceCheck = field(default_factory=wire.SequenceCheck)
@@ -195,15 +146,14 @@ class Gateway:
             await _say(socket, wire.error(error.error, str(error)[:400]))
             await _close(socket, wire.REFUSED, error.got)
             return
-        except (wire.WireError, TimeoutError, GoneError) as error:
+        except (wire.WireError, TimeoutError, GoneError, SQLAlchemyError) as error:
             await self._dismiss(socket, error)
             return
-        # The new seat stands before the former is dismissed, which takes time in which yet another may dial.
         former = self._seats.pop(seat.submission, None)
         self._seats[seat.submission] = seat
         try:
-            if former is not None:
-                await self._leave(former, 1008, TAKEN)
+            if former is not None:  # not waited for: the new one may be given a trial from now on
+                self._close_aside(self._leave(former, 1008, TAKEN))
             async with self._writing:
                 if self._seats.get(seat.submission) is seat:
                     await run_in_threadpool(self._book.take, seat.submission)
@@ -267,11 +217,16 @@ class Gateway:
             return found.id
 
     async def _listen(self, seat: Seat) -> None:
+        rate = Rate()
+
         def take(frame: bytes) -> None:
+            rate.count()
             message = wire.decode(frame, wire.FRAME_LIMIT, allowed=frozenset({"act", "error"}))
             relay = seat.relay
             # What comes after a trial has ended was on its way when it ended; nobody waits for it.
             if relay is None or relay.ended or message.get("session", relay.session) != relay.session:
+                return
+            if message.get("seq", 0) > relay.asked:  # likewise, of an earlier attempt at this trial
                 return
             relay.answers(message)
             self._meters.frames.labels("policy").inc()
@@ -292,16 +247,18 @@ class Gateway:
 
     async def relay(self, socket: WebSocket, who: accounts.Principal, name: str) -> None:
         """A worker's connection for the trial that it holds; `name` is `TRIAL.FENCE` as its lease says."""
-        submission, label = await run_in_threadpool(self._check_lease, who, name)
+        trial, fence, submission, label = await run_in_threadpool(self._check_lease, who, name)
         await socket.accept()
         seat = self._seats.get(submission)
         if seat is None:
             await _say(socket, wire.error("policy_gone", "the policy is not connected"))
             await _close(socket, 1000, "no policy")
             return
-        if seat.relay is not None:
-            seat.relay.gone.set()
-        relay = seat.relay = Relay(socket=socket, token=who.token_id, outbox=Outbox(line_of(socket.scope)))
+        if (former := seat.relay) is not None:
+            former.gone.set()
+            self._free(seat, former)
+        outbox = Outbox(line_of(socket.scope))
+        relay = seat.relay = Relay(trial, fence, socket=socket, token=who.token_id, outbox=outbox)
         await _say(socket, wire.ready(seat.images, replace(seat.meta, name=label)))
         sending = asyncio.create_task(relay.outbox.run())
         receiving = asyncio.create_task(self._carry(socket, seat, relay))
@@ -316,15 +273,19 @@ class Gateway:
                 await self._dismiss(socket, next(iter(done)).exception(), sender="robot")
         finally:
             await _cancel(sending, receiving, leaving)
-            if seat.relay is relay:
-                seat.relay = None
-            if not relay.ended:
-                relay.ended = True
-                with contextlib.suppress(GoneError):
-                    seat.outbox.put("end", wire.encode(wire.end(relay.session, "robot_fault")))
+            self._free(seat, relay)
 
-    def _check_lease(self, who: accounts.Principal, name: str) -> tuple[int, str]:
-        """The submission behind a lease, and the label under which the worker may know it."""
+    def _free(self, seat: Seat, relay: Relay) -> None:
+        """Makes a policy idle that this worker's trial kept, and tells it so; nothing more passes between them."""
+        if seat.relay is relay:
+            seat.relay = None
+        if not relay.ended:
+            relay.ended = True
+            with contextlib.suppress(GoneError):
+                seat.outbox.put("end", wire.encode(wire.end(relay.session, "robot_fault")))
+
+    def _check_lease(self, who: accounts.Principal, name: str) -> tuple[int, int, int, str]:
+        """Trial, fence and submission of a lease, and the label under which the worker may know its policy."""
         who.require("worker")
         trial, _, fence = name.partition(".")
         numbers = trial.isascii() and trial.isdigit() and fence.isascii() and fence.isdigit() and len(name) < 20
@@ -332,7 +293,7 @@ class Gateway:
             found = None
             if numbers:
                 found = session.execute(
-                    select(Trial.submission_id, Trial.blind_label)
+                    select(Trial.id, Trial.fence, Trial.submission_id, Trial.blind_label)
                     .join(Attempt, (Attempt.trial_id == Trial.id) & (Attempt.fence == Trial.fence))
                     .join(Worker, Worker.id == Attempt.worker_id)
                     .where(Trial.id == int(trial), Trial.fence == int(fence), Trial.state.in_(IN_FLIGHT))
@@ -342,17 +303,21 @@ class Gateway:
             raise RefusedError(409, "stale_fence", f"relay {name[:40]!r}",
                                expected="TRIAL.FENCE of a lease that you hold", got="none such",
                                fix="ask for a new lease")  # fmt: skip
-        return found.submission_id, found.blind_label
+        return found.id, found.fence, found.submission_id, found.blind_label
 
     async def _carry(self, socket: WebSocket, seat: Seat, relay: Relay) -> None:
         check, limit = wire.SequenceCheck(), wire.frame_limit(seat.images)
 
         def take(frame: bytes) -> None:
             message = wire.decode(frame, limit, allowed=wire.FROM_ROBOT)
+            if seat.relay is not relay:  # it was taken away; whoever did that closes this line, and says why
+                return
             check(message)
             self._meters.frames.labels("robot").inc()
             if message["type"] == "reset":
-                relay.session, relay.ended = message["session"], False
+                relay.session, relay.asked, relay.ended = message["session"], 0, False
+            elif message["type"] == "obs":
+                relay.asked = message["seq"]
             elif message["type"] == "end":
                 relay.ended = True
             try:
@@ -365,15 +330,24 @@ class Gateway:
         await line_of(socket.scope).deliver(take, lambda: _receive(socket))
 
     async def sweep(self) -> None:
-        """Sends away policies that have no trial left, and policies and workers whose token was revoked or ran out."""
+        """Sends away who has no business here any more.
+
+        These are policies without a trial left, policies and workers whose token was revoked or ran out, and workers
+        whose lease did: a policy that such a one kept would be given no other trial.
+        """
         await self._renew()
         seats = list(self._seats.values())
         if not seats:
             return
-        finished, barred = await run_in_threadpool(self._outdated, seats)
+        relays = [(seat, seat.relay) for seat in seats if seat.relay is not None]
+        finished, barred, held = await run_in_threadpool(self._outdated, seats, [relay for _, relay in relays])
+        for seat, relay in relays:
+            if relay.token in barred:
+                self._close_aside(_close(relay.socket, 1008, "the token is no longer valid"))
+            elif (relay.trial, relay.fence) not in held:
+                self._free(seat, relay)
+                self._close_aside(_close(relay.socket, 1001, "the lease is over"))
         for seat in seats:
-            if seat.relay is not None and seat.relay.token in barred:
-                self._close_aside(_close(seat.relay.socket, 1008, "the token is no longer valid"))
             if seat.token in barred:
                 self._close_aside(self._leave(seat, 1008, "the token is no longer valid"))
             elif seat.submission in finished and seat.relay is None:
@@ -395,9 +369,10 @@ class Gateway:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
 
-    def _outdated(self, seats: list[Seat]) -> tuple[set[int], set[int]]:
-        entries, tokens = {seat.submission for seat in seats}, {seat.token for seat in seats}
-        tokens |= {relay.token for seat in seats if (relay := seat.relay) is not None}
+    def _outdated(self, seats: list[Seat], relays: list[Relay]) -> tuple[set[int], set[int], set[tuple[int, int]]]:
+        """Of these: submissions without a trial left, tokens that are no longer valid, and leases that still are."""
+        entries = {seat.submission for seat in seats}
+        tokens = {seat.token for seat in seats} | {relay.token for relay in relays}
         with self._database.read() as session:
             open_ = session.scalars(
                 select(Submission.id).where(Submission.id.in_(entries), Submission.state == "open")
@@ -407,7 +382,12 @@ class Gateway:
                     Token.id.in_(tokens), Token.revoked.is_not(None) | (Token.expires <= now(session))
                 )
             ).all()
-        return entries - set(open_), set(barred)
+            held = session.execute(
+                select(Trial.id, Trial.fence)
+                .where(Trial.id.in_({relay.trial for relay in relays}), Trial.state.in_(IN_FLIGHT))
+                .where(Trial.lease_until > now(session))
+            ).all()
+        return entries - set(open_), set(barred), {(row.id, row.fence) for row in held}
 
     async def _dismiss(self, socket: WebSocket, error: BaseException | None, *, sender: str = "policy") -> None:
         """Ends a connection in a way that tells the peer what it did; a plain end needs no words."""

@@ -96,7 +96,9 @@ class Request:
 
 
 def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
-    """Adds a benchmark, or a new version when its protocol differs from the newest one's; else changes nothing.
+    """Adds a benchmark, or a new version when its protocol differs from the newest one's.
+
+    Else the newest version takes the title, the length of a trial and the trials of a day.
 
     Raises:
         RefusedError: 422, it has no proper name or no split; 404, the arena has no benchmark of its prestage's name.
@@ -119,6 +121,7 @@ def define_benchmark(session: Session, spec: BenchmarkSpec) -> Benchmark:
         protocol = {name: getattr(spec, name) for name in same}
         protocol |= {"least": least, "most": most}
         if known == digests and all(getattr(latest, name) == value for name, value in protocol.items()):
+            latest.title, latest.trial_seconds, latest.daily_trials = spec.title, spec.trial_seconds, spec.daily_trials
             return latest
     benchmark = Benchmark(
         name=spec.name,

@@ -27,7 +27,7 @@ from offbook.arena.sandbox import SandboxedPolicy, prove
 from offbook.client.protocol import Policy
 from offbook.client.remote import RemotePolicy
 from offbook.client.submit import ArenaClient, ArenaRefusalError
-from offbook.errors import OffbookError, PolicyError, RobotError, SubmissionError
+from offbook.errors import MissingExtraError, OffbookError, PolicyError, RobotError, SubmissionError, needs_extra
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 0.5
 REPORT_SECONDS = 60.0
+HUNG_SECONDS = 1800.0  # longest that one call of a driver may take; people arrange scenes and judge in some
 FRAME_EVERY = 2  # control steps from one picture of the film to the next
 CACHED = 4  # checkpoints that stay in the cache's folder
 NO_STORAGE = (503, 507)  # what an arena answers whose store is away or full
@@ -76,7 +77,7 @@ class _Heart:
         self._arena, self._lease, self._robot, self._stopping = arena, lease, robot, stopping
         self.camera = LiveCamera(arena, lease)
         self._watchdog = float(lease["watchdog_seconds"])
-        self._answered = time.monotonic()
+        self._answered = self._beaten = time.monotonic()
         self._progress = 0.0
         self._resting = threading.Event()
         self._ended = threading.Event()
@@ -87,7 +88,7 @@ class _Heart:
 
     def beat(self, progress: float) -> None:
         """Called by the control loop at each step; raises when the robot must stop."""
-        self._progress = min(1.0, max(0.0, progress))
+        self._progress, self._beaten = min(1.0, max(0.0, progress)), time.monotonic()
         if self._stopping.is_set():
             raise RobotError("worker", expected="to go on", got="a signal to stop", fix="start it again")
         self.check()
@@ -119,6 +120,8 @@ class _Heart:
         path = f"/v1/trials/{self._lease['trial']}/heartbeat"
         while not self._ended.wait(min(BEAT_SECONDS, self._watchdog / 4)):
             asked = time.monotonic()
+            if asked - self._beaten > HUNG_SECONDS and not self._resting.is_set():
+                return  # silence stops the robot, here, and ends the lease, there
             try:
                 body = {"fence": self._lease["fence"], "progress": self._progress}
                 status, answer = self._arena.ask("POST", path, json=body, timeout=self._watchdog / 2)
@@ -301,10 +304,12 @@ class _Worker:
                 self._send(lease, "start", {})
             except OffbookError as error:
                 # A relay that does not open has shown the policy nothing: no harm in trying another time.
-                kind = "released" if isinstance(error, PolicyError | RobotError) else "robot_fault"
+                kind = "released" if isinstance(error, PolicyError | RobotError | MissingExtraError) else "robot_fault"
                 if isinstance(error, ArenaRefusalError) and error.status in NO_STORAGE:
                     kind = "needs_storage"
                 self._end(lease, "fault", {"kind": kind, "reason": _line(error)})
+                if isinstance(error, MissingExtraError):
+                    raise
                 self.stopping.wait(1.0)
                 return 0
             record = self._trial(lease, policy, heart, film)
@@ -312,6 +317,8 @@ class _Worker:
             if isinstance(policy, RemotePolicy):
                 policy.close(record.outcome)
             self._deliver(lease, record, film)
+        except MissingExtraError:
+            raise  # the next policy of the kind would fare the same
         except (OffbookError, OSError) as error:
             # One trial's trouble is not the worker's end; what concerns every trial, the next lease will say.
             self.say(f"{self.name}: trial {lease['trial']} could not be reported: {_line(error)}")
@@ -367,8 +374,8 @@ class _Worker:
         if any(isinstance(policy, SandboxedPolicy) and not policy.alive for policy in self.known.values()):
             self.forget()
         if sha256 not in self.known:
-            from offbook.learning.policies import load_policy
-
+            with needs_extra("models"):
+                from offbook.learning.policies import load_policy
             path = self.cache / f"{sha256}.safetensors"
             if not path.exists() or not _holds(path, sha256):
                 self.arena.download(sha256, path)

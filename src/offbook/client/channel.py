@@ -81,11 +81,18 @@ def socket_url(url: str, path: str) -> str:
     return f"{schemes[parts.scheme]}://{parts.netloc}{prefix}{path}"
 
 
+class _Connect(connect):
+    """A connection to the one address that was given: a token is for nobody else."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
+
+
 def dial(url: str, token: str, limit: int) -> connect:
     """A websocket connection to be awaited or entered; the token travels in the Authorization header only."""
     loopback = split_address(url).hostname in ("localhost", "127.0.0.1", "::1")
     try:
-        return connect(
+        return _Connect(
             url,
             additional_headers={"Authorization": f"Bearer {token}"},
             compression=None,

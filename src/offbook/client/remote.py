@@ -54,7 +54,7 @@ class RemotePolicy:
     def reset(self, sessions: Sequence[str], prompts: Sequence[str]) -> None:
         """Begins the episode; exactly one session."""
         (self._session,), (prompt,) = sessions, prompts
-        self._call(self._send(wire.reset(self._session, prompt)), self._deadline_s)
+        self._call(self._tell(wire.reset(self._session, prompt)), self._deadline_s)
 
     def infer(self, observation: Observation) -> NDArray[np.float32]:
         """Sends one observation (B = 1) and waits for its chunk, shape (1, N, A); NaN is left to the robot's guard.
@@ -119,10 +119,13 @@ class RemotePolicy:
         if self._socket is not None:
             await self._socket.send(wire.encode(message, wire.frame_limit(self._images)))
 
-    async def _ask(self, message: Mapping[str, Any]) -> NDArray[np.float32]:
-        # Of a line that is closed, what came before tells why; where nothing did, reading raises the same.
+    async def _tell(self, message: Mapping[str, Any]) -> None:
+        # Of a line that is closed, what came before tells why; where nothing did, reading it raises the same.
         with contextlib.suppress(ConnectionClosed):
             await self._send(message)
+
+    async def _ask(self, message: Mapping[str, Any]) -> NDArray[np.float32]:
+        await self._tell(message)
         while True:
             answer = await self._next(frozenset({"act", "error"}))
             if answer["session"] != self._session or answer["seq"] > self._seq:

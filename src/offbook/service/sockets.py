@@ -186,6 +186,9 @@ class _Http(_Charged, H11Protocol):
         super()._give_up()
 
 
+_NO_HANDSHAKE = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
 class _WebSocket(_Charged, WebSocketsSansIOProtocol):
     pings = 0  # that came while the peer did not read
     taker: Callable[[bytes], None] | None = None  # of messages, in place of the queue
@@ -236,6 +239,11 @@ class _WebSocket(_Charged, WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            # A head that is no handshake, of which the class above takes no notice: its answer may lie ready.
+            self.handshake_initiated = self.handshake_complete = self.close_sent = True
+            self.transport.write(b"".join(self.conn.data_to_send()) or _NO_HANDSHAKE)
+            self.transport.close()
         if not (self.conn.reader.buffer or self.frames):
             self._disarm()
         elif self.alarm is None:

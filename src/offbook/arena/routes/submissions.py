@@ -17,7 +17,7 @@ from offbook.arena.sandbox import SandboxedPolicy
 from offbook.arena.service import Arena, Settings
 from offbook.arena.tables import Submission
 from offbook.client.protocol import PolicyMeta
-from offbook.errors import CheckpointError, ConfigError
+from offbook.errors import CheckpointError, ConfigError, MissingExtraError, needs_extra
 from offbook.service.fields import Text, number
 from offbook.service.refusal import RefusedError, unknown
 
@@ -118,8 +118,8 @@ def _look_into(path: Path, settings: Settings) -> PolicyMeta:
         policy = SandboxedPolicy(path, max_bytes=settings.checkpoint_bytes)
         policy.close()
         return policy.meta
-    from offbook.learning.policies import load_policy
-
+    with needs_extra("models"):
+        from offbook.learning.policies import load_policy
     return load_policy(path, max_bytes=settings.checkpoint_bytes).meta
 
 
@@ -131,6 +131,10 @@ def _check_checkpoint(arena: Arena, blob: str, robot_class: str) -> None:
         # The path in our store is nobody's business.
         where, expected, got = error.where.replace(str(path), "checkpoint"), error.expected, error.got
         raise RefusedError(422, "bad_checkpoint", where, expected=expected, got=got, fix=error.fix) from error
+    except MissingExtraError as error:
+        fix = f"let the policy dial in (remote), or ask the operator to {error.fix}"
+        raise RefusedError(422, "no_checkpoints", "checkpoint", expected="an arena that can load it",
+                           got="one without PyTorch", fix=fix) from error  # fmt: skip
     with arena.database.read() as session:
         submissions.check_robot(session, meta, robot_class)
 
