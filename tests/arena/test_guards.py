@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import select
 from test_routes import lease, open_arena, put, report, submit
 
+from offbook.arena import service
 from offbook.arena.service import StorageWatch
 from offbook.arena.tables import User
 from offbook.errors import CheckpointError
@@ -161,3 +164,36 @@ def test_asking_and_withdrawing_has_an_end(client) -> None:
     answer = client.ask("POST", "/v1/submissions", "ada", json=body)
     assert (answer.status_code, answer.json()["error"]) == (429, "quota")
     assert "withdrawn or not" in answer.json()["detail"]
+
+
+def test_what_is_said_again_does_not_put_off_the_next_look_at_the_store(monkeypatch) -> None:
+    full = RefusedError(507, "storage_full", "store", expected="room", got="none", fix="wait")
+    at, room, store = [100.0], [False], SimpleNamespace()
+
+    def look(reserve: int) -> None:
+        if not room[0]:
+            raise full
+
+    store.check_room = look
+    monkeypatch.setattr(service.time, "monotonic", lambda: at[0])
+    watch = StorageWatch(store, 1)
+    for _ in range(20):  # somebody tries again and again, while the operator makes room
+        at[0] += 1
+        try:
+            watch.check()
+        except RefusedError as error:
+            watch.failed(error)
+        else:
+            break
+        room[0] = at[0] > 105
+    assert room[0]
+    watch.check()
+
+
+def test_an_upload_that_gives_two_lengths_counts_as_the_longest(make_sqlite, tmp_path) -> None:
+    with open_arena(make_sqlite(), tmp_path, daily_bytes=25) as client:
+        content = (2).to_bytes(8, "little") + b"{}"
+        sha256 = hashlib.sha256(content).hexdigest()
+        headers = {"Content-Length": "1", "Transfer-Encoding": "chunked", "Content-Type": "application/octet-stream"}
+        answer = client.ask("PUT", f"/v1/blobs/{sha256}", "ada", content=iter([content]), headers=headers)
+        assert (answer.status_code, answer.json()["error"]) == (429, "upload_quota")

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from offbook.arena import submissions, trials, views
 from offbook.arena.database import Database
-from offbook.arena.pairs import KEPT_SECONDS
+from offbook.arena.pairs import GIVEN_BACK, KEPT_SECONDS
 from offbook.arena.tables import Blob, Robot, Submission, Trial
 from offbook.client.submit import kept_promise
 from offbook.service.refusal import RefusedError
@@ -255,3 +255,35 @@ def test_a_robot_that_its_operator_stopped_is_given_nothing_and_keeps_no_lease(c
     assert operate("resume").json()["stopped"] is False
     with client.app.state.arena.database.read() as session:
         assert session.scalar(select(Robot.stopped).where(Robot.name == "arm-1")) is None
+
+
+def test_a_half_that_its_robot_cannot_begin_does_not_keep_that_robot_for_ever(database: Database) -> None:
+    released = trials.Report(outcome="released", reason="the relay did not open")
+    with database.write() as session:
+        pair = submit_pair(session, trials=1)
+        alone = submit(session, "bob", kind="anchor", anchor="expert", trials=1).id
+        play(session, lease(session, "arm-1"))
+        for _ in range(GIVEN_BACK):
+            given = lease(session, "arm-1")
+            assert trial_of(session, given).submission_id in pair
+            trials.end(session, given["trial"], given["fence"], released)
+        # The other submission has its turn at this robot, and another robot may play the half.
+        assert trial_of(session, lease(session, "arm-1")).submission_id == alone
+        assert trial_of(session, lease(session, "arm-2")).submission_id in pair
+
+
+def test_the_second_half_out_of_turn_costs_its_owner_a_turn_and_moves_nobody_elses(
+    database: Database, clock: VirtualClock
+) -> None:
+    served = []
+    with database.write() as session:
+        pairs = {entry for _ in range(3) for entry in submit_pair(session, trials=4, user="ada")}
+        for _ in range(6):
+            submit(session, "bob", kind="anchor", anchor="expert")
+        for _ in range(16):
+            given = lease(session)
+            served.append(trial_of(session, given).submission_id in pairs)
+            clock.seconds += 10
+            play(session, given)
+    # Both wait all the time: half of the robot's time is hers, though she gets two trials at a stretch.
+    assert 7 <= sum(served) <= 9

@@ -400,6 +400,15 @@ def test_unusable_submissions_leave_nothing_behind(database: Database, request_:
         assert session.scalars(select(Event)).all() == []
 
 
+def test_a_policy_that_sits_here_is_reached_at_this_servers_own_address(database: Database) -> None:
+    with database.write() as session:
+        entry = submit(session)
+        given = lease(session, "arm-1", connected=[entry.id], home="http://10.0.0.5:8000")
+        assert given["policy"]["relay"] == "http://10.0.0.5:8000"
+        trials.end(session, given["trial"], given["fence"], trials.Report(outcome="released"))
+        assert "relay" not in lease(session, "arm-1", connected=[entry.id])["policy"]
+
+
 def test_a_changed_protocol_is_a_new_version(database: Database) -> None:
     with database.write() as session:
         same = submissions.define_benchmark(session, BENCHMARK)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,16 @@ def test_of_copies_of_a_remote_store_only_those_used_last_are_kept(tmp_path: Pat
         os.utime(copy, (number, number))
         store.local(names[0], cache)
     assert {path.name for path in cache.iterdir()} == {names[0], *names[4:]}
+
+
+def test_of_a_copy_that_broke_off_nothing_is_left(tmp_path: Path, monkeypatch) -> None:
+    def broken(_: str) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError("the line broke")
+
+    store, cache = BlobStore(f"memory://{tmp_path.name}"), tmp_path / "cache"
+    name = store.put(b"half of it")
+    monkeypatch.setattr(store, "read", broken)
+    with pytest.raises(OSError, match="broke"):
+        store.local(name, cache)
+    assert list(cache.iterdir()) == []

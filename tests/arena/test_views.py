@@ -110,6 +110,18 @@ def test_equal_scores_have_an_interval_where_their_range_is_known(database: Data
             trials.end(session, given["trial"], given["fence"], trials.Report(outcome="done", score=1.5))
 
 
+def test_a_lost_trial_is_no_failure_of_a_task_that_knows_no_success(database: Database) -> None:
+    plain = trials.Report(outcome="done", score=0.5)
+    with database.write() as session:
+        entries = [submit(session, name=name, split="long") for name in ("a", "b")]
+        for entry in entries:
+            for number in range(8):
+                play(session, lease(session, connected=[entry.id]), plain if number else LEFT)
+        row = next(row for row in views.leaderboard(session, "reach", "long")["rows"] if row["name"] == "a")
+        assert (row["n"], row["success"]) == (8, None)
+        assert views.compare(session, entries[0].id, entries[1].id)["mcnemar_p"] is None
+
+
 def test_two_submissions_are_compared_on_the_scenes_that_both_met(database: Database) -> None:
     with database.write() as session:
         a = submit(session, name="a", split="long")

@@ -114,7 +114,7 @@ class Gateway:
 
     def __init__(self, database: Database, meters: Meters, *, per_user: int = 32, url: str = "") -> None:
         self._database, self._meters, self._per_user = database, meters, per_user
-        self._book, self._renewed = SeatBook(database, url), -math.inf
+        self._book, self._renewed, self.url = SeatBook(database, url), -math.inf, url
         self._elsewhere: Mapping[int, str] = {}
         self._seats: dict[int, Seat] = {}
         self._writing = asyncio.Lock()  # rows of the book are written in the order in which seats come and go

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, literal, or_, select
+from sqlalchemy import ColumnElement, and_, func, literal, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from offbook.arena.tables import IN_FLIGHT, Robot, Submission, Trial
+from offbook.arena.tables import IN_FLIGHT, Attempt, Robot, Submission, Trial
 from offbook.service.database import now
 
 KEPT_SECONDS = 30.0
+GIVEN_BACK = 3
 """How long after its last sign of life the other half of a pair is kept for the robot that played the first."""
 
 PLAYED = ("done", "policy_fault")
@@ -76,7 +77,8 @@ def _pair_ready(session: Session, connected: Collection[int], robot_id: int) -> 
 def _begun_on(robot_id: int) -> ColumnElement[bool]:
     """Whether a submission has a trial whose other half this robot has played."""
     trial, mate = aliased(Trial), aliased(Trial)
-    where = (trial.submission_id == Submission.id, half(trial), *_mates(mate, trial), mate.robot_id == robot_id)
+    own = (trial.submission_id == Submission.id, half(trial), ~_given_back(trial))
+    where = (*own, *_mates(mate, trial), mate.robot_id == robot_id)
     return _some((trial, mate), *where)
 
 
@@ -131,5 +133,11 @@ def _is_next(trial: Any) -> ColumnElement[bool]:
 def _robot_is_right(session: Session, trial: Any, robot_id: int) -> ColumnElement[bool]:
     mate, robot = aliased(Trial), aliased(Robot)
     gone = or_(robot.seen <= now(session) - KEPT_SECONDS, robot.stopped.is_not(None))
-    where = (*_mates(mate, trial), robot.id == mate.robot_id, or_(robot.id == robot_id, gone))
+    where = (*_mates(mate, trial), robot.id == mate.robot_id, or_(robot.id == robot_id, gone, _given_back(trial)))
     return _some((mate, robot), *where)
+
+
+def _given_back(trial: Any) -> ColumnElement[bool]:
+    """Whether robots could so often not begin a trial that it no longer waits for the right one, nor goes first."""
+    own = select(func.count(Attempt.id)).where(Attempt.trial_id == trial.id, Attempt.outcome == "released")
+    return own.correlate_except(Attempt).scalar_subquery() >= GIVEN_BACK

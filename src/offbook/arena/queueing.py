@@ -26,11 +26,19 @@ WEEK = 7 * 86400.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Turn:
-    """A user who waits, with the tag at which their next attempt would start."""
+    """A user who waits.
+
+    Attributes:
+        user_id: who.
+        start_tag: S, at which their next attempt would start.
+        submission_id: their oldest that may run.
+        leased_at: V after the attempt, where that is not S: what is leased out of turn leaves V as it was.
+    """
 
     user_id: int
     start_tag: float
     submission_id: int
+    leased_at: float | None = None
 
 
 def turns(session: Session, robot_class: str, condition: ColumnElement[bool]) -> list[Turn]:

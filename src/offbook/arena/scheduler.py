@@ -8,7 +8,7 @@ other half of a pair that this robot has begun comes before all turns.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -48,6 +48,7 @@ def lease(
     *,
     connected: Collection[int] = (),
     elsewhere: Mapping[int, str] = MappingProxyType({}),
+    home: str = "",
     rules: Rules | None = None,
 ) -> dict[str, Any] | None:
     """Gives the next trial to a worker, or None when there is nothing for its robot.
@@ -57,6 +58,7 @@ def lease(
         applicant: who asks.
         connected: remote submissions whose policies are connected and idle; others wait.
         elsewhere: those whose policies are connected to other servers, with the addresses of these.
+        home: address of this server, where workers do not ask it by it.
         rules: the protocol's times.
 
     Returns:
@@ -74,13 +76,18 @@ def lease(
     if robot.stopped is not None:
         raise robot_stopped(robot.name)
     here = frozenset([*connected, *elsewhere])
-    for allowed in pairs.ready(session, applicant.robot_class, here, robot.id):
+    ready = pairs.ready(session, applicant.robot_class, here, robot.id)
+    for allowed in ready:
         for turn in queueing.turns(session, applicant.robot_class, allowed):
             submission = _take(session, allowed, turn.user_id)
-            given = None if submission is None else _lease_trial(session, submission, robot, worker, turn, rules)
-            if given is not None and submission is not None:
-                relay = elsewhere.get(submission.id) if submission.id not in connected else None
-                return given if relay is None else given | {"policy": given["policy"] | {"relay": relay}}
+            if submission is None:
+                continue
+            if allowed is not ready[-1]:  # out of turn: it does not move the time by which the others wait
+                turn = replace(turn, leased_at=queueing.virtual_time(session, applicant.robot_class))
+            given = _lease_trial(session, submission, robot, worker, turn, rules)
+            if given is not None:
+                relay = home if submission.id in connected else elsewhere.get(submission.id)
+                return given | {"policy": given["policy"] | {"relay": relay}} if relay else given
     return None
 
 
@@ -191,7 +198,7 @@ def _lease_trial(
                     worker_id=worker.id,
                     robot_class=robot.robot_class,
                     leased=present,
-                    start_tag=turn.start_tag,
+                    start_tag=turn.start_tag if turn.leased_at is None else turn.leased_at,
                     finish_tag=queueing.finish_tag(turn, benchmark.trial_seconds, used),
                 )
             )

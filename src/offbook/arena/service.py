@@ -172,11 +172,12 @@ class StorageWatch:
             except RefusedError as error:
                 self._trouble = error
         if self._trouble is not None:
-            raise self._trouble
+            raise self._trouble.with_traceback(None)  # or it would grow with each who asks
 
     def failed(self, trouble: RefusedError) -> None:
         """Takes note that the store has just refused a file, whatever the next small file would say."""
-        self._trouble, self._looked = trouble, time.monotonic()
+        if trouble is not self._trouble:  # what `check` has said again is no news, and must not put off the next look
+            self._trouble, self._looked = trouble, time.monotonic()
 
     def sound(self) -> bool:
         """Whether `check` would pass."""

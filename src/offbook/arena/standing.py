@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,14 +17,14 @@ from offbook.evaluate.stats import Interval, bootstrap_mean, bounded_mean, clopp
 def refresh_summary(session: Session, submission: Submission, benchmark: Benchmark) -> None:
     """Computes mean score with its interval, successes, median latency and late share from the results."""
     rows = session.execute(
-        select(Result.score, Result.success, Result.latency_ms, Result.late_share)
+        select(Result.score, Result.success, Result.outcome, Result.latency_ms, Result.late_share)
         .where(Result.submission_id == submission.id)
         .order_by(Result.trial_id)
     ).all()
     if not rows:
         return
     score = mean_score([row.score for row in rows], benchmark)
-    judged = [row.success for row in rows if row.success is not None]
+    judged = [success for success in successes(rows) if success is not None]
     latencies = sorted(row.latency_ms for row in rows if row.latency_ms is not None)
     late = [row.late_share for row in rows if row.late_share is not None]
     submission.n = len(rows)
@@ -33,6 +33,12 @@ def refresh_summary(session: Session, submission: Submission, benchmark: Benchma
     submission.successes = sum(judged) if judged else None
     submission.latency_ms = latencies[len(latencies) // 2] if latencies else None
     submission.late_share = sum(late) / len(late) if late else None
+
+
+def successes(rows: Collection[Any]) -> list[bool | None]:
+    """Which results of a submission were successes; where trials that were played say nothing, neither do lost ones."""
+    unjudged = any(row.outcome == "done" and row.success is None for row in rows)
+    return [None if unjudged and row.outcome != "done" else row.success for row in rows]
 
 
 def mean_score(scores: Sequence[float], benchmark: Benchmark) -> dict[str, Any]:

@@ -307,7 +307,9 @@ class _Worker:
                 kind = "released" if isinstance(error, PolicyError | RobotError | MissingExtraError) else "robot_fault"
                 if isinstance(error, ArenaRefusalError) and error.status in NO_STORAGE:
                     kind = "needs_storage"
-                self._end(lease, "fault", {"kind": kind, "reason": _line(error)})
+                # The reason is public; with the hash anybody could submit the checkpoint.
+                reason = _line(error).replace(lease["policy"].get("sha256") or "\0", "CHECKPOINT")
+                self._end(lease, "fault", {"kind": kind, "reason": reason})
                 if isinstance(error, MissingExtraError):
                     raise
                 self.stopping.wait(1.0)

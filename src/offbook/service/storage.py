@@ -160,10 +160,13 @@ class BlobStore:
         copy = cache / sha256
         if not copy.exists():
             part = cache / f"{sha256}.{secrets.token_hex(4)}"
-            with part.open("wb") as file:
-                for piece in self.read(sha256):
-                    file.write(piece)
-            part.replace(copy)
+            try:
+                with part.open("wb") as file:
+                    for piece in self.read(sha256):
+                        file.write(piece)
+                part.replace(copy)
+            finally:
+                part.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):  # somebody else tidies up too
             copy.touch()
             held = sorted((each for each in cache.iterdir() if _SHA256.fullmatch(each.name)), key=_used)

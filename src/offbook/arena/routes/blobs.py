@@ -98,7 +98,7 @@ def check_magic(head: bytes) -> None:
 
 def _check_length(request: Request, limit: int) -> int:
     """Bytes that are to come: as announced, or as many as are allowed."""
-    announced = request.headers.get("content-length", "")
+    announced = request.headers.get("content-length", "") if "transfer-encoding" not in request.headers else ""
     if not (announced.isascii() and announced.isdigit()):
         return limit
     if len(announced) > 18 or int(announced) > limit:

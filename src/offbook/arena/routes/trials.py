@@ -121,6 +121,7 @@ def lease(request: Request, wanted: LeaseRequest, who: IsWorker) -> Response:
             applicant,
             connected=arena.gateway.leasable(session),
             elsewhere=arena.gateway.elsewhere(),
+            home=arena.gateway.url,
             rules=arena.settings.rules,
         )
     return Response(status_code=204) if given is None else JSONResponse(given)

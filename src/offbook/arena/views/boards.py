@@ -11,7 +11,7 @@ import numpy as np
 from sqlalchemy import case, func, select
 from sqlalchemy.orm import Session
 
-from offbook.arena.standing import mean_difference, success_interval
+from offbook.arena.standing import mean_difference, success_interval, successes
 from offbook.arena.submissions import find_benchmark, find_split, robot_spec
 from offbook.arena.tables import Benchmark, Result, Split, Submission, Trial, User
 from offbook.evaluate.stats import mcnemar_exact
@@ -261,8 +261,9 @@ def compare(session: Session, first: int, second: int) -> dict[str, Any]:
     if both:
         ours, theirs = ([side[slot].score for slot in both] for side in sides)
         difference = mean_difference(ours, theirs, a.split.benchmark)
-    judged = [(sides[0][slot].success, sides[1][slot].success) for slot in both]
-    judged = [(x, y) for x, y in judged if x is not None and y is not None]
+    known = [dict(zip(side, successes(side.values()), strict=True)) for side in sides]
+    pairs = [(known[0][slot], known[1][slot]) for slot in both]
+    judged = [(x, y) for x, y in pairs if x is not None and y is not None]
     p = mcnemar_exact(sum(x and not y for x, y in judged), sum(y and not x for x, y in judged)) if judged else None
     return {
         "a": {"submission": str(a.id), "name": a.name},
@@ -282,7 +283,7 @@ def compare(session: Session, first: int, second: int) -> dict[str, Any]:
 def results(session: Session, entry: int) -> dict[int, Any]:
     """By slot, the trial of a submission and what came of it."""
     rows = session.execute(
-        select(Trial.slot, Trial.id, Result.score, Result.success, Result.files)
+        select(Trial.slot, Trial.id, Result.score, Result.success, Result.outcome, Result.files)
         .join(Result, Result.trial_id == Trial.id)
         .where(Trial.submission_id == entry)
     )

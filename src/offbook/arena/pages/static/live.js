@@ -66,6 +66,7 @@
       clearInterval(poll);
       poll = 0;
       say("Live", "on");
+      soon(); // of what happened before, the stream tells nothing
     });
     source.addEventListener("message", soon);
     source.addEventListener("error", () => {
