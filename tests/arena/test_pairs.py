@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 from arena_world import BENCHMARK, DONE, FAULT, LEFT, VirtualClock, lease, play, submit, submit_pair, who
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from offbook.arena import submissions, trials, views
 from offbook.arena.database import Database
 from offbook.arena.pairs import GIVEN_BACK, KEPT_SECONDS
-from offbook.arena.tables import Blob, Robot, Submission, Trial
+from offbook.arena.tables import Attempt, Blob, Robot, Submission, Trial
 from offbook.client.submit import kept_promise
 from offbook.service.refusal import RefusedError
 
@@ -272,18 +272,20 @@ def test_a_half_that_its_robot_cannot_begin_does_not_keep_that_robot_for_ever(da
         assert trial_of(session, lease(session, "arm-2")).submission_id in pair
 
 
-def test_the_second_half_out_of_turn_costs_its_owner_a_turn_and_moves_nobody_elses(
-    database: Database, clock: VirtualClock
-) -> None:
+def test_a_second_half_out_of_turn_gives_its_owner_no_larger_share(database: Database, clock: VirtualClock) -> None:
     served = []
     with database.write() as session:
+        submit(session, "ada", kind="anchor", anchor="expert", trials=1)
+        play(session, lease(session))
+        # Six hours of robot time: her weight is a seventh of his.
+        session.execute(update(Attempt).values(leased=Attempt.leased - 6 * 3600))
         pairs = {entry for _ in range(3) for entry in submit_pair(session, trials=4, user="ada")}
-        for _ in range(6):
-            submit(session, "bob", kind="anchor", anchor="expert")
         for _ in range(16):
+            submit(session, "bob", kind="anchor", anchor="expert")
+        for _ in range(48):
             given = lease(session)
             served.append(trial_of(session, given).submission_id in pairs)
-            clock.seconds += 10
+            clock.seconds += 0.01
             play(session, given)
-    # Both wait all the time: half of the robot's time is hers, though she gets two trials at a stretch.
-    assert 7 <= sum(served) <= 9
+    # An eighth of 48, to a pair.
+    assert 4 <= sum(served) <= 8
