@@ -5,6 +5,7 @@ import importlib
 import pkgutil
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,17 @@ MODULES = sorted(
 )
 
 
+@pytest.fixture
+def forgotten(tmp_path, monkeypatch):
+    """Forgets the modules that a page wrote and imported, and where: other tests write some of the same name."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for path in tmp_path.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.usefixtures("forgotten")
 def test_page_runs(page, tmp_path, monkeypatch, cli):
     """Python blocks share one namespace; of a console block, the lines `$ offbook ...` run in the same folder."""
     monkeypatch.chdir(tmp_path)
