@@ -38,6 +38,15 @@ def relay(arena, given: dict):
         yield robot
 
 
+@contextmanager
+def leased(arena):
+    """A policy that waits, and the lease of its first trial."""
+    entry = arena.submit("ada")
+    with dial(arena) as policy:
+        assert hello(policy, entry)["type"] == "ready"
+        yield policy, lease(arena)
+
+
 def give_back(arena, given: dict) -> None:
     with arena.client("lab") as client:
         body = {"fence": given["fence"], "kind": "robot_fault", "reason": "it fell"}
@@ -45,53 +54,42 @@ def give_back(arena, given: dict) -> None:
 
 
 def test_a_worker_that_stays_after_its_lease_keeps_no_policy(arena) -> None:
-    entry = arena.submit("ada")
-    with dial(arena) as policy:
-        assert hello(policy, entry)["type"] == "ready"
-        given = lease(arena)
-        with relay(arena, given) as robot:
+    with leased(arena) as (policy, given), relay(arena, given) as robot:
+        assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
+        give_back(arena, given)
+        again = lease(arena)
+        assert (again["trial"], again["fence"] > given["fence"]) == (given["trial"], True)
+        assert wire.decode(policy.recv(timeout=5)) == wire.end("trial", "robot_fault")
+        # Nobody is to blame for it but the line.
+        assert closed(robot) == (1001, "the lease is over")
+        with relay(arena, again) as other:
             assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
-            give_back(arena, given)
-            again = lease(arena)
-            assert (again["trial"], again["fence"] > given["fence"]) == (given["trial"], True)
-            assert wire.decode(policy.recv(timeout=5)) == wire.end("trial", "robot_fault")
-            # Nobody is to blame for it but the line.
-            assert closed(robot) == (1001, "the lease is over")
-            with relay(arena, again) as other:
-                assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
-                other.send(observation(1))
-                assert wire.decode(policy.recv(timeout=5))["seq"] == 1
-                policy.send(act(1))
-                assert wire.decode(other.recv(timeout=5))["seq"] == 1
+            other.send(observation(1))
+            assert wire.decode(policy.recv(timeout=5))["seq"] == 1
+            policy.send(act(1))
+            assert wire.decode(other.recv(timeout=5))["seq"] == 1
 
 
 def test_of_two_relays_of_one_lease_only_the_newer_passes_frames(arena) -> None:
-    entry = arena.submit("ada")
-    with dial(arena) as policy:
-        assert hello(policy, entry)["type"] == "ready"
-        given = lease(arena)
-        with relay(arena, given) as first:
+    with leased(arena) as (policy, given), relay(arena, given) as first:
+        assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
+        with relay(arena, given) as second:
+            assert wire.decode(policy.recv(timeout=5)) == wire.end("trial", "robot_fault")
             assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
-            with relay(arena, given) as second:
-                assert wire.decode(policy.recv(timeout=5)) == wire.end("trial", "robot_fault")
-                assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
-                assert wire.decode(first.recv(timeout=5))["code"] == "policy_gone"
-                second.send(observation(7))
-                assert wire.decode(policy.recv(timeout=5))["seq"] == 7
+            assert wire.decode(first.recv(timeout=5))["code"] == "policy_gone"
+            second.send(observation(7))
+            assert wire.decode(policy.recv(timeout=5))["seq"] == 7
 
 
 def test_an_answer_that_nobody_asked_for_is_passed_over(arena) -> None:
-    entry = arena.submit("ada")
-    with dial(arena) as policy:
-        assert hello(policy, entry)["type"] == "ready"
-        with relay(arena, lease(arena)) as robot:
-            assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
-            policy.send(act(40))  # of the attempt before, and late
-            for seq in (1, 2):
-                robot.send(observation(seq))
-                assert wire.decode(policy.recv(timeout=5))["seq"] == seq
-                policy.send(act(seq))
-                assert wire.decode(robot.recv(timeout=5))["seq"] == seq
+    with leased(arena) as (policy, given), relay(arena, given) as robot:
+        assert wire.decode(policy.recv(timeout=5))["type"] == "reset"
+        policy.send(act(40))  # of the attempt before, and late
+        for seq in (1, 2):
+            robot.send(observation(seq))
+            assert wire.decode(policy.recv(timeout=5))["seq"] == seq
+            policy.send(act(seq))
+            assert wire.decode(robot.recv(timeout=5))["seq"] == seq
 
 
 def test_a_policy_that_dials_again_does_not_wait_for_its_former_line(arena, monkeypatch) -> None:

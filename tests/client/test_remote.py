@@ -43,6 +43,12 @@ def test_a_remote_policy_is_a_policy():
     np.testing.assert_array_equal(frames[1]["images"]["front"].pixels(), observation("A").images["front"][0])
 
 
+def leave(connection):
+    """What an arena says of a policy that has left."""
+    send(connection, wire.error("policy_gone", "it left"))
+    connection.close(1000, "the policy left")
+
+
 def scripted(script, *, deadline_s=5.0):
     """What one inference raises when the arena, after the reset, runs `script(connection, obs)`."""
 
@@ -89,8 +95,7 @@ def test_of_a_line_that_was_closed_between_two_questions_the_last_words_are_told
         send(connection, wire.ready("raw", META))
         receive(connection)
         answer(connection, receive(connection))
-        send(connection, wire.error("policy_gone", "it left"))
-        connection.close(1000, "the policy left")
+        leave(connection)
         ended.set()
 
     ended = threading.Event()
@@ -195,8 +200,7 @@ def test_a_policy_that_is_not_there_is_a_policy_fault():
 def test_a_policy_that_left_before_the_episode_began_is_known_by_its_last_words():
     def play(connection):
         send(connection, wire.ready("raw", META))
-        send(connection, wire.error("policy_gone", "it left"))
-        connection.close(1000, "the policy left")
+        leave(connection)
         ended.set()
 
     ended = threading.Event()
