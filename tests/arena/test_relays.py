@@ -133,7 +133,12 @@ def test_a_policy_is_told_that_the_arena_failed_when_it_came(arena, monkeypatch)
 def test_a_trial_whose_driver_never_comes_back_is_given_to_another_robot(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(worker, "HUNG_SECONDS", 1.0)
     release = threading.Event()
-    with running(tmp_path, watchdog_seconds=1.0, lease_seconds=3.0) as arena:
+
+    def outcomes() -> list[str]:
+        with arena.database.read() as session:
+            return list(session.scalars(select(Attempt.outcome).order_by(Attempt.id)))
+
+    with running(tmp_path, watchdog_seconds=4.0, lease_seconds=5.0) as arena:
         arena.submit("root", kind="anchor", anchor="random")
         robot = Walker()
         robot.on_step = lambda step: release.wait(60)
@@ -142,13 +147,13 @@ def test_a_trial_whose_driver_never_comes_back_is_given_to_another_robot(tmp_pat
         thread = threading.Thread(target=lambda: run_worker(arena.url, arena.tokens["lab"], "arm", **first))
         thread.start()
         try:
-            until(lambda: robot.stops)
+            # Both workers read the limit by one name: the second gets its own once the first has fallen silent.
+            until(lambda: outcomes() == ["robot_fault"], 30.0)
+            assert robot.stops
             monkeypatch.setattr(worker, "HUNG_SECONDS", 60.0)
             report = run_worker(arena.url, arena.tokens["lab"], "arm", robot=Walker(), name="arm-2", **options)
             assert report.trials == {"done": 1}
         finally:
             release.set()
             thread.join(30)
-        with arena.database.read() as session:
-            outcomes = session.scalars(select(Attempt.outcome).order_by(Attempt.id)).all()
-    assert outcomes == ["robot_fault", "done"]
+        assert outcomes() == ["robot_fault", "done"]
