@@ -19,8 +19,10 @@ from offbook.arena.tables import IN_FLIGHT, Attempt, Robot, Submission, Trial
 from offbook.service.database import now
 
 KEPT_SECONDS = 30.0
-GIVEN_BACK = 3
 """How long after its last sign of life the other half of a pair is kept for the robot that played the first."""
+
+GIVEN_BACK = 3
+"""How often robots may fail to begin a half of a pair before any robot may play it, and no longer before all else."""
 
 PLAYED = ("done", "policy_fault")
 

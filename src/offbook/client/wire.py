@@ -401,7 +401,8 @@ def decode(frame: bytes, limit: int = FRAME_LIMIT, *, allowed: Collection[str] |
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as fault:
         got = f"{type(fault).__name__} {fault}"
         raise WireError(BAD_DATA, "frame", expected="one msgpack map within the limits", got=got) from fault
-    _check_depth(message, 1)
+    if containers > _MAX_DEPTH:  # fewer cannot lie deeper
+        _check_depth(message, 1)
     validate(message, allowed)
     return dict(message)
 
