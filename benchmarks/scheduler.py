@@ -20,7 +20,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,8 @@ def run(options: Options) -> list[Claim]:
             ),
             seeds=(options.seed,),
             verdict="met" if met else "missed",
-            note="; ".join([way, *history.violations[:5]]),
+            config=asdict(plan),
+            note="; ".join([way, f"with a cap of {plan.fault_cap} faults of a trial", *history.violations[:5]]),
         )
     ]
 

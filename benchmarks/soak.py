@@ -36,6 +36,8 @@ def run(options: Options) -> list[Claim]:
     times: dict[str, float] = defaultdict(float)
     for case in suite.iter("testcase"):
         times[case.get("classname", "").rpartition(".")[2]] += float(case.get("time", 0)) / 60
+    missing = [f"{case.get('name')} ({each.get('message')})" for case in suite.iter("testcase")
+               for each in case.iter("skipped")]  # fmt: skip
     longest = sorted(times.items(), key=lambda pair: -pair[1])[:8]
     return [
         Claim(
@@ -49,6 +51,7 @@ def run(options: Options) -> list[Claim]:
             ),
             seeds=(options.seed,),
             verdict="met" if ran > skipped and not broken and minutes <= MINUTES else "missed",
-            note="Minutes of the longest, two at a time: " + ", ".join(f"{name} {of:.1f}" for name, of in longest),
+            note=f"Minutes of the longest, two at a time: {', '.join(f'{name} {of:.1f}' for name, of in longest)}. "
+            f"Skipped: {', '.join(missing) or 'none'}",
         )
     ]

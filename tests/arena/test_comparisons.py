@@ -115,7 +115,7 @@ def test_what_cannot_be_compared_is_refused(played) -> None:
 def test_a_pair_that_ran_side_by_side_is_compared_by_people_too(client, tmp_path: Path) -> None:
     body = {"benchmark": "reach", "kind": "anchor", "anchor": "random", "trials": 2}
     sent = client.ask(
-        "POST", "/v1/pairs", "admin", json={"entries": [body | {"name": name} for name in ("new", "old")]}
+        "POST", "/v1/pairs", "admin", json={"entries": [body | {"name": name} for name in (" new", "old")]}
     )
     first, second = (entry["id"] for entry in sent.json()["entries"])
     for n in range(3):

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 
 from offbook.arena import submissions, trials
 from offbook.arena.database import Database
-from offbook.arena.tables import Attempt, Event, Result, Robot, Submission, Trial, User
+from offbook.arena.tables import Attempt, Benchmark, Event, Result, Robot, Submission, Trial, User
 from offbook.service.refusal import RefusedError
 
 pytestmark = pytest.mark.service
@@ -328,6 +328,10 @@ def test_quotas_count_trials_of_a_day_and_withdrawn_ones_do_not_count(database: 
     clock.seconds += 86401
     with database.write() as session:
         submissions.accept(session, ada, request)
+        session.scalars(select(User).where(User.name == "ada")).one().daily_trials = 100
+        session.scalars(select(Benchmark)).one().daily_trials = 6
+        with pytest.raises(RefusedError, match="on reach: expected at most 6, got 4 used and 4 more"):
+            submissions.accept(session, ada, request)
 
 
 def test_cancelling_stops_what_waits_and_lets_the_moving_arm_finish(database: Database) -> None:

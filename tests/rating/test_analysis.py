@@ -229,6 +229,9 @@ def test_tables_and_picture(votes, tmp_path):
     for of in made:
         assert all(len(row) == len(of.head) for row in of.rows)
     draw_ratings(tmp_path / "ratings.png", analysis)
+    formula = {name: rf"{name} $\foo$" for vote in votes for name in (vote.left, vote.right)}
+    named = [replace(vote, left=formula[vote.left], right=formula[vote.right]) for vote in votes]
+    draw_ratings(tmp_path / "formula.png", analyse(named))
     with Image.open(tmp_path / "ratings.png") as picture:
         assert picture.width > picture.height
     with pytest.raises(DataError, match="expected a ranking to draw"):

@@ -128,3 +128,9 @@ def test_greedy_goes_on_when_every_pair_has_its_raters() -> None:
     answers = {pair.id: 3 for pair in REAL}
     assert choose(Plan(seed=0), 0, [], PAIRS, answers) is None
     assert choose(Plan(seed=0, policy="greedy"), 0, [], PAIRS, answers) is not None
+
+
+def test_a_pair_that_was_not_answered_in_time_need_not_come_again() -> None:
+    plan, answers = Plan(seed=1), Counter()
+    assert len({choose(plan, 0, [], REAL, answers, expired=n) for n in range(10)}) > 5
+    assert choose(plan, 0, [], REAL, answers, expired=3) == choose(plan, 0, [], REAL, answers, expired=3)

@@ -229,6 +229,8 @@ VOTES = {
     "pairs": voted() + voted(id="2", pair="q"),
     "golds": voted(pair_kind="gold", expected="alpha")
     + voted(id="2", pair="q", rater="other", pair_kind="gold", expected="beta"),
+    "repeat": voted(pair_kind="gold", expected="alpha")
+    + voted(id="2", pair="q", rater="other", pair_kind="repeat", repeat_of="p"),
     "features": voted(left_features={"words": 1}, right_features={"words": 2})
     + voted(id="2", pair="q", rater="other", left_features={"words": 3}, right_features={"words": 2}),
 }
@@ -260,6 +262,7 @@ VOTES = {
         (["import", "{tmp}/again.jsonl"], 1, "line 2: expected one vote of rater 'r' on pair 'p', got a second after"),
         (["import", "{tmp}/pairs.jsonl"], 1, "vote '2': expected one pair of 'alpha' and 'beta' for 'i' by a rater"),
         (["import", "{tmp}/golds.jsonl"], 1, "expected 'alpha', which is the better one in vote '1', got 'beta'"),
+        (["import", "{tmp}/repeat.jsonl"], 1, "vote '2': expected a repeat of a real pair, got one of pair 'p'"),
         (["import", "{tmp}/features.jsonl"], 1, "vote '2', output of 'alpha' for 'i': expected the features"),
         (["stats", "{tmp}/halves.jsonl", "--out", "{tmp}/out"], 1, "left: expected a text that is not empty"),
         (["stats", "{tmp}/votes.jsonl", "--seed", "-1"], 2, "--seed: expected 0 or more"),

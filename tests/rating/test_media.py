@@ -105,6 +105,13 @@ def test_a_see_through_picture_stays_so(tmp_path: Path) -> None:
         assert clean.getpixel((1, 1)) == (10, 20, 30, 40)
 
 
+def test_sixteen_bits_of_grey_keep_their_order(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[100, 300, 20_000, 65_535]], np.uint16)).save(tmp_path / "a.png")
+    media.clean_image(tmp_path / "a.png", tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as clean:
+        assert (clean.mode, np.asarray(clean)[0, :, 1].tolist()) == ("RGB", [0, 1, 78, 255])
+
+
 def test_pictures_that_are_none_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0" * 40)
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png", "BMP")

@@ -84,6 +84,8 @@ def test_rules_name_what_they_leave_out():
     whole = apply_rules(votes, Rules(min_dwell_ms=800, max_hasty=0.5))
     assert {each.excluded for each in whole if each.rater == "quick"} == {("haste",), ("dwell", "haste")}
     assert apply_rules(votes, Rules()) == votes
+    skipped = [vote(900, "skip", dwell_ms=100)]
+    assert apply_rules(skipped, Rules(min_dwell_ms=800)) == skipped
 
 
 def test_people_who_do_not_say_what_they_watched_have_watched_nothing():
@@ -93,6 +95,8 @@ def test_people_who_do_not_say_what_they_watched_have_watched_nothing():
     assert [each.excluded for each in votes_with_rules(study, votes)] == [("watched",)] * 3 + [()]
     scripts = [replace(each, rater_kind="script", excluded=()) for each in votes]
     assert votes_with_rules(study, scripts) == scripts
+    skipped = [vote(9, "skip", watched=0.0)]
+    assert votes_with_rules(study, skipped) == skipped
     study.min_watch = 0.0
     assert votes_with_rules(study, votes) == votes
 

@@ -41,6 +41,8 @@ def test_a_sound_action_passes_untouched():
     [
         (np.array([0.1, np.nan], np.float32), "entry 1 is nan"),
         (np.array([-np.inf, 0.0], np.float32), "entry 0 is -inf"),
+        (np.array([0.0, 1e30], np.float32), "entry 1 is 1e+30, far out of the range -1 to 1"),
+        (np.array([-300.0, 0.0], np.float32), "entry 0 is -300, far out"),
         (np.zeros(3, np.float32), "shape (3,) instead of (2,)"),
         (np.zeros((1, 2), np.float32), "shape (1, 2)"),
         (np.array(["a", "b"]), "shape (2,)"),
@@ -56,7 +58,7 @@ def test_what_is_no_action_is_refused_and_the_robot_holds(action, words):
 
 
 def test_the_range_is_clipped_and_named():
-    result = act(guard(), 1e30, -5)
+    result = act(guard(), 30, -5)
     np.testing.assert_array_equal(result.applied, [1, -1])
     assert result.clipped == ("range",)
 

@@ -56,13 +56,14 @@ def study_of_runs(
         a, b = paired(session, first, _rival(session, first) if second is None else second)
         records = list(_records(session, a, b))
         split = a.split
-        made = name or f"{a.name} ({a.id}) and {b.name} ({b.id}) on {split.benchmark.name}, {split.name}"
+        own = f"{a.name.strip()} ({a.id}) and {b.name.strip()} ({b.id}) on {split.benchmark.name}, {split.name}"
+        made = name or own[:120].strip()
     if not records:
         raise RefusedError(422, "no_films", f"submissions {a.id} and {b.id}",
                            expected="a scene that both have finished, with films", got="none",
                            fix="wait until their trials are done")  # fmt: skip
     wanted = studies.design(
-        name=made[:120], question=question, modality="rollout", min_watch=0.9, raters_per_pair=raters_per_pair
+        name=made, question=question, modality="rollout", min_watch=0.9, raters_per_pair=raters_per_pair
     )
     prepared = [
         (record, outputs.prepare(record, "rollout", blobs, blobs.local(str(record.file), cache)))
@@ -91,14 +92,16 @@ def _rival(session: Session, entry: int) -> int:
 
 def _records(session: Session, a: Submission, b: Submission) -> Iterator[OutputRecord]:
     """Both films of each scene that has two, by the hashes of their files."""
-    names = [entry.name if a.name != b.name else f"{entry.name} ({entry.id})" for entry in (a, b)]
+    names = [entry.name.strip() for entry in (a, b)]
+    if names[0] == names[1]:
+        names = [f"{entry.name.strip()} ({entry.id})" for entry in (a, b)]
     sides = [results(session, entry.id) for entry in (a, b)]
     for slot in sorted(sides[0].keys() & sides[1].keys()):
         films = [videos(side[slot].files)[:1] for side in sides]
         for system, film in zip(names, films, strict=True) if all(films) else ():
             yield OutputRecord(
                 item=f"scene {slot}",
-                system=system.strip(),
+                system=system,
                 prompt=a.split.benchmark.task,
                 file=film[0]["url"].rpartition("/")[2],
             )

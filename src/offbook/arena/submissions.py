@@ -9,7 +9,7 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -327,25 +327,34 @@ def _cancel(session: Session, submission: Submission) -> int:
     return len(cancelled)
 
 
-def used_today(session: Session, user_id: int, benchmark_id: int | None = None, *, withdrawn: bool = False) -> int:
-    """Trials that a user asked for in the last 24 hours, of one benchmark or all.
+class Used(NamedTuple):
+    """Trials that a user asked for in the last 24 hours.
 
-    Args:
-        session: of the database.
-        user_id: who asked.
-        benchmark_id: of the benchmark; all of them when None.
-        withdrawn: whether those count that were withdrawn.
+    Attributes:
+        counted: all but those that were withdrawn.
+        there: those of them that are of one benchmark.
+        rows: the withdrawn ones too.
     """
-    query = (
-        select(func.count(Trial.id))
+
+    counted: int
+    there: int
+    rows: int
+
+
+def used_today(session: Session, user_id: int, benchmark_id: int | None = None) -> Used:
+    """What a user asked for in the last 24 hours, in all and of one benchmark."""
+    kept = Trial.state != "cancelled"
+    row = session.execute(
+        select(
+            func.count(Trial.id).filter(kept),
+            func.count(Trial.id).filter(kept, Split.benchmark_id == benchmark_id),
+            func.count(Trial.id),
+        )
         .join(Submission, Submission.id == Trial.submission_id)
+        .join(Split, Split.id == Submission.split_id)
         .where(Submission.user_id == user_id, Submission.created > now(session) - DAY)
-    )
-    if not withdrawn:
-        query = query.where(Trial.state != "cancelled")
-    if benchmark_id is not None:
-        query = query.join(Split, Split.id == Submission.split_id).where(Split.benchmark_id == benchmark_id)
-    return session.scalar(query) or 0
+    ).one()
+    return Used(*row)
 
 
 def check_request(session: Session, who: Principal, request: Request) -> tuple[Benchmark, Split]:
@@ -433,11 +442,12 @@ def _check_prestage(session: Session, who: Principal, benchmark: Benchmark, requ
 def _check_quota(session: Session, who: Principal, benchmark: Benchmark, wanted: int) -> None:
     # The lock keeps two requests of one user from both fitting under the same rest.
     user = session.scalars(select(User).where(User.id == who.user_id).with_for_update(key_share=True)).one()
+    asked = used_today(session, user.id, benchmark.id)
     for limit, used, what in (
-        (user.daily_trials, used_today(session, user.id), "all benchmarks"),
-        (benchmark.daily_trials, used_today(session, user.id, benchmark.id), benchmark.name),
+        (user.daily_trials, asked.counted, "all benchmarks"),
+        (benchmark.daily_trials, asked.there, benchmark.name),
         # Who withdraws may ask again, but every row stays: not without end.
-        (WITHDRAWN * user.daily_trials, used_today(session, user.id, withdrawn=True), "any, withdrawn or not"),
+        (WITHDRAWN * user.daily_trials, asked.rows, "any, withdrawn or not"),
     ):
         if used + wanted > limit:
             raise RefusedError(429, "quota", f"trials of {user.name} in 24 hours on {what}",

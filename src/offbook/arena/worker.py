@@ -354,6 +354,7 @@ class _Worker:
             # Neither scene nor seed can be read from it, and it is the same when the trial is attempted again. Anchors
             # are our own, and an expert of a hidden task knows it by the seed.
             session=str(lease["seed"]) if lease["policy"]["kind"] == "anchor" else f"trial-{lease['trial']}",
+            prompt=lease["prompt"],
             frame_every=FRAME_EVERY,
             heartbeat=heart.beat,
             on_frame=show,

@@ -90,6 +90,8 @@ def choose(
     pairs: Sequence[Candidate],
     answers: Mapping[int, int],
     tallies: Mapping[tuple[int, int], Tally] | None = None,
+    *,
+    expired: int = 0,
 ) -> tuple[int, bool] | None:
     """The pair that a rater is shown next, and whether its first output stands on the left.
 
@@ -100,6 +102,8 @@ def choose(
         pairs: all pairs of the study.
         answers: by id of a real pair, the answers that it has or is about to get from raters of this one's kind.
         tallies: by two systems in ascending order, what raters of this kind answered; for `greedy`.
+        expired: how many pairs this rater let expire: the next lot is another one, or a pair that cannot be shown
+            would come again and again.
 
     Returns:
         Id of the pair and the lot of the sides; None when nothing is left for this rater.
@@ -116,7 +120,7 @@ def choose(
         real = [pair for pair in real if answers.get(pair.id, 0) < plan.raters_per_pair]
     if not real:
         return None
-    chance = generator(plan.seed, "pair", rater, k)
+    chance = generator(plan.seed, "pair", rater, k + expired)
     gold = [pair.id for pair in pairs if pair.kind == "gold" and pair.id not in seen]
     if gold and _due(plan, "gold", plan.gold_rate, rater, k) > sum(kinds[shown.pair] == "gold" for shown in own):
         return gold[chance.integers(len(gold))], _lot(plan, rater, own, kinds)

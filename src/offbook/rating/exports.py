@@ -25,8 +25,9 @@ def export_votes(session: Session, study: Study) -> list[records.Vote]:
     system_a, system_b = aliased(System), aliased(System)
     rows = session.execute(
         select(
-            Vote, Assignment, Pair, Item, Rater, system_a.name.label("name_a"), system_b.name.label("name_b"),
-            a.features.label("features_a"), b.features.label("features_b"),
+            Vote, Assignment, Pair, Rater, system_a.name.label("name_a"), system_b.name.label("name_b"),
+            # Not its prompt, which may be long, with each vote.
+            Item.name.label("item"), Item.cluster, a.features.label("features_a"), b.features.label("features_b"),
         )
         .join(Assignment, Assignment.id == Vote.assignment_id)
         .join(Pair, Pair.id == Assignment.pair_id)
@@ -77,8 +78,8 @@ def _vote(study: Study, row: Any, excluded: Sequence[str]) -> records.Vote:
         pair_kind=pair.kind,
         expected=None if pair.expected is None else names["ab".index(pair.expected)],
         repeat_of=None if pair.repeat_of is None else str(pair.repeat_of),
-        item=row.Item.name,
-        cluster=row.Item.cluster,
+        item=row.item,
+        cluster=row.cluster,
         rater=f"r{row.Rater.n}",
         rater_kind=row.Rater.kind,
         cohort=row.Rater.cohort,
@@ -100,7 +101,7 @@ def votes_with_rules(study: Study, votes: Sequence[records.Vote]) -> list[record
     """The votes with those marked that the study's rules leave out: as it will be when it is closed.
 
     How long somebody looks is asked of people alone: a script is no worse for being fast. Who does not say how much of
-    the videos was played has watched none.
+    the videos was played has watched none; who skips need not watch.
     """
     rules = Preregistration.model_validate(study.prereg).as_rules()
     by_id: dict[str, records.Vote] = {}
@@ -110,7 +111,7 @@ def votes_with_rules(study: Study, votes: Sequence[records.Vote]) -> list[record
     found = [by_id[vote.id] for vote in votes]
     return [
         replace(vote, excluded=tuple(sorted({*vote.excluded, "watched"})))
-        if vote.rater_kind == "human" and (vote.watched or 0) < study.min_watch
+        if vote.rater_kind == "human" and vote.choice != "skip" and (vote.watched or 0) < study.min_watch
         else vote
         for vote in found
     ]
@@ -152,10 +153,15 @@ def _check_outputs(votes: Sequence[records.Vote]) -> None:
     A file may have a pair for each rater; what one rater said of two pairs cannot be told of one.
     """
     common = _common_features(votes)
+    kinds = {vote.pair: vote.pair_kind for vote in votes}
     outputs: dict[tuple[str, str], tuple[dict[str, float], str]] = {}
     judged: dict[tuple[str, ...], str] = {}
     answers: dict[tuple[str, ...], tuple[str | None, str]] = {}
     for vote in votes:
+        if vote.repeat_of is not None and kinds.get(vote.repeat_of, "real") != "real":
+            raise RefusedError(422, "bad_repeat", f"vote {vote.id!r}", expected="a repeat of a real pair",
+                               got=f"one of pair {vote.repeat_of!r}, which is {kinds[vote.repeat_of]}",
+                               fix="leave it out")  # fmt: skip
         for system, features in ((vote.left, vote.left_features), (vote.right, vote.right_features)):
             measured = {name: features[name] for name in common}
             known, first = outputs.setdefault((vote.item, system), (measured, vote.id))

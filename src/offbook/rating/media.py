@@ -49,7 +49,10 @@ def clean_image(source: Path, target: Path) -> dict[str, float]:
             if image.width * image.height > PIXELS:
                 raise _refusal(source, f"at most {PIXELS} pixels", f"{image.width} x {image.height}")
             clear = "A" in image.getbands() or "transparency" in image.info
-            pixels = ImageOps.exif_transpose(image).convert("RGBA" if clear else "RGB")
+            pixels = ImageOps.exif_transpose(image)
+            if pixels.mode.startswith("I"):  # 16 bits of grey, which conversion would cut off at 255
+                pixels = Image.fromarray((np.asarray(pixels) >> 8).astype(np.uint8))
+            pixels = pixels.convert("RGBA" if clear else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _refusal(source, "a PNG, JPEG or WebP picture", str(error) or type(error).__name__) from error
     # A new picture has none of the old one's texts, profiles and dates.

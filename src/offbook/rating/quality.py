@@ -198,6 +198,8 @@ def _quality(votes: Sequence[Vote], surprise: float | None, min_dwell_ms: int | 
 def apply_rules(votes: Sequence[Vote], rules: Rules) -> list[Vote]:
     """The votes, with the names of the rules that each one breaks added to `excluded`.
 
+    A skip is no answer: nobody has to look for long before they give none.
+
     Args:
         votes: of any kinds of raters; each kind is judged by itself.
         rules: written down beforehand.
@@ -209,7 +211,7 @@ def apply_rules(votes: Sequence[Vote], rules: Rules) -> list[Vote]:
     found = []
     for vote in votes:
         names = broken[vote.rater] | set(vote.excluded)
-        if rules.min_dwell_ms is not None and vote.dwell_ms is not None and vote.dwell_ms < rules.min_dwell_ms:
+        if vote.choice != "skip" and vote.dwell_ms is not None and vote.dwell_ms < (rules.min_dwell_ms or 0):
             names = names | {"dwell"}
         found.append(replace(vote, excluded=tuple(sorted(names))))
     return found

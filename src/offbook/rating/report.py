@@ -13,6 +13,7 @@ from offbook.rating.analysis import Analysis, Group
 from offbook.rating.ranking import Ranking
 from offbook.runs.directory import atomic_path
 
+_MOST_DRAWN = 200
 _COLOURS = ("#0072b2", "#d55e00")  # Okabe and Ito's, told apart by all
 
 
@@ -153,7 +154,7 @@ def _p(value: float | None) -> str:
 
 
 def draw_ratings(path: Path, analysis: Analysis) -> None:
-    """Draws the ratings of the votes that count, a panel for each kind of raters.
+    """Draws the ratings of the votes that count, a panel for each kind of raters; of very many systems the best.
 
     Args:
         path: a PNG file, replaced atomically.
@@ -168,11 +169,12 @@ def draw_ratings(path: Path, analysis: Analysis) -> None:
     if not panels:
         fix = "collect votes first"
         raise DataError(f"ratings of {analysis.study!r}", expected="a ranking to draw", got="none", fix=fix)
-    most = max(len(group.ranking.ratings) for group in panels if group.ranking is not None)
+    most = min(_MOST_DRAWN, max(len(group.ranking.ratings) for group in panels if group.ranking is not None))
     figure = Figure(figsize=(1.5 + 4.2 * len(panels), 1.6 + 0.45 * most), layout="constrained")
     for axes, group in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_group(axes, group)
-    figure.suptitle(f"{analysis.study}: ratings with 95% interval", fontsize=10)
+    # A dollar sign in a name is no formula.
+    figure.suptitle(f"{analysis.study}: ratings with 95% interval", fontsize=10, parse_math=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
 
@@ -182,15 +184,16 @@ def _draw_group(axes: Any, group: Group) -> None:
     rankings = {name: ranking for name, ranking in named.items() if ranking is not None}
     places: dict[str, int] = {}
     for number, (name, ranking) in enumerate(rankings.items()):
-        places = places or {of.system: place for place, of in enumerate(ranking.ratings)}
-        rows = [places[of.system] + 0.24 * (number - (len(rankings) - 1) / 2) for of in ranking.ratings]
-        values = [of.theta.value for of in ranking.ratings]
+        places = places or {of.system: place for place, of in enumerate(ranking.ratings[:_MOST_DRAWN])}
+        drawn = [of for of in ranking.ratings if of.system in places]
+        rows = [places[of.system] + 0.24 * (number - (len(rankings) - 1) / 2) for of in drawn]
+        values = [of.theta.value for of in drawn]
         # An interval that is not known is not drawn.
-        halves = [of.theta.high - of.theta.value if math.isfinite(of.theta.high) else 0.0 for of in ranking.ratings]
+        halves = [of.theta.high - of.theta.value if math.isfinite(of.theta.high) else 0.0 for of in drawn]
         dots = {"fmt": "o", "color": _COLOURS[number], "markeredgecolor": "white", "markersize": 8}
         axes.errorbar(values, rows, xerr=halves, elinewidth=3, label=name, **dots)
     axes.set(xlabel=f"log-odds, by {group.kind} raters", ylim=(len(places) - 0.4, -0.6))
-    axes.set_yticks(range(len(places)), list(places))
+    axes.set_yticks(range(len(places)), list(places), parse_math=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -140,7 +140,8 @@ def list_studies(request: Request, owner: Owner) -> dict[str, Any]:
     """All studies, newest first, with how far they are."""
     with rating_of(request).database.read() as session:
         found = session.scalars(select(Study).order_by(Study.id.desc()).limit(500)).all()
-        return {"studies": [study_view(study) | studies.counts(session, study) for study in found]}
+        counts = studies.counts(session, found)
+        return {"studies": [study_view(study) | counts[study.id] for study in found]}
 
 
 @router.get("/studies/{study}")
@@ -148,7 +149,7 @@ def show_study(request: Request, study: str, owner: Owner) -> dict[str, Any]:
     """A study with its rules and how far it is."""
     with rating_of(request).database.read() as session:
         found = studies.find(session, number("study", study))
-        return study_view(found) | {"prereg": found.prereg} | studies.counts(session, found)
+        return study_view(found) | {"prereg": found.prereg} | studies.counts(session, [found])[found.id]
 
 
 def study_view(study: Study) -> dict[str, Any]:
@@ -258,11 +259,16 @@ def exclude(request: Request, study: str, wanted: ExclusionRequest, owner: Owner
 
 
 @router.get("/studies/{study}/stats")
-def show_stats(request: Request, study: str, owner: AnyOwner) -> dict[str, Any]:
+async def show_stats(request: Request, study: str, owner: AnyOwner) -> dict[str, Any]:
     """The figures of a study; while it is open, for owners only."""
     rating = rating_of(request)
-    with rating.database.read() as session:
-        return rating.analysis(session, visible(studies.find(session, number("study", study)), owner)).to_json()
+
+    def figures() -> dict[str, Any]:
+        with rating.database.read() as session:
+            return rating.analysis(session, visible(studies.find(session, number("study", study)), owner)).to_json()
+
+    async with rating.figuring:
+        return await run_in_threadpool(figures)
 
 
 class _Lines(PlainTextResponse):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from starlette.requests import HTTPConnection
 from offbook.rating.analysis import Analysis, analyse
 from offbook.rating.exports import export_votes, votes_with_rules
 from offbook.rating.features import telling_features
-from offbook.rating.tables import Assignment, Exclusion, Study, Vote
+from offbook.rating.tables import Assignment, Exclusion, Rater, Study, Vote
 from offbook.service.database import Database
 from offbook.service.pages import Navigation
 from offbook.service.storage import BlobStore
@@ -39,6 +38,8 @@ class Rating:
         navigation: doors at the top of the pages.
         turnstile: slows down who guesses tokens.
         cleaning: one file at a time is stripped; encoding takes all of a core.
+        figuring: whoever wants figures waits for it, and holds neither a thread nor a connection meanwhile, so that
+            raters go on; within it one thread at a time calls `analysis`.
     """
 
     database: Database
@@ -48,19 +49,18 @@ class Rating:
     navigation: Navigation = (("/studies", "Studies", "studies"),)
     turnstile: Turnstile = field(default_factory=Turnstile)
     cleaning: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    figuring: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     _known: OrderedDict[tuple[int, ...], Analysis] = field(default_factory=OrderedDict)
-    _working: threading.Lock = field(default_factory=threading.Lock)
 
     def analysis(self, session: Session, study: Study) -> Analysis:
-        """The figures of a study as it stands; worked out once for the same votes, one study at a time."""
+        """The figures of a study as it stands; worked out once for the same votes."""
         key = (study.id, *_extent(session, study))
-        with self._working:
-            if key not in self._known:
-                self._known[key] = analysis_of(session, study)
-            self._known.move_to_end(key)
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
-            return self._known[key]
+        if key not in self._known:
+            self._known[key] = analysis_of(session, study)
+        self._known.move_to_end(key)
+        while len(self._known) > _REMEMBERED:
+            self._known.popitem(last=False)
+        return self._known[key]
 
 
 def analysis_of(session: Session, study: Study) -> Analysis:
@@ -77,8 +77,10 @@ def analysis_of(session: Session, study: Study) -> Analysis:
     )
 
 
-def _extent(session: Session, study: Study) -> tuple[int, int, int]:
+def _extent(session: Session, study: Study) -> tuple[int, ...]:
     """What changes whenever the figures may."""
     votes = select(func.count(Vote.id)).join(Assignment).where(Assignment.study_id == study.id)
-    last = session.scalar(select(func.max(Exclusion.id))) or 0
-    return session.scalar(votes) or 0, last, int(study.state == "closed")
+    of_votes = select(func.count(Exclusion.id)).join(Vote, Vote.id == Exclusion.vote_id).join(Assignment)
+    of_raters = select(func.count(Exclusion.id)).join(Rater, Rater.id == Exclusion.rater_id)
+    own = (votes, of_votes.where(Assignment.study_id == study.id), of_raters.where(Rater.study_id == study.id))
+    return *(session.scalar(query) or 0 for query in own), int(study.state == "closed")

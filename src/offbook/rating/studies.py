@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import secrets
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Self
 
@@ -156,7 +157,7 @@ def settings(wanted: Design) -> dict[str, Any]:
     """What is kept of a design: reasons are those of the modality, and the floor of time is a rule, unless it says."""
     made = wanted.model_dump()
     if wanted.min_dwell_s:
-        made["prereg"]["rules"].setdefault("min_dwell_ms", round(1000 * wanted.min_dwell_s))
+        made["prereg"]["rules"].setdefault("min_dwell_ms", max(1, round(1000 * wanted.min_dwell_s)))
     if wanted.reasons is None:
         made["reasons"] = list(REASONS[wanted.modality])
     return made
@@ -207,11 +208,14 @@ def open_study(session: Session, study: Study) -> dict[str, int]:
     items: dict[int, list[Any]] = defaultdict(list)
     for output in outputs:
         items[output.item].append(output)
-    rows = [pair for group in items.values() for pair in _pairs_of(study, group)]
+    every = (pair for group in items.values() for pair in _pairs_of(study, group))
+    # Of an item with thousands of outputs all pairs would fill the memory before they are refused.
+    rows = list(itertools.islice(every, MOST_PAIRS + len(items) + 1))
     kinds = {name: sum(row["kind"] == name for row in rows) for name in ("real", "gold")}
     if not 0 < kinds["real"] <= MOST_PAIRS:
         raise RefusedError(422, "no_pairs", f"study {study.id}", expected=f"1 to {MOST_PAIRS} pairs of two systems",
-                           got=str(kinds["real"]), fix="give outputs of two systems for the same item")  # fmt: skip
+                           got="more" if kinds["real"] else "none",
+                           fix="give outputs of few systems, and of two at least, for the same item")  # fmt: skip
     names = {output.id: output.system for output in outputs}
     check_anchor(study.anchor, {names[row[side]] for row in rows if row["kind"] == "real" for side in ("a_id", "b_id")})
     session.execute(insert(Pair), [{"study_id": study.id, "repeat_of": None} | row for row in rows])
@@ -242,7 +246,7 @@ def _check_features(outputs: Any) -> None:
                            got=f"{first} and {second}", fix="measure all outputs alike")  # fmt: skip
 
 
-def _pairs_of(study: Study, group: list[Any]) -> list[dict[str, Any]]:
+def _pairs_of(study: Study, group: list[Any]) -> Iterable[dict[str, Any]]:
     """The pairs of one item: all of its outputs by twos, or the two of which one is known to be better."""
     item, marked = group[0].name, [output for output in group if output.gold]
     if marked:
@@ -256,11 +260,11 @@ def _pairs_of(study: Study, group: list[Any]) -> list[dict[str, Any]]:
     if study.anchor_only and study.anchor not in {output.system for output in group}:
         raise RefusedError(422, "no_anchor", f"item {item!r}", expected=f"an output of the anchor {study.anchor!r}",
                            got="none", fix="give it, or compare without an anchor")  # fmt: skip
-    return [
+    return (
         {"item_id": a.item, "a_id": a.id, "b_id": b.id, "kind": "real", "expected": None}
         for a, b in itertools.combinations(group, 2)
         if not study.anchor_only or study.anchor in (a.system, b.system)
-    ]
+    )
 
 
 def close_study(session: Session, study: Study) -> int:
@@ -353,31 +357,37 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def counts(session: Session, study: Study) -> dict[str, Any]:
-    """How far a study is, for its owner.
+def counts(session: Session, some: Sequence[Study]) -> dict[int, dict[str, Any]]:
+    """How far studies are, for their owners.
 
     Returns:
-        Numbers of `systems`, `outputs` and real `pairs`; `wanted`, the answers that each kind of raters is to give; and
-        by kind, the `raters` that were invited and the `answers` to real pairs.
+        By id of the study: numbers of `systems`, `outputs` and real `pairs`; `wanted`, the answers that each kind of
+        raters is to give; and by kind, the `raters` that were invited and the `answers` to real pairs.
     """
+    ids = [study.id for study in some]
+    real = Pair.kind == "real"
     sizes = {
-        "systems": select(func.count(System.id)).where(System.study_id == study.id),
-        "outputs": select(func.count(Output.id)).join(Item).where(Item.study_id == study.id),
-        "pairs": select(func.count(Pair.id)).where(Pair.study_id == study.id, Pair.kind == "real"),
+        "systems": select(System.study_id, func.count(System.id)),
+        "outputs": select(Item.study_id, func.count(Output.id)).join(Item, Item.id == Output.item_id),
+        "pairs": select(Pair.study_id, func.count(Pair.id)).where(real),
     }
-    found: dict[str, Any] = {name: session.scalar(query) or 0 for name, query in sizes.items()}
-    raters = select(Rater.kind, func.count(Rater.id)).where(Rater.study_id == study.id).group_by(Rater.kind)
-    answers = (
-        select(Rater.kind, func.count(Assignment.id))
+    kinds = {
+        "raters": select(Rater.study_id, Rater.kind, func.count(Rater.id)),
+        "answers": select(Assignment.study_id, Rater.kind, func.count(Assignment.id))
         .join(Rater, Rater.id == Assignment.rater_id)
         .join(Pair, Pair.id == Assignment.pair_id)
-        .where(Assignment.study_id == study.id, Assignment.state == "voted", Pair.kind == "real")
-        .group_by(Rater.kind)
-    )
-    given = {row[0]: row[1] for row in session.execute(answers)}
-    invited = {row[0]: row[1] for row in session.execute(raters)}
-    return found | {
-        "wanted": found["pairs"] * study.raters_per_pair,
-        "raters": invited,
-        "answers": {kind: given.get(kind, 0) for kind in invited},
+        .where(Assignment.state == "voted", real),
     }
+    found: dict[int, dict[str, Any]] = {key: dict.fromkeys(sizes, 0) | {name: {} for name in kinds} for key in ids}
+    for name, query in (sizes | kinds).items():
+        study_id, *kind = list(query.selected_columns)[:-1]
+        for row in session.execute(query.where(study_id.in_(ids)).group_by(study_id, *kind)):
+            if kind:
+                found[row[0]][name][row[1]] = row[2]
+            else:
+                found[row[0]][name] = row[1]
+    for study in some:
+        own = found[study.id]
+        own["wanted"] = own["pairs"] * study.raters_per_pair
+        own["answers"] = {kind: own["answers"].get(kind, 0) for kind in own["raters"]}
+    return found

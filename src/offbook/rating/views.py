@@ -33,13 +33,13 @@ PEOPLE = {"human": "People", "llm": "Language models", "script": "Scripts"}
 def studies(session: Session, owner: str | None) -> dict[str, Any]:
     """All studies, newest first; names and numbers of those that are not closed are for owners."""
     found = session.scalars(select(Study).order_by(Study.id.desc()).limit(500)).all()
+    counted = counts(session, [study for study in found if owner is not None or study.state == "closed"])
     rows = []
     for study in found:
         if study.state == "draft" and owner is None:
             continue
-        seen = owner is not None or study.state == "closed"
         row: dict[str, Any] = {name: getattr(study, name) for name in _PUBLIC}
-        row |= {"name": study.name if seen else None, "counts": counts(session, study) if seen else None}
+        row |= {"name": study.name if study.id in counted else None, "counts": counted.get(study.id)}
         rows.append(row)
     return {"studies": rows, "owner": owner is not None, "generated": session.scalar(select(now(session)))}
 
@@ -67,7 +67,7 @@ def study(rating: Rating, session: Session, study_id: int, owner: str | None) ->
     systems = {row.name: row.meta for row in session.scalars(select(System).where(System.study_id == found.id))}
     analysis = None if found.state == "draft" else rating.analysis(session, found).to_json()
     return view | {
-        "counts": counts(session, found),
+        "counts": counts(session, [found])[found.id],
         "systems": systems,
         "prereg": found.prereg,
         "kinds": [] if analysis is None else kinds(analysis["groups"]),

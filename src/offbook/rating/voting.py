@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,8 @@ def next_pair(session: Session, rater: Rater) -> dict[str, Any]:
     """The pair that a rater has before them, or a new one.
 
     Returns:
-        `{assignment, nonce, prompt, left, right, expires_in_s, progress}`, or `{done, progress}` when nothing is left.
+        `{assignment, nonce, prompt, left, right, expires_in_s, progress}`, or `{done, later, progress}` when nothing is
+        left; `later` when others hold pairs that may yet come to this rater.
 
     Raises:
         RefusedError: 403, a person who did not agree; 409 or 410, the study is not open.
@@ -116,9 +117,11 @@ def next_pair(session: Session, rater: Rater) -> dict[str, Any]:
     progress = {"done": answered, "most": study.per_rater_cap}
     if waiting is None:
         shown = [Shown(row.pair_id, row.left_is_a, row.state) for row in own if row.state != "expired"]
-        chosen = None if answered >= study.per_rater_cap else _choose(session, study, rater, shown)
+        capped = answered >= study.per_rater_cap
+        chosen = None if capped else _choose(session, study, rater, shown, expired=len(own) - len(shown))
         if chosen is None:
-            return {"done": True, "progress": progress}
+            later = not capped and _held(session, study, rater, {each.pair for each in shown})
+            return {"done": True, "later": later, "progress": progress}
         pair, left_is_a = chosen
         assignment = Assignment(
             study_id=study.id, pair_id=pair, rater_id=rater.id, n=len(own), left_is_a=left_is_a,
@@ -140,7 +143,21 @@ def _require_open(study: Study) -> None:
                            fix="come back later")  # fmt: skip
 
 
-def _choose(session: Session, study: Study, rater: Rater, shown: list[Shown]) -> tuple[int, bool] | None:
+def _held(session: Session, study: Study, rater: Rater, seen: Set[int]) -> bool:
+    """Whether others of a rater's kind have real pairs before them that this one has not seen."""
+    open_ = (
+        select(Assignment.pair_id)
+        .join(Rater, Rater.id == Assignment.rater_id)
+        .join(Pair, Pair.id == Assignment.pair_id)
+        .where(Assignment.study_id == study.id, Assignment.state == "open", Rater.kind == rater.kind)
+        .where(Pair.kind == "real")
+    )
+    return not seen >= set(session.scalars(open_))
+
+
+def _choose(
+    session: Session, study: Study, rater: Rater, shown: list[Shown], *, expired: int
+) -> tuple[int, bool] | None:
     pairs = _pairs(session, study)
     # Kinds are never pooled: each pair gets its answers from people, whatever machines said of it.
     counted = (
@@ -157,7 +174,7 @@ def _choose(session: Session, study: Study, rater: Rater, shown: list[Shown]) ->
         policy=study.policy,
     )
     tallies = _tallies(session, study, rater.kind, pairs) if study.policy == "greedy" else None
-    return choose(plan, rater.n, shown, pairs, answers, tallies)
+    return choose(plan, rater.n, shown, pairs, answers, tallies, expired=expired)
 
 
 _remembered: OrderedDict[tuple[Any, ...], tuple[Candidate, ...]] = OrderedDict()

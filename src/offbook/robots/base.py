@@ -15,6 +15,9 @@ from offbook.errors import ConfigError
 
 Action = NDArray[np.float32]
 
+FAR = 100.0
+"""An entry that is out of its range by more than so many times the range's width is no action."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SafetyLimits:
@@ -154,9 +157,9 @@ class Robot(Protocol):
 class SafeRobot:
     """The guard: an ordinary robot whose `act` refuses what is not an action and clips what breaks a limit.
 
-    Refused (the robot holds still for the step): a wrong shape, NaN or infinity, an unknown discrete choice, a way out
-    of the workspace. Clipped, in this order, so that the first-named limits hold in any case: range, velocity,
-    acceleration, jerk.
+    Refused (the robot holds still for the step): a wrong shape, NaN or infinity, an entry far out of its range (`FAR`),
+    an unknown discrete choice, a way out of the workspace. Clipped, in this order, so that the first-named limits hold
+    in any case: range, velocity, acceleration, jerk.
 
     Args:
         robot: the driver.
@@ -248,6 +251,13 @@ class SafeRobot:
         bad = np.flatnonzero(~np.isfinite(action))
         if len(bad):
             return f"entry {bad[0]} is {action[bad[0]]}"
+        # A policy that goes a little far is held to the range; numbers without any measure are no wish to go somewhere.
+        low, high = np.array(spec.low), np.array(spec.high)
+        far = FAR * np.where(high > low, high - low, np.inf)
+        bad = np.flatnonzero((action < low - far) | (action > high + far))
+        if len(bad):
+            entry = bad[0]
+            return f"entry {entry} is {action[entry]:g}, far out of the range {low[entry]:g} to {high[entry]:g}"
         if spec.choices is not None and not 0 <= round(float(action[0])) < spec.choices:
             return f"choice {action[0]:g} of 0 to {spec.choices - 1}"
         return ""

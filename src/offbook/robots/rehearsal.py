@@ -152,7 +152,11 @@ def rehearse(robot: Robot, policy: Policy, *, seed: int = 0, seconds: float = 20
         checks.append(Check(name="range", verdict=NOTE if watched.outside else FINE, words=words))
     if record.refused and record.outcome != POLICY_FAULT:
         checks.append(
-            Check(name="refused", verdict=NOTE, words=f"{record.refused} actions were refused (NaN or shape)")
+            Check(
+                name="refused",
+                verdict=NOTE,
+                words=f"{record.refused} actions were refused (NaN, shape, or far out of all range)",
+            )
         )
     if record.outcome != POLICY_FAULT and watched.questions:
         checks += _again(watched, began + seconds)

@@ -98,6 +98,7 @@ def run_trial(
     sync: bool = True,
     deadline_s: float = 10.0,
     session: str = "trial",
+    prompt: str = "",
     frame_every: int = 2,
     heartbeat: Callable[[float], None] = lambda progress: None,
     on_event: Callable[[TrialEvent], None] = lambda event: None,
@@ -118,6 +119,7 @@ def run_trial(
         sync: whether the world waits for the policy.
         deadline_s: longest wait for one answer; a policy that takes longer is at fault.
         session: name of the episode towards the policy; it should tell nothing of scene and seed.
+        prompt: the task in words, for a robot that has none of its own.
         frame_every: keep a picture every so many steps; 0 for none.
         heartbeat: called with the share of the trial that is done, at each control step and at least every half
             second; it must be quick. When it raises, the robot is stopped and the trial is a robot fault.
@@ -145,7 +147,7 @@ def run_trial(
     trial = _Trial(guard, policy, session, deadline_s, frame_every, heartbeat, on_event, on_frame)
     outcome, reason = DONE, ""
     try:
-        trial.begin(scene, seed)
+        trial.begin(scene, seed, prompt)
         trial.play(sync)
         score = trial.score()
     except _FaultError as fault:
@@ -211,7 +213,7 @@ class _Trial:
         except Exception as error:  # the lease is gone, or the arena: another worker may take over, so rest
             raise _FaultError(ROBOT_FAULT, f"the heartbeat failed: {_line(error)}") from error
 
-    def begin(self, scene: Mapping[str, Any] | None, seed: int) -> None:
+    def begin(self, scene: Mapping[str, Any] | None, seed: int, usual: str) -> None:
         """Resets robot and policy."""
         spec = self.robot.spec
         try:
@@ -221,7 +223,7 @@ class _Trial:
         self._beat()
         self._robot(self.robot.reset, scene, seed)
         self._film(0)
-        prompt = self._robot(lambda: self.robot.prompt)
+        prompt = self._robot(lambda: self.robot.prompt) or usual
         self._await(self.thread.submit(self.policy.reset, [self.session], [prompt]), max(self.deadline_s, _RESET_S))
         self.note("reset", f"the episode begins: {prompt}" if prompt else "the episode begins")
 

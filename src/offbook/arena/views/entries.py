@@ -74,7 +74,7 @@ def submission(session: Session, entry: int, present: Collection[int], base_url:
         # Given away once it can no longer help anybody to choose: now the promise can be checked.
         "opened": {"order": _order(session, both), "nonce": found.nonce} if ended else None,
         "rival": next(({"submission": str(each.id), "name": each.name} for each in both if each is not found), None),
-        "quota": {"used": used_today(session, found.user_id), "limit": found.user.daily_trials},
+        "quota": {"used": used_today(session, found.user_id).counted, "limit": found.user.daily_trials},
         "generated": session.scalar(select(now(session))),
     }
 

@@ -175,6 +175,19 @@ def robot(session: Session, name: str, base_url: str) -> dict[str, Any]:
     }
 
 
+_PYTHON = """import os
+
+import numpy as np
+from offbook.client import FunctionPolicy, PolicyMeta
+from offbook.client.serve import serve_policy
+from offbook.robots import make_robot
+
+spec = make_robot("{robot}").spec  # what it shows, and what it can be told
+meta = PolicyMeta(name="mine", observation=spec.observation, action=spec.action)
+policy = FunctionPolicy(meta, lambda state, images: np.zeros(spec.action.size))
+serve_policy(policy, "{base_url}", os.environ["OFFBOOK_TOKEN"], submission="ID")"""
+
+
 def submit(session: Session, name: str | None, base_url: str) -> dict[str, Any]:
     """How to take part in a benchmark, as commands to copy.
 
@@ -208,10 +221,9 @@ def submit(session: Session, name: str | None, base_url: str) -> dict[str, Any]:
             },
             {
                 "title": "Or answer in Python",
-                "words": "Any function from an observation to an action is a policy.",
-                "code": "from offbook.client import FunctionPolicy\nfrom offbook.client.serve import serve_policy\n\n"
-                "policy = FunctionPolicy(meta, lambda state, images: ...)  # meta: what it observes, how it acts\n"
-                f'serve_policy(policy, "{base_url}", token, submission="ID")',
+                "words": "Any function from an observation to an action is a policy; this one does nothing. ID is what "
+                "the arena called the submission.",
+                "code": _PYTHON.format(robot=board["robot"] or "ROBOT", base_url=base_url),
             },
         ],
     }

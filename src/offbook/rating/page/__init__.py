@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 from jinja2 import Environment
+from starlette.concurrency import run_in_threadpool
 
 from offbook.rating import views
 from offbook.rating.routes import AnyOwner, rating_of
@@ -53,9 +54,14 @@ def studies(request: Request, owner: AnyOwner) -> HTMLResponse:
 
 
 @router.get("/studies/{study}")
-def study(request: Request, study: str, owner: AnyOwner) -> HTMLResponse:
+async def study(request: Request, study: str, owner: AnyOwner) -> HTMLResponse:
     """What did people say?"""
     rating = rating_of(request)
-    with rating.database.read() as session:
-        view = views.study(rating, session, number("study", study), owner)
-    return HTMLResponse(render(rating, "study", view))
+
+    def draw() -> str:
+        with rating.database.read() as session:
+            view = views.study(rating, session, number("study", study), owner)
+        return render(rating, "study", view)
+
+    async with rating.figuring:
+        return HTMLResponse(await run_in_threadpool(draw))

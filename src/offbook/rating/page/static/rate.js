@@ -9,9 +9,9 @@
 
   // What stands behind the # is not sent by browsers; once read it goes out of the address too.
   const read = () => { try { return sessionStorage.getItem("invitation") || ""; } catch { return ""; } };
-  let token = location.hash.slice(1) || read();
+  let token = location.hash.startsWith("#rt_") ? location.hash.slice(1) : read();
   try { if (token) sessionStorage.setItem("invitation", token); } catch { /* kept for this page alone */ }
-  if (location.hash) history.replaceState(null, "", location.pathname);
+  if (location.hash.startsWith("#rt_")) history.replaceState(null, "", location.pathname);
   addEventListener("hashchange", () => { if (location.hash.startsWith("#rt_")) location.reload(); });
 
   class Refusal extends Error {
@@ -54,7 +54,7 @@
     else tell("That did not work", `${error.message} ${error.hint}`, again);
   };
 
-  let study = null, pair = null, films = [], shown = [], chosen = new Set(), shownAt = 0, dwell = 0, sending = false, playing = false;
+  let study = null, pair = null, films = [], shown = [], chosen = new Set(), notice = "", noticeEnd = 0, shownAt = 0, dwell = 0, sending = false, playing = false;
 
   // Only time in which the page can be seen is time spent looking.
   const looked = () => dwell + (shownAt && !document.hidden ? performance.now() - shownAt : 0);
@@ -181,7 +181,8 @@
     if (sending || !pair) return;
     const words = missing();
     for (const button of document.querySelectorAll("[data-choice]")) button.setAttribute("aria-disabled", String(Boolean(words) && button.dataset.choice !== "skip"));
-    say(words || "Which one is it?");
+    const noticed = performance.now() < noticeEnd;
+    say(noticed ? notice : words || "Which one is it?", noticed);
   };
 
   const show = async (given) => {
@@ -230,7 +231,8 @@
         pair = null;
         $("bar").max = $("bar").value = 1;
         $("count").textContent = `${given.progress.done} judged`;
-        tell("Thank you", given.progress.done ? "That was the last pair for you. Your answers are saved; you may close this page." : "There is nothing to judge for you at the moment.");
+        if (given.later) tell("Nothing at the moment", "Others are judging what is left. Some of it may come back: look again later, with the same link.", advance);
+        else tell("Thank you", given.progress.done ? "That was the last pair for you. Your answers are saved; you may close this page." : "There is nothing to judge for you at the moment.");
       } else await show(given);
     } catch (error) {
       stumble(error, advance);
@@ -254,7 +256,9 @@
       } catch (error) {
         const gone = error instanceof Refusal && error.status < 500 && error.status !== 429;
         if (gone && ["expired", "voted", "not_yours", "not_found"].includes(error.error)) {
-          say("This pair was taken back. Here is the next one.", true);
+          notice = error.error === "expired" ? "Too late: the pair before had been taken back, and your answer to it was not saved. Here is the next one."
+            : "The pair before had been answered or taken back. Here is the next one.";
+          noticeEnd = performance.now() + 8000;
           break;
         }
         if (gone) { stumble(error, () => show(pair)); return; }
