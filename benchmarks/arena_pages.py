@@ -1,8 +1,9 @@
-"""How long the pages of a large arena take, and how much is sent: 1,000 users, 10,000 submissions, 50,000 trials.
+"""How long the pages of a large arena take, and how fast it gives out trials.
 
-A tenth of the submissions wait, half of these for policies that are not connected. The pages come from a server in a
-process of its own, over HTTP on loopback. Limits, for two idle cores: the leaderboard and the queue within 150 ms in
-95 of 100 cases, and no more than 100 kB of each.
+It has 1,000 users, 10,000 submissions and 50,000 trials. A tenth of the submissions wait, some of these for policies
+that are not connected. Pages and leases come from a server in a process of its own, over HTTP on loopback. Limits, for
+two idle cores: the leaderboard and the queue within 150 ms in 95 of 100 cases, and no more than 100 kB of each; 100
+leases a second to eight workers that ask at the same time.
 """
 
 import gzip
@@ -10,6 +11,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,14 @@ import httpx
 import numpy as np
 from sqlalchemy import insert
 
+from offbook.errors import OffbookError
 from offbook.runs.benchmark import Options, quantile_metric
 from offbook.runs.ledger import Claim, Metric
 
 PAGES = {"leaderboard": "/benchmarks/swing", "queue": "/queue", "submission": "/submissions/7", "first": "/"}
 LIMITED = ("leaderboard", "queue")
 MOST_MS, MOST_BYTES = 150.0, 100_000
+WORKERS, LEAST_LEASES = 8, 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +39,7 @@ class Plan:
         submissions: of all users together.
         trials: of each submission.
         requests: of each page.
+        rounds: in each of them every worker asks for one trial, and gives it back afterwards.
         database: its address; SQLite in the arena's folder when empty.
     """
 
@@ -42,6 +47,7 @@ class Plan:
     submissions: int = 10_000
     trials: int = 5
     requests: int = 100
+    rounds: int = 20
     database: str = ""
 
 
@@ -64,17 +70,28 @@ def run(options: Options) -> list[Claim]:
             seeds=(options.seed,),
             config=asdict(plan),
             verdict="met" if met else "missed",
-        )
+        ),
+        Claim(
+            system="arena",
+            claim=f"the same arena gives {LEAST_LEASES:g} leases a second to {WORKERS} workers that ask at once",
+            metrics=(
+                Metric(name="leases a second", value=found["leases"]["rate"], n=plan.rounds, higher_is_better=True),
+                quantile_metric("lease, median", found["leases"]["ms"], 0.5, unit="ms"),
+            ),
+            seeds=(options.seed,),
+            config=asdict(plan),
+            verdict="met" if found["leases"]["rate"] >= LEAST_LEASES else "missed",
+        ),
     ]
 
 
 def measure(plan: Plan, seed: int) -> dict[str, dict[str, Any]]:
-    """Milliseconds of every request by page, and the bytes of the page when compressed."""
+    """Milliseconds of each request by page, and the bytes of the page when compressed; of leases, and their rate."""
     from offbook.arena.serving import served_apart
 
     with tempfile.TemporaryDirectory(prefix="offbook-pages-") as folder:
         home = Path(folder) / "arena"
-        fill(home, plan, seed)
+        token = fill(home, plan, seed)
         found: dict[str, dict[str, Any]] = {}
         with served_apart(home) as (url, _), httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
             for name, path in PAGES.items():
@@ -84,12 +101,47 @@ def measure(plan: Plan, seed: int) -> dict[str, dict[str, Any]]:
                     client.get(path, headers={"Accept": "text/html"}).raise_for_status()
                     took.append(1000 * (time.perf_counter() - began))
                 found[name] = {"ms": took, "bytes": len(gzip.compress(content))}
+            found["leases"] = _leases(url, token, plan.rounds)
     return found
 
 
-def fill(home: Path, plan: Plan, seed: int) -> None:
-    """An arena that has been used for long."""
-    from offbook.arena import submissions
+def _leases(url: str, token: str, rounds: int) -> dict[str, Any]:
+    """Leases a second while workers wait for nothing else, and how long each of them waited."""
+    from offbook.client.submit import ArenaClient
+
+    lines = [ArenaClient(url, token) for _ in range(WORKERS)]
+    took: list[float] = []
+    spent = 0.0
+
+    def ask(worker: int) -> dict[str, Any]:
+        body = {"robot": "swing", "worker": f"bench-{worker}", "instance": "a", "capabilities": {}}
+        began = time.perf_counter()
+        status, given = lines[worker].ask("POST", "/v1/leases", json=body)
+        took.append(1000 * (time.perf_counter() - began))
+        if status != 200 or given is None:
+            raise OffbookError(
+                f"lease of worker {worker}", expected="a trial", got=f"HTTP status {status}", fix="look why"
+            )
+        return given
+
+    def give_back(worker: int, given: dict[str, Any]) -> None:
+        body = {"fence": given["fence"], "kind": "released", "reason": "it was asked for to measure"}
+        lines[worker].request("POST", f"/v1/trials/{given['trial']}/fault", json=body)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for turn in range(rounds + 1):  # in the first the robots are new, and the connections
+            began = time.perf_counter()
+            given = list(pool.map(ask, range(WORKERS)))
+            spent += (time.perf_counter() - began) * (turn > 0)
+            list(pool.map(give_back, range(WORKERS), given))
+    for line in lines:
+        line.close()
+    return {"ms": took[WORKERS:], "rate": rounds * WORKERS / spent}
+
+
+def fill(home: Path, plan: Plan, seed: int) -> str:
+    """An arena that has been used for long; gives a worker's token."""
+    from offbook.arena import accounts, submissions
     from offbook.arena.database import Database
     from offbook.arena.service import Settings
     from offbook.arena.tables import Attempt, Result, Robot, Submission, Trial, User, Worker
@@ -124,7 +176,9 @@ def fill(home: Path, plan: Plan, seed: int) -> None:
         played = [(i, cell) for i, cell in enumerate(cells, start=1) if cell["state"] == "done"]
         session.execute(insert(Result), [_result(i, cell, draw, moment) for i, cell in played])
         session.execute(insert(Attempt), [_attempt(i, cell, entries, draw, moment) for i, cell in played])
+        token = accounts.issue_token(session, accounts.find_user(session, "lab", create=True), ["worker"])
     database.close()
+    return token
 
 
 def _entries(plan: Plan, draw: random.Random, moment: float) -> Iterator[dict[str, Any]]:
