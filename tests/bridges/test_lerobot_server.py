@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from foreign_servers import LeRobotService, grpc_server, lerobot_classes
 
+from foreign_servers import LeRobotService, grpc_server, lerobot_classes
 from offbook.bridges.lerobot import LeRobotServer, read_actions
 from offbook.bridges.names import make_names
 from offbook.bridges.policy import BridgedPolicy

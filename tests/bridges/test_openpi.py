@@ -7,8 +7,8 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
-from foreign_servers import Foreign, array_header, packed, websocket
 
+from foreign_servers import Foreign, array_header, packed, websocket
 from offbook.bridges.names import fit, make_names
 from offbook.bridges.openpi import OpenPiServer
 from offbook.bridges.policy import BridgedPolicy
