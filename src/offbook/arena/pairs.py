@@ -26,6 +26,13 @@ GIVEN_BACK = 3
 
 PLAYED = ("done", "policy_fault")
 
+# Made once: making an alias takes longer than asking a small database. Each stands in one scope of a statement only.
+_trial, _running, _rival = aliased(Trial), aliased(Trial), aliased(Submission)
+_begun, _begun_mate = aliased(Trial), aliased(Trial)
+_own, _both, _flying, _mate = aliased(Trial), aliased(Submission), aliased(Trial), aliased(Trial)
+_next_mate, _next_both, _earlier, _other = aliased(Trial), aliased(Submission), aliased(Trial), aliased(Trial)
+_robot_mate, _robot = aliased(Trial), aliased(Robot)
+
 
 def ready(session: Session, robot_class: str, connected: Collection[int], robot_id: int) -> list[ColumnElement[bool]]:
     """Which submissions could be served now: open, with a trial that may run, and the policies there that are remote.
@@ -39,11 +46,10 @@ def ready(session: Session, robot_class: str, connected: Collection[int], robot_
     Returns:
         Conditions, to be tried in their order: first the pairs that this robot has begun, then all.
     """
-    trial, running = aliased(Trial), aliased(Trial)
     alone = and_(
         Submission.pairing_id.is_(None),
-        _some(trial, trial.submission_id == Submission.id, trial.state == "queued"),
-        ~_some(running, running.submission_id == Submission.id, running.state.in_(IN_FLIGHT)),
+        _some(_trial, _trial.submission_id == Submission.id, _trial.state == "queued"),
+        ~_some(_running, _running.submission_id == Submission.id, _running.state.in_(IN_FLIGHT)),
     )
     waits = and_(Submission.state == "open", Submission.robot_class == robot_class)
     here = or_(Submission.kind != "remote", Submission.id.in_(sorted(connected)))
@@ -62,26 +68,24 @@ def _some(rows: Any, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
 
 
 def _pair_ready(session: Session, connected: Collection[int], robot_id: int) -> ColumnElement[bool]:
-    trial, rival = aliased(Trial), aliased(Submission)
     # A pair is begun only when both policies are here.
     rival_missing = _some(
-        rival,
-        rival.pairing_id == Submission.pairing_id,
-        rival.id != Submission.id,
-        rival.state == "open",
-        rival.kind == "remote",
-        rival.id.not_in(sorted(connected)),
+        _rival,
+        _rival.pairing_id == Submission.pairing_id,
+        _rival.id != Submission.id,
+        _rival.state == "open",
+        _rival.kind == "remote",
+        _rival.id.not_in(sorted(connected)),
     )
-    may = _may_run(session, trial, robot_id)
-    return _some(trial, trial.submission_id == Submission.id, may, or_(half(trial), ~rival_missing))
+    may = _may_run(session, _trial, robot_id)
+    return _some(_trial, _trial.submission_id == Submission.id, may, or_(half(_trial), ~rival_missing))
 
 
 def _begun_on(robot_id: int) -> ColumnElement[bool]:
     """Whether a submission has a trial whose other half this robot has played."""
-    trial, mate = aliased(Trial), aliased(Trial)
-    own = (trial.submission_id == Submission.id, half(trial), ~_given_back(trial))
-    where = (*own, *_mates(mate, trial), mate.robot_id == robot_id)
-    return _some((trial, mate), *where)
+    own = (_begun.submission_id == Submission.id, half(_begun), ~_given_back(_begun))
+    where = (*own, *_mates(_begun_mate, _begun), _begun_mate.robot_id == robot_id)
+    return _some((_begun, _begun_mate), *where)
 
 
 def next_trial(session: Session, submission: Submission, robot_id: int) -> Trial | None:
@@ -96,18 +100,16 @@ def next_trial(session: Session, submission: Submission, robot_id: int) -> Trial
 
 def _may_run(session: Session, trial: Any, robot_id: int) -> ColumnElement[bool]:
     """Whether a trial (or an alias of it) of the paired `Submission` may run now, as far as other trials decide it."""
-    own, both, running = aliased(Trial), aliased(Submission), aliased(Trial)
-    of_both = both.pairing_id == Submission.pairing_id
-    flying = _some((both, running), of_both, running.submission_id == both.id, running.state.in_(IN_FLIGHT))
-    half_waits = _some((both, own), of_both, own.submission_id == both.id, half(own))
+    of_both = _both.pairing_id == Submission.pairing_id
+    flying = _some((_both, _flying), of_both, _flying.submission_id == _both.id, _flying.state.in_(IN_FLIGHT))
+    half_waits = _some((_both, _own), of_both, _own.submission_id == _both.id, half(_own))
     second = and_(half(trial), _robot_is_right(session, trial, robot_id))
     return and_(trial.state == "queued", ~flying, or_(second, and_(~half_waits, _is_next(trial))))
 
 
 def half(trial: Any) -> ColumnElement[bool]:
     """Whether a trial of a pair waits whose other half has been played."""
-    mate = aliased(Trial)
-    return and_(trial.state == "queued", _some(mate, *_mates(mate, trial), mate.state.in_(PLAYED)))
+    return and_(trial.state == "queued", _some(_mate, *_mates(_mate, trial), _mate.state.in_(PLAYED)))
 
 
 def _mates(mate: Any, trial: Any) -> tuple[ColumnElement[bool], ...]:
@@ -117,26 +119,24 @@ def _mates(mate: Any, trial: Any) -> tuple[ColumnElement[bool], ...]:
 
 def _is_next(trial: Any) -> ColumnElement[bool]:
     """Whether a trial is the first half of the first pair that waits as a whole; or its other half was withdrawn."""
-    mate, both, earlier, other = aliased(Trial), aliased(Submission), aliased(Trial), aliased(Trial)
     before = _some(
-        (both, earlier, other),
-        both.pairing_id == Submission.pairing_id,
-        earlier.submission_id == both.id,
-        earlier.position < trial.position,
-        earlier.state == "queued",
-        *_mates(other, earlier),
-        other.state == "queued",
+        (_next_both, _earlier, _other),
+        _next_both.pairing_id == Submission.pairing_id,
+        _earlier.submission_id == _next_both.id,
+        _earlier.position < trial.position,
+        _earlier.state == "queued",
+        *_mates(_other, _earlier),
+        _other.state == "queued",
     )
     # Its own other half is no earlier one, or it would be that one's turn.
-    waits = and_(mate.state == "queued", ~before)
-    return _some(mate, *_mates(mate, trial), or_(waits, mate.state == "cancelled"))
+    waits = and_(_next_mate.state == "queued", ~before)
+    return _some(_next_mate, *_mates(_next_mate, trial), or_(waits, _next_mate.state == "cancelled"))
 
 
 def _robot_is_right(session: Session, trial: Any, robot_id: int) -> ColumnElement[bool]:
-    mate, robot = aliased(Trial), aliased(Robot)
-    gone = or_(robot.seen <= now(session) - KEPT_SECONDS, robot.stopped.is_not(None))
-    where = (*_mates(mate, trial), robot.id == mate.robot_id, or_(robot.id == robot_id, gone, _given_back(trial)))
-    return _some((mate, robot), *where)
+    gone = or_(_robot.seen <= now(session) - KEPT_SECONDS, _robot.stopped.is_not(None))
+    right = or_(_robot.id == robot_id, gone, _given_back(trial))
+    return _some((_robot_mate, _robot), *_mates(_robot_mate, trial), _robot.id == _robot_mate.robot_id, right)
 
 
 def _given_back(trial: Any) -> ColumnElement[bool]:
