@@ -14,7 +14,6 @@ from rating_world import API, OWNER, Clock, World, by_number, jsonl, open_world,
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from offbook.rating import studies
 from offbook.rating.analysis import analyse
 from offbook.rating.records import read_votes
 from offbook.rating.tables import SCHEMA
@@ -417,22 +416,6 @@ def test_a_study_that_compares_nothing_is_not_opened(world: World, records, desi
     assert world.own("GET", f"studies/{study}")["state"] == "draft"
 
 
-def test_too_many_pairs_are_refused_before_they_are_made(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "MOST_PAIRS", 50)
-    made, pairs_of = [], studies._pairs_of
-
-    def counted(*given):
-        for pair in pairs_of(*given):
-            made.append(pair)
-            yield pair
-
-    monkeypatch.setattr(studies, "_pairs_of", counted)
-    study = world.draft(texts([f"system {i}" for i in range(100)], items=1))
-    answer = world.ask("POST", f"studies/{study}/open", OWNER)
-    assert (answer.status_code, "expected 1 to 50 pairs of two systems, got more" in answer.text) == (422, True)
-    assert len(made) == 52
-
-
 def test_who_has_nothing_left_is_told_whether_something_may_come_back(slow_world: World, clock: Clock) -> None:
     world = slow_world
     study = world.study(texts(items=1), patience_s=60, raters_per_pair=1, repeat_rate=0)
@@ -448,12 +431,6 @@ def test_who_has_nothing_left_is_told_whether_something_may_come_back(slow_world
     for token in (first, second):
         given = world.ask("GET", "next", token).json()
         assert (given["done"], given["later"]) == (True, False)
-
-
-def test_a_shortest_look_is_no_less_than_a_millisecond(world: World) -> None:
-    study = world.study(texts(items=1), min_dwell_s=0.0001)
-    world.own("POST", f"studies/{study}/close")
-    assert world.own("GET", f"studies/{study}/stats")["votes"] == 0
 
 
 def test_only_pairs_with_the_anchor(world: World) -> None:
